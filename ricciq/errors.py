@@ -1,0 +1,60 @@
+"""The errors a user can meet, and the exit code each one ends with.
+
+    RicciqError                1   failed while running
+    ├── UsageError             2   wrong flags or flag values
+    │   └── RecipeError        2   a recipe that does not hold
+    ├── InputError             3   something given is missing, unreadable, unsafe or does not fit
+    │   ├── DataError          3   the pictures
+    │   ├── CheckpointError    3   the weights
+    │   └── ModelError         3   the model name, or an ONNX file
+    ├── GateError              4   an accuracy or agreement gate was not met
+    └── InterruptedRunError  130   stopped by the user; --resume goes on
+
+Every message is one sentence that names the thing, the value and the remedy.
+"""
+
+
+class RicciqError(Exception):
+    """Anything that ends a ricciq command without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(RicciqError):
+    """A command was called with values that cannot work."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe file is missing, is not valid YAML, or holds values that cannot work."""
+
+
+class InputError(RicciqError):
+    """Something the user gave is missing, unreadable, unsafe or does not fit."""
+
+    exit_code = 3
+
+
+class DataError(InputError):
+    """A data set is missing, unreadable or has no proper splits."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is missing, unreadable, unsafe or belongs to another model."""
+
+
+class ModelError(InputError):
+    """A model name is unknown, or a model file cannot be used."""
+
+
+class GateError(RicciqError):
+    """A measured accuracy or agreement is below what the caller demanded."""
+
+    exit_code = 4
+
+
+class InterruptedRunError(RicciqError):
+    """The user stopped a run; its last saved state is intact."""
+
+    exit_code = 130
