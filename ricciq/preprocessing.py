@@ -1,10 +1,20 @@
-"""How a picture becomes a tensor: one description, used to train, to evaluate and inside the ONNX file."""
+"""How a picture becomes a tensor: one description for training, evaluation and ONNX."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ricciq.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    Transform = Callable[[Image.Image], Tensor]
+
+SMALL_INPUT = 64
 
 
 @dataclass(frozen=True)
@@ -42,3 +52,105 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """A plain mapping that JSON can hold."""
         return asdict(self)
+
+    @property
+    def mode(self) -> str:
+        """The PIL mode a picture must have: "L" for one channel, "RGB" for three."""
+        return "L" if self.input_size[0] == 1 else "RGB"
+
+    def evaluation_transform(self) -> Transform:
+        """timm's evaluation transform: resize, centre crop, scale to [0, 1], normalize.
+
+        Returns:
+            A function from a picture of mode `mode` to a float32 tensor of shape `input_size`.
+        """
+        from timm.data.transforms_factory import (
+            create_transform,
+        )  # here, so that reading a description needs no torch
+
+        transform: Transform = create_transform(
+            input_size=self.input_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return transform
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What varies between two looks at a training picture, under timm's names.
+
+    The defaults are milder than timm's, which suit training from scratch for hundreds of epochs:
+    fine-tuning is short and starts from a net that has seen varied pictures.
+
+    Attributes:
+        no_aug: True turns all of this off, False on; None turns it on for inputs of more than 64
+            pixels, and for any input with a `pad_crop`.
+        scale: share of the area that the random resized crop keeps, (least, most).
+        ratio: aspect ratio of that crop, (least, most).
+        hflip: probability of a left-right flip.
+        color_jitter: strength of random brightness, contrast and saturation.
+        auto_augment: timm's policy string, such as "rand-m7-mstd0.5".
+        reprob: probability of erasing a random rectangle.
+        pad_crop: pad with this many black pixels and crop at random, instead of the random
+            resized crop; 4 is usual for CIFAR-10, 2 for Fashion-MNIST.
+    """
+
+    no_aug: bool | None = None
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    reprob: float = 0.0
+    pad_crop: int = 0
+
+    def transform(self, preprocessing: Preprocessing) -> Transform | None:
+        """timm's random training transform, or None where nothing varies.
+
+        Raises:
+            UsageError: timm does not know the `auto_augment` policy.
+        """
+        from timm.data.transforms_factory import create_transform
+        from torchvision import transforms
+
+        height, width = size = preprocessing.input_size[1:]
+        small = max(size) <= SMALL_INPUT and not self.pad_crop
+        if small if self.no_aug is None else self.no_aug:
+            return None
+        # Behind a padded crop, timm's crop is left to take the whole picture.
+        whole = (1.0, 1.0), (width / height, width / height)
+        scale, ratio = whole if self.pad_crop else (self.scale, self.ratio)
+        try:
+            vary: Transform = create_transform(
+                input_size=preprocessing.input_size,
+                is_training=True,
+                scale=scale,
+                ratio=ratio,
+                hflip=self.hflip,
+                color_jitter=self.color_jitter or None,  # type: ignore[arg-type]
+                auto_augment=self.auto_augment,
+                re_prob=self.reprob,
+                interpolation=preprocessing.interpolation,
+                mean=preprocessing.mean,
+                std=preprocessing.std,
+            )
+        except (AssertionError, ValueError) as error:  # how timm refuses a policy
+            raise UsageError(
+                f"auto_augment {self.auto_augment!r} is no policy that timm knows: "
+                "give one such as rand-m7-mstd0.5, or leave it out"
+            ) from error
+        if not self.pad_crop:
+            return vary
+        mode = transforms.InterpolationMode(preprocessing.interpolation)
+        whole_then_crop: Transform = transforms.Compose(
+            [
+                transforms.Resize(size, interpolation=mode),
+                transforms.RandomCrop(size, padding=self.pad_crop),
+                vary,
+            ]
+        )
+        return whole_then_crop

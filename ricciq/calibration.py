@@ -1,0 +1,128 @@
+"""First scales from a few batches, streaming: the memory is a histogram, however many batches come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ricciq.errors import InputError
+from ricciq.quantizer import ActivationQuantizer
+
+_OCTAVES = 48
+_PER_OCTAVE = 32
+_SMALLEST = 2.0**-24
+_BINS = _OCTAVES * _PER_OCTAVE
+
+
+class LogHistogram:
+    """Counts of numbers by sign and magnitude, in bins 2 % wide; independent of the order of batches.
+
+    Magnitudes below 2**-24 count as zero and fall in the middle bin; those from 2**24 on in the last.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(2 * _BINS + 1, dtype=torch.float64)
+        self.low = math.inf
+        self.high = -math.inf
+
+    def __call__(self, x: Tensor) -> None:
+        """Add the numbers of a tensor of any shape.
+
+        Raises:
+            InputError: the tensor holds NaN or an infinity.
+        """
+        x = x.detach().float().flatten()
+        low, high = (float(end) for end in x.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(
+                "the float model gives NaN or infinite activations on the calibration pictures; "
+                "check the checkpoint and the preprocessing"
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        octave = (x.abs().clamp_min(_SMALLEST / 2) / _SMALLEST).log2()
+        magnitude = (octave * _PER_OCTAVE).floor().add(1).clamp(0, _BINS).long()
+        bins = torch.where(x < 0, -magnitude, magnitude) + _BINS
+        self.counts += torch.bincount(bins, minlength=2 * _BINS + 1).cpu()
+
+    def centers(self) -> Tensor:
+        """(bins,) the number that stands for each bin, from the most negative to the largest."""
+        exponent = (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _PER_OCTAVE
+        positive = _SMALLEST * exponent.exp2()
+        return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
+
+
+def choose_range(histogram: LogHistogram, bits: int, candidates: int = 100) -> tuple[float, int]:
+    """Step and zero point with the least squared rounding error over what was counted.
+
+    Activations that are never negative get zero point 0. Others are searched over steps and, around
+    the one their range suggests, zero points.
+
+    Args:
+        histogram: what the quantizer's input looked like.
+        bits: 1 to 8.
+        candidates: how many steps to try.
+
+    Returns:
+        The step, positive, and the zero point, 0 to 2**bits - 1.
+    """
+    top = 2**bits - 1
+    used = histogram.counts > 0
+    x, counts = histogram.centers()[used].clamp(histogram.low, histogram.high), histogram.counts[used]
+    span = max(histogram.high, 0.0) - min(histogram.low, 0.0)
+    if span == 0.0:
+        return 1.0, 0
+    zero_points = [0]
+    if histogram.low < 0:
+        suggested = round(-histogram.low / span * top)
+        reach = range(suggested - 2, suggested + 3)
+        zero_points = sorted({min(max(z, 0), top) for z in (*reach, (top + 1) // 2)})
+    best = (math.inf, 1.0, 0)
+    for zero_point in zero_points:
+        needed = max(
+            histogram.high / max(top - zero_point, 0.5), -histogram.low / max(zero_point, 0.5)
+        )
+        scales = needed * torch.arange(1, candidates + 1, dtype=torch.float64) / candidates
+        codes = (x / scales[:, None]).round().add(zero_point).clamp(0, top) - zero_point
+        errors = ((codes * scales[:, None] - x).square() * counts).sum(1)
+        least = int(errors.argmin())
+        best = min(best, (float(errors[least]), float(scales[least]), zero_point))
+    return best[1], best[2]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set every activation quantizer's step and zero point from what reaches it.
+
+    The model runs in evaluation mode with its activations left float (its weights are discrete
+    already), so that the ranges do not depend on each other.
+
+    Args:
+        model: a converted model.
+        batches: (B, C, H, W) inputs on the model's device; memory does not grow with their number.
+
+    Raises:
+        InputError: no batch came, or activations were not finite.
+    """
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    histograms = [LogHistogram() for _ in quantizers]
+    was_training = model.training
+    model.eval()
+    try:
+        for quantizer, histogram in zip(quantizers, histograms, strict=True):
+            quantizer.observer = histogram
+        seen = 0
+        for images in batches:
+            model(images)
+            seen += len(images)
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None
+        model.train(was_training)
+    if not seen:
+        raise InputError("no picture was given to calibrate on; give at least one batch")
+    for quantizer, histogram in zip(quantizers, histograms, strict=True):
+        if histogram.counts.sum() > 0:
+            quantizer.set_range(*choose_range(histogram, quantizer.bits))

@@ -1,0 +1,311 @@
+"""The plan (bits a layer, 8-bit points between layers, what is kept and why) and the rewriting."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from ricciq.errors import ModelError
+from ricciq.layers import QuantConv2d, QuantLayer, QuantLinear, quantize_output
+from ricciq.quantizer import FLOAT_BITS, ActivationQuantizer, Bits
+from ricciq.recording import Call, Recording, Value, record
+
+_ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+_WEIGHTED_CALLS = {"conv2d", "linear"}
+POINT_BITS = 8
+"""Width of the points around additions and wherever a convolution's output is not quantized anyway."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to convert: its dotted name, its widths and the BatchNorm it takes in."""
+
+    name: str
+    weight_bits: Bits
+    act_bits: int
+    norm: str | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that stays float, and why."""
+
+    name: str
+    kind: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What conversion does to a model.
+
+    Attributes:
+        layers: the layers to convert, in the order they run.
+        points: names of the modules whose output is quantized to 8 bits, mapped to the module whose
+            quantizer they use: themselves, or one whose values they only select from.
+        kept: what stays float.
+    """
+
+    layers: list[LayerPlan]
+    points: dict[str, str]
+    kept: list[Kept]
+
+
+def plan_conversion(
+    model: nn.Module,
+    example: Tensor,
+    weight_bits: Bits,
+    act_bits: int,
+    edge_bits: Bits = 8,
+) -> Plan:
+    """Decide what becomes discrete, from one recorded forward pass.
+
+    Args:
+        model: the float model.
+        example: (B, C, H, W) input on the model's device.
+        weight_bits: 1 to 8 or ``"ternary"``, or 32 to convert nothing.
+        act_bits: 1 to 8, or 32 to leave activations float.
+        edge_bits: width of weights and activations in the first and the last layer.
+
+    Raises:
+        ModelError: nothing in the model can be converted.
+    """
+    if weight_bits == FLOAT_BITS:
+        return Plan([], {}, [Kept("", type(model).__name__, "32 bits: the whole model stays float")])
+    recording = record(model, example)
+    modules = dict(model.named_modules())
+    runs = [c for c in recording.calls if c.is_module and _is_convertible(modules[c.name])]
+    names = list(dict.fromkeys(c.name for c in runs))
+    if not names:
+        raise ModelError(
+            f"the model {type(model).__name__} has no convolution or linear layer that can be "
+            "converted; choose another model"
+        )
+    norms = _norms_behind(runs, recording, modules)
+    layers = []
+    for name in names:
+        at_edge = name in (names[0], names[-1])
+        # The ends of a network lose most and weigh least: 8 bits there is the field's convention.
+        inputs = act_bits if act_bits == FLOAT_BITS or not at_edge else int(_widest(edge_bits))
+        layers.append(LayerPlan(name, edge_bits if at_edge else weight_bits, inputs, norms.get(name)))
+    points: dict[str, str] = {}
+    floats: list[Kept] = []
+    if act_bits != FLOAT_BITS:
+        points, floats = _place_points(layers, recording, modules)
+    kept = list(_kept_modules(layers, recording, modules)) + list(_kept_products(recording)) + floats
+    return Plan(layers, points, kept)
+
+
+def _widest(bits: Bits) -> int:
+    return 2 if bits == "ternary" else bits
+
+
+def _is_convertible(module: nn.Module) -> bool:
+    return _why_not(module) is None
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a layer with weights has no discrete counterpart, or None if it has one."""
+    if type(module) is nn.Linear:
+        return None
+    if type(module) is nn.Conv2d:
+        if module.padding_mode != "zeros":
+            return f"{module.padding_mode} padding has no integer kernel"
+        return None
+    return f"{type(module).__name__} has no discrete counterpart"
+
+
+def _norms_behind(
+    runs: list[Call], recording: Recording, modules: dict[str, nn.Module]
+) -> dict[str, str]:
+    """The BatchNorm that each convolution can take in: it alone reads the convolution's output."""
+    norms = {}
+    for call in runs:
+        readers = recording.readers[call.outputs[0]]
+        if len(readers) != 1 or call.outputs[0] in recording.result:
+            continue
+        norm = modules[readers[0].name]  # timm's BatchNormAct2d calls the function from its forward
+        if readers[0].kind not in (type(norm).__name__, "batch_norm"):
+            continue
+        once = recording.times[call.name] == recording.times[readers[0].name] == 1
+        is_conv = isinstance(modules[call.name], nn.Conv2d)
+        if once and is_conv and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+            norms[call.name] = readers[0].name
+    return norms
+
+
+def _place_points(
+    layers: list[LayerPlan], recording: Recording, modules: dict[str, nn.Module]
+) -> tuple[dict[str, str], list[Kept]]:
+    """Where a value must be made 8-bit for the runtime to stay in integers.
+
+    A convolution runs in integers only if its output, possibly behind a ReLU, is quantized at one
+    place. One discrete layer that alone reads it does that; additions, several readers, pooling and
+    other activations need a point. An addition's operands all need one.
+    """
+    discrete = {layer.name for layer in layers}
+    wanted: dict[Value, None] = {}
+    kept = []
+
+    def settled(value: Value) -> bool:
+        readers = recording.readers[value]
+        return len(readers) == 1 and readers[0].is_module and readers[0].name in discrete
+
+    for call in recording.calls:
+        if call.kind in _ADDITIONS and not call.is_module and len(call.inputs) > 1:
+            if all(_owner(value, recording) for value in call.inputs):
+                wanted.update(dict.fromkeys(call.inputs))
+            else:
+                why = "an operand is not the output of a module that runs once"
+                kept.append(Kept(call.name, "addition", why))
+        if call.is_module and call.name in discrete and isinstance(modules[call.name], nn.Conv2d):
+            value = _behind(call, layers, recording, modules)
+            if not settled(value) and value not in recording.result and _owner(value, recording):
+                wanted[value] = None
+    points = {}
+    for value in wanted:
+        name = _owner(value, recording)
+        assert name is not None
+        maker = recording.producer(value)
+        pooled = (
+            _owner(maker.inputs[0], recording)
+            if maker is not None and maker.kind == "MaxPool2d" and maker.inputs[0] in wanted
+            else None
+        )
+        points[name] = pooled or name  # the maximum of 8-bit values is one of them: same grid
+    return points, kept
+
+
+def _owner(value: Value, recording: Recording) -> str | None:
+    """The innermost module that returned a value, if it runs only once."""
+    names = recording.returned_by.get(value)
+    return names[0] if names and recording.times[names[0]] == 1 else None
+
+
+def _behind(
+    call: Call, layers: list[LayerPlan], recording: Recording, modules: dict[str, nn.Module]
+) -> Value:
+    """The value a convolution ends in: behind its BatchNorm and a ReLU, where they follow alone."""
+    value = call.outputs[0]
+    norm = next(layer.norm for layer in layers if layer.name == call.name)
+    if norm is not None:
+        value = recording.readers[value][0].outputs[0]
+    readers = recording.readers[value]
+    if len(readers) == 1 and readers[0].is_module and type(modules[readers[0].name]) is nn.ReLU:
+        value = readers[0].outputs[0]
+    return value
+
+
+def _kept_modules(
+    layers: list[LayerPlan], recording: Recording, modules: dict[str, nn.Module]
+) -> Iterator[Kept]:
+    taken = {layer.name for layer in layers} | {layer.norm for layer in layers}
+    for name, module in modules.items():
+        has_own = next(module.parameters(recurse=False), None) is not None
+        if name in taken or not has_own:
+            continue
+        kind = type(module).__name__
+        if not recording.times[name]:
+            why = "its forward did not run in the recorded pass"
+        elif isinstance(module, nn.BatchNorm2d):
+            why = "it does not directly follow one convolution that it could be folded into"
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            why = _why_not(module) or "it is not called as a module"
+        else:
+            why = f"{kind} has no discrete counterpart"
+        yield Kept(name, kind, why)
+
+
+def _kept_products(recording: Recording) -> Iterator[Kept]:
+    for call in recording.calls:
+        if call.is_module:
+            continue
+        if call.kind in _PRODUCTS:
+            yield Kept(call.name, call.kind, "products of two activations stay float")
+        elif call.kind in _WEIGHTED_CALLS:
+            yield Kept(call.name, call.kind, "a function call on weights that no layer owns")
+
+
+def convert(model: nn.Module, plan: Plan) -> nn.Module:
+    """Swap the planned layers in place and add the 8-bit points.
+
+    Args:
+        model: the float model the plan was made for; its parameters are taken over, not copied.
+        plan: from `plan_conversion`.
+
+    Returns:
+        The same model, with float activations until it is calibrated.
+    """
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        quantized: QuantLayer
+        if isinstance(module, nn.Conv2d):
+            norm = model.get_submodule(layer.norm) if layer.norm else None
+            assert norm is None or isinstance(norm, nn.BatchNorm2d)
+            quantized = QuantConv2d.from_float(
+                module, layer.weight_bits, layer.act_bits, _plain(norm)
+            )
+        else:
+            assert isinstance(module, nn.Linear)
+            quantized = QuantLinear.from_float(module, layer.weight_bits, layer.act_bits)
+        model.set_submodule(layer.name, quantized)
+        if layer.norm:
+            model.set_submodule(layer.norm, _rest_of(model.get_submodule(layer.norm)))
+    device = next(model.parameters()).device
+    quantizers: dict[str, ActivationQuantizer] = {}
+    for name, source in plan.points.items():
+        if source not in quantizers:
+            quantizers[source] = ActivationQuantizer(POINT_BITS).to(device)
+        quantize_output(model.get_submodule(name), quantizers[source])
+    return model
+
+
+def _plain(norm: nn.BatchNorm2d | None) -> nn.BatchNorm2d | None:
+    """The normalization alone, without the activation timm's BatchNormAct2d carries."""
+    if not isinstance(norm, BatchNormAct2d):
+        return norm
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, device="meta")
+    plain.weight, plain.bias = norm.weight, norm.bias
+    for name, buffer in norm.named_buffers(recurse=False):
+        setattr(plain, name, buffer)
+    return plain.train(norm.training)
+
+
+def _rest_of(norm: nn.Module) -> nn.Module:
+    """What remains where a normalization was taken out: nothing, or its activation."""
+    if isinstance(norm, BatchNormAct2d):
+        return nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
+    return nn.Identity()
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+    """The discrete layers of a converted model by dotted name, in the order of registration."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantConv2d | QuantLinear):
+            found[name] = module
+    return found
+
+
+def layer_rows(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
+    """One row a discrete layer, as report.json lists them; ``bytes`` counts codes and steps."""
+    rows: list[dict[str, object]] = []
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        assert isinstance(module, QuantLayer)
+        rows.append(
+            {
+                "name": layer.name,
+                "kind": type(module).__name__,
+                "weight_bits": layer.weight_bits,
+                "act_bits": layer.act_bits,
+                "parameters": module.weight.numel(),
+            }
+        )
+    return rows
+

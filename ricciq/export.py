@@ -1,0 +1,313 @@
+"""Discrete model -> ONNX: one file, standard operators, packed weights, integer kernels.
+
+A converted model is first *deployed*: every discrete layer becomes one that holds packed codes, steps
+and integer biases, BatchNorm folded in. Deployed modules run in torch, which is what the exported file
+is compared with, and describe themselves to torch's exporter as standard ONNX operators.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ricciq.errors import RicciqError
+from ricciq.layers import IntegerWeights, QuantConv2d, QuantLayer, QuantLinear, quantize_output
+from ricciq.packing import Plane, pack, unpack
+from ricciq.preprocessing import Preprocessing
+from ricciq.quantizer import ActivationQuantizer, Bits
+
+OPSET = 18
+IR_VERSION = 10
+"""The newest that onnxruntime 1.20 reads."""
+
+METADATA_KEY = "ricciq"
+_UNPACKING = {"Cast", "Gather", "Reshape", "Slice", "Add", "Mul", "DequantizeLinear"}
+
+
+def _node(
+    operator: str,
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+    shape: Any,
+    attributes: dict[str, Any] | None = None,
+) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(
+        operator, inputs, attributes or {}, dtype=dtype, shape=list(shape), version=OPSET
+    )
+    return result
+
+
+class DeployedActivation(nn.Module):
+    """QuantizeLinear to uint8, Clip to the width's codes, DequantizeLinear."""
+
+    scale: Tensor
+    zero_point: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.bits = quantizer.bits
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
+        self.register_buffer("lowest", torch.zeros_like(self.zero_point))
+        self.register_buffer("highest", torch.full_like(self.zero_point, quantizer.grid.high))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as x."""
+        if not torch.onnx.is_in_onnx_export():
+            zero_point = self.zero_point.float()
+            codes = ((x / self.scale).round() + zero_point).clamp(0, float(self.highest))
+            return (codes - zero_point) * self.scale
+        quantized = [self.scale, self.zero_point]
+        codes = _node("QuantizeLinear", [x, *quantized], torch.uint8, x.shape)
+        if self.bits < 8:  # between the two: a Clip in front would keep the kernels float
+            codes = _node("Clip", [codes, self.lowest, self.highest], torch.uint8, x.shape)
+        return _node("DequantizeLinear", [codes, *quantized], torch.float32, x.shape)
+
+
+class DeployedWeight(nn.Module):
+    """Packed codes -> table lookup -> reshape -> DequantizeLinear for each output channel.
+
+    onnxruntime computes all but the last step once, when it loads the file.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, weights: IntegerWeights, bits: Bits, zero_points: bool = False) -> None:
+        super().__init__()
+        self.shape = list(weights.codes.shape)
+        self.register_buffer("scale", weights.scale)
+        # onnxruntime makes a Gemm integer only if the weight's zero points are spelled out.
+        zeros = torch.zeros_like(weights.scale, dtype=torch.int8) if zero_points else None
+        self.register_buffer("zero_point", zeros)
+        flip = weights.flip.view(-1, *[1] * (len(self.shape) - 1))
+        self.planes = 0
+        if bits == 8:
+            codes = torch.where(flip, -weights.codes, weights.codes)
+            self.register_buffer("codes", codes)
+            return
+        for plane in pack(weights.codes.cpu(), bits):
+            self.register_buffer(f"packed{self.planes}", plane.data)
+            self.register_buffer(f"table{self.planes}", plane.table)
+            self.planes += 1
+        # A negative BatchNorm weight turns a row around, and the grid need not be symmetric.
+        self.register_buffer("sign", 1 - 2 * flip.to(torch.int32) if flip.any() else None)
+        self.to(weights.codes.device)
+        if self.planes == 1 and self.sign is None:
+            self.table0 = self.table0.to(torch.int8)
+
+    def forward(self) -> Tensor:
+        """The dequantized weight, (rows, ...)."""
+        if torch.onnx.is_in_onnx_export():
+            operands = [self._unpacking_nodes(), self.scale]
+            if self.zero_point is not None:
+                operands.append(self.zero_point)
+            return _node("DequantizeLinear", operands, torch.float32, self.shape, {"axis": 0})
+        return self.integer_codes() * self.scale.view(-1, *[1] * (len(self.shape) - 1))
+
+    def integer_codes(self) -> Tensor:
+        """The codes as the file holds them, signs applied, (rows, ...)."""
+        if not self.planes:
+            return self.get_buffer("codes")
+        codes = unpack(self._plane_list(), _count(self.shape)).view(self.shape)
+        return codes if self.sign is None else codes * self.sign
+
+    def _plane_list(self) -> list[Plane]:
+        return [
+            Plane(self.get_buffer(f"packed{i}"), self.get_buffer(f"table{i}"))
+            for i in range(self.planes)
+        ]
+
+    def _unpacking_nodes(self) -> Tensor:
+        if not self.planes:
+            return self.get_buffer("codes")
+        count = _count(self.shape)
+        total: Tensor | None = None
+        for plane in self._plane_list():
+            kind, per_byte = plane.table.dtype, plane.table.shape[1]
+            size = [len(plane.data), per_byte]
+            int32 = {"to": ir.DataType.INT32.value}
+            index = _node("Cast", [plane.data], torch.int32, plane.data.shape, int32)
+            part = _node("Gather", [plane.table, index], kind, size, {"axis": 0})
+            if size[0] * per_byte != count:  # the last byte is not full
+                flat = torch.tensor([-1])
+                part = _node("Reshape", [part, flat], kind, [size[0] * per_byte])
+                ends = [torch.tensor([0]), torch.tensor([count])]
+                part = _node("Slice", [part, *ends], kind, [count])
+            part = _node("Reshape", [part, torch.tensor(self.shape)], kind, self.shape)
+            total = part if total is None else _node("Add", [total, part], kind, self.shape)
+        assert total is not None
+        if self.sign is not None:
+            total = _node("Mul", [total, self.sign], torch.int32, self.shape)
+        if total.dtype == torch.int8:
+            return total
+        return _node("Cast", [total], torch.int8, self.shape, {"to": ir.DataType.INT8.value})
+
+
+def _count(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+class _DeployedLayer(nn.Module):
+    """What deployed layers share: quantized input, packed weight, integer bias."""
+
+    bias: Tensor
+    bias_scale: Tensor | None
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        weights = layer.integer_weights()
+        quantizer = layer.input_quantizer
+        self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
+        self.weight_quantizer = DeployedWeight(
+            weights, layer.weight_quantizer.bits, zero_points=isinstance(layer, QuantLinear)
+        )
+        self.register_buffer("bias", weights.bias)
+        self.register_buffer("bias_scale", weights.bias_scale)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        bias = self.bias
+        if self.bias_scale is not None and torch.onnx.is_in_onnx_export():
+            pair = [self.bias, self.bias_scale]
+            bias = _node("DequantizeLinear", pair, torch.float32, bias.shape, {"axis": 0})
+        elif self.bias_scale is not None:
+            bias = self.bias * self.bias_scale
+        return x, self.weight_quantizer(), bias
+
+
+class DeployedConv2d(_DeployedLayer):
+    """A QuantConv2d with its BatchNorm folded into packed weights and an integer bias."""
+
+    def __init__(self, layer: QuantConv2d) -> None:
+        super().__init__(layer)
+        self.stride, self.padding = layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, rows, H', W')."""
+        operands = self._operands(x)
+        return F.conv2d(*operands, self.stride, self.padding, self.dilation, self.groups)
+
+
+class DeployedLinear(_DeployedLayer):
+    """A QuantLinear with packed weights and an integer bias."""
+
+    def __init__(self, layer: QuantLinear) -> None:
+        super().__init__(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return F.linear(*self._operands(x))
+
+
+def deploy(model: nn.Module) -> nn.Module:
+    """A copy of a converted model as it will run: packed, folded, in evaluation mode."""
+    deployed = copy.deepcopy(model).eval()
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in list(deployed.named_modules()):
+        point = getattr(module, "output_quantizer", None)
+        new: nn.Module | None = None
+        if isinstance(module, QuantConv2d):
+            new = DeployedConv2d(module)
+        elif isinstance(module, QuantLinear):
+            new = DeployedLinear(module)
+        if new is not None:
+            deployed.set_submodule(name, new)
+        if point is None:
+            continue
+        made.setdefault(point, DeployedActivation(point))
+        if new is not None:
+            quantize_output(new, made[point])
+        else:
+            module.output_quantizer = made[point]
+    return deployed
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Path,
+    preprocessing: Preprocessing,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a float or deployed model as one ONNX file with a dynamic batch.
+
+    Args:
+        model: maps (B, C, H, W) float32 to (B, classes) logits.
+        path: the file to write; it appears only once it is complete.
+        preprocessing: stored in the file, so that a deployer needs nothing else.
+        metadata: what else to store in the file, as JSON.
+
+    Returns:
+        The path.
+
+    Raises:
+        RicciqError: torch's exporter cannot express the model.
+    """
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    example = torch.zeros(2, *preprocessing.input_size, device=device)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own, about its own internals
+            program = torch.onnx.export(
+                model.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["input"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise RicciqError(
+            f"torch's ONNX exporter cannot express {type(model).__name__} "
+            f"({str(error).splitlines()[0]}); export another model or report this"
+        ) from error
+    assert program is not None
+    graph_model = _tidy(program.model)
+    stored = {"preprocessing": preprocessing.to_dict(), **(metadata or {})}
+    graph_model.metadata_props[METADATA_KEY] = json.dumps(stored)
+    temporary = path.with_name(f".{path.name}.tmp")
+    ir.save(graph_model, temporary)
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(path)
+    return path
+
+
+def _tidy(model: ir.Model) -> ir.Model:
+    """Fold what the exporter left computable, but never the unpacking of weights."""
+    optimizer.optimize_ir(
+        model, should_fold=lambda node: False if node.op_type in _UNPACKING else None
+    )
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    for node in model.graph:  # torch's notes on every node weigh more than a small net
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.ir_version = IR_VERSION
+    model.producer_name = "ricciq"
+    return model

@@ -1,0 +1,76 @@
+"""Codes to bytes and back: the smallest storage of low-bit weights that a lookup table can undo.
+
+A width that divides 8 packs into one plane of bytes. Other widths are split into bit planes of 4, 2
+and 1 bits, each packed on its own. Ternary codes go five to a byte (3**5 = 243). Unpacking is one
+table lookup a plane and a sum, which onnxruntime folds to plain int8 weights when it loads a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ricciq.quantizer import Bits, Grid
+
+_PLANE_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A part of every code: ``table[data]`` flattened gives it, in order.
+
+    Attributes:
+        data: (bytes,) uint8.
+        table: (256, codes a byte) int32, the code parts held by each possible byte.
+    """
+
+    data: Tensor
+    table: Tensor
+
+
+def _plane(indices: Tensor, base: int, parts: Tensor) -> Plane:
+    """Pack digits 0 … base - 1, first digit lowest; ``parts[d]`` is what digit d stands for."""
+    per_byte = next(n for n in range(8, 0, -1) if base**n <= 256)
+    places = torch.tensor([base**i for i in range(per_byte)])
+    padding = -len(indices) % per_byte
+    digits = torch.nn.functional.pad(indices.long(), (0, padding)).view(-1, per_byte)
+    data = (digits * places).sum(1).to(torch.uint8)
+    table = parts[(torch.arange(256)[:, None] // places) % base]
+    return Plane(data, table.to(torch.int32))
+
+
+def pack(codes: Tensor, bits: Bits) -> list[Plane]:
+    """Pack integer codes of `Grid.for_weights(bits)`.
+
+    Args:
+        codes: any shape, whole numbers on the grid.
+        bits: 1 to 8 or ``"ternary"``.
+
+    Returns:
+        The planes whose unpacked parts add up to the codes.
+
+    Raises:
+        ValueError: a code is not on the grid.
+    """
+    grid = Grid.for_weights(bits)
+    offsets = codes.flatten().long() - grid.low
+    indices = offsets // grid.step
+    if ((indices < 0) | (indices >= grid.size) | (offsets % grid.step != 0)).any():
+        raise ValueError(f"codes outside the grid {grid} cannot be packed at {bits} bits")
+    if bits == "ternary":
+        return [_plane(indices, 3, torch.arange(3) + grid.low)]
+    planes = []
+    shift = 0
+    for width in _PLANE_WIDTHS[bits]:
+        parts = torch.arange(2**width) * 2**shift * grid.step + (grid.low if shift == 0 else 0)
+        planes.append(_plane((indices >> shift) & (2**width - 1), 2**width, parts))
+        shift += width
+    return planes
+
+
+def unpack(planes: list[Plane], count: int) -> Tensor:
+    """The first ``count`` codes, int32, shape (count,): what `pack` was given, flattened."""
+    parts = [plane.table[plane.data.long()].flatten()[:count] for plane in planes]
+    return torch.stack(parts).sum(0, dtype=torch.int32)

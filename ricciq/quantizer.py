@@ -1,0 +1,227 @@
+"""Grids, scales, fake quantization and the straight-through estimator.
+
+A quantizer maps a number x to ``scale * code``; the codes are the integers of a `Grid`. The gradient
+of that staircase is zero or infinite, so training uses the straight-through estimator (STE, Bengio et
+al. 2013, arXiv 1308.3432) for x and the learned step size (LSQ, Esser et al. 2020, arXiv 1902.08153)
+for the scale. The scale is stored as its logarithm, so that it stays positive whatever the optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Bits = int | Literal["ternary"]
+"""A bit width from 1 to 8, ``"ternary"``, or 32 for float."""
+
+FLOAT_BITS = 32
+MIN_SCALE = 2.0**-40
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integer codes a quantizer may use: low, low + step, …, high.
+
+    With step 1 a number goes to the nearest integer (half to even, as ONNX rounds); with step 2 the
+    codes are odd, zero is a decision threshold and belongs to the cell above it.
+    """
+
+    low: int
+    high: int
+    step: int = 1
+
+    @classmethod
+    def for_weights(cls, bits: Bits) -> Grid:
+        """Signed codes: two's complement, but ±1 at one bit, no zero, and symmetric at 8 bits."""
+        if bits == "ternary":
+            return cls(-1, 1)
+        if bits == 1:
+            return cls(-1, 1, step=2)
+        if bits == 8:  # -128 has no opposite, and negative BatchNorm weights flip signs on export
+            return cls(-127, 127)
+        return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    @property
+    def size(self) -> int:
+        """How many codes there are."""
+        return (self.high - self.low) // self.step + 1
+
+    def round(self, ratio: Tensor) -> Tensor:
+        """The nearest code of each ``x / scale``, as floating-point numbers of the same shape."""
+        nearest = ratio.round() if self.step == 1 else 2 * (ratio / 2).floor() + 1
+        return nearest.clamp(self.low, self.high)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """x -> scale * code, with STE for x and LSQ for the scale; saves only x between the passes."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, log_scale: Tensor, zero_point: Tensor | None, grid: Grid, gain: float
+    ) -> Tensor:
+        del gain
+        return _codes(x / log_scale.exp(), zero_point, grid) * log_scale.exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        x, log_scale, zero_point, ctx.grid, ctx.gain = inputs
+        ctx.save_for_backward(x, log_scale, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, log_scale, zero_point = ctx.saved_tensors
+        scale = log_scale.exp()
+        ratio = x / scale
+        inside = _inside(ratio, zero_point, ctx.grid)
+        grad_x = grad * inside
+        codes = _codes(ratio, zero_point, ctx.grid)
+        # d(scale * code)/d(scale) is code - ratio inside the range and code at its ends (LSQ, eq. 3).
+        per_scale = (grad * codes - grad_x * ratio).sum_to_size(scale.shape)
+        # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
+        # relative change, so published learning rates keep their meaning.
+        return grad_x, per_scale * ctx.gain / scale, None, None, None
+
+
+def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    if zero_point is None:
+        return grid.round(ratio)
+    return grid.round(ratio.round() + zero_point) - zero_point
+
+
+def _inside(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    shifted = ratio if zero_point is None else ratio + zero_point
+    return (shifted >= grid.low) & (shifted <= grid.high)
+
+
+def fake_quantize(
+    x: Tensor, log_scale: Tensor, grid: Grid, zero_point: Tensor | None = None, gain: float = 1.0
+) -> Tensor:
+    """Round x to its grid and back: ``scale * (clamp(round(x / scale) + zero_point) - zero_point)``.
+
+    Args:
+        x: any shape.
+        log_scale: natural logarithm of the step, broadcastable to x.
+        grid: the codes, counted with the zero point added.
+        zero_point: the code of 0.0, a whole number in a floating-point tensor of one element.
+        gain: factor on the scale's gradient; LSQ uses 1 / sqrt(elements per scale * highest code).
+
+    Returns:
+        The same shape and dtype as x. Its gradient is the straight-through estimator's: passed
+        unchanged where x lies within the grid's range, exactly zero outside.
+    """
+    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain)
+    return result
+
+
+class WeightQuantizer(nn.Module):
+    """Per-channel fake quantization of a weight: one learned step for each output channel.
+
+    Args:
+        rows: output channels.
+        bits: 1 to 8 or ``"ternary"``.
+    """
+
+    def __init__(self, rows: int, bits: Bits) -> None:
+        super().__init__()
+        self.bits = bits
+        self.grid = Grid.for_weights(bits)
+        self.log_scale = nn.Parameter(torch.zeros(rows))
+
+    @property
+    def scale(self) -> Tensor:
+        """The steps, shape (rows,), positive."""
+        return self.log_scale.detach().exp()
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor, candidates: int = 100) -> None:
+        """Set each row's step to the candidate with the least squared rounding error.
+
+        Args:
+            weight: (rows, ...), on the quantizer's device.
+            candidates: how many steps to try, evenly spaced up to the one that clips nothing.
+        """
+        rows = weight.flatten(1).float()
+        top = rows.abs().amax(1, keepdim=True).clamp_min(MIN_SCALE * self.grid.high) / self.grid.high
+        best = torch.full_like(top, math.inf)
+        chosen = top.clone()
+        for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
+            scale = top * fraction
+            error = (self.grid.round(rows / scale) * scale - rows).square().sum(1, keepdim=True)
+            chosen = torch.where(error < best, scale, chosen)
+            best = torch.minimum(error, best)
+        self.log_scale.copy_(chosen.clamp_min(MIN_SCALE).log().squeeze(1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The discretized weight, same shape as ``weight``."""
+        gain = 1 / math.sqrt(weight[0].numel() * self.grid.high)
+        return fake_quantize(weight, self._columns(self.log_scale, weight), self.grid, gain=gain)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integer codes of ``weight``, int8, same shape."""
+        return self.grid.round(weight / self._columns(self.scale, weight)).to(torch.int8)
+
+    @torch.no_grad()
+    def residual(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each weight stands in its quantization cell.
+
+        Returns:
+            (rows, n) residual in [-1, 1], zero at the level and ±1 at a decision threshold, set to
+            zero where the straight-through estimator masks; and the (rows, n) mask, true where not.
+        """
+        ratio = (weight / self._columns(self.scale, weight)).flatten(1)
+        half_cell = self.grid.step / 2
+        inside = _inside(ratio, None, self.grid)
+        residual = ((ratio - self.grid.round(ratio)) / half_cell).clamp(-1, 1)
+        return residual * inside, inside
+
+    @staticmethod
+    def _columns(per_row: Tensor, weight: Tensor) -> Tensor:
+        return per_row.view(-1, *[1] * (weight.dim() - 1))
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor fake quantization of activations: one learned step, one calibrated zero point.
+
+    The codes are 0 to 2**bits - 1 around a whole zero point, which is 0 for activations that are never
+    negative. While an observer is attached, it is shown every input and nothing is quantized.
+
+    Args:
+        bits: 1 to 8.
+    """
+
+    zero_point: Tensor
+    observer: Callable[[Tensor], None] | None = None
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.grid = Grid(0, 2**bits - 1)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    @property
+    def scale(self) -> Tensor:
+        """The step, a scalar tensor, positive."""
+        return self.log_scale.detach().exp()
+
+    @torch.no_grad()
+    def set_range(self, scale: float, zero_point: int) -> None:
+        """Fix the zero point and set the step that training starts from."""
+        self.log_scale.fill_(math.log(max(scale, MIN_SCALE)))
+        self.zero_point.fill_(zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The discretized activations, same shape as x."""
+        if self.observer is not None:
+            self.observer(x)
+            return x
+        elements = x[0].numel() if x.dim() > 1 else x.numel()
+        gain = 1 / math.sqrt(elements * self.grid.high)
+        return fake_quantize(x, self.log_scale, self.grid, self.zero_point, gain)
