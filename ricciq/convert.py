@@ -265,6 +265,23 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
+def quantize(
+    model: nn.Module,
+    example: Tensor,
+    weight_bits: Bits,
+    act_bits: int,
+    edge_bits: Bits = 8,
+) -> Plan:
+    """Make a float model's layers discrete, in place: `plan_conversion`, then `convert`.
+
+    Its activations stay float until it is calibrated. Arguments and errors are those of
+    `plan_conversion`; the plan is returned, since it lists what was kept float and why.
+    """
+    plan = plan_conversion(model, example, weight_bits, act_bits, edge_bits)
+    convert(model, plan)
+    return plan
+
+
 def _plain(norm: nn.BatchNorm2d | None) -> nn.BatchNorm2d | None:
     """The normalization alone, without the activation timm's BatchNormAct2d carries."""
     if not isinstance(norm, BatchNormAct2d):
@@ -290,22 +307,3 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
         if isinstance(module, QuantConv2d | QuantLinear):
             found[name] = module
     return found
-
-
-def layer_rows(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
-    """One row a discrete layer, as report.json lists them; ``bytes`` counts codes and steps."""
-    rows: list[dict[str, object]] = []
-    for layer in plan.layers:
-        module = model.get_submodule(layer.name)
-        assert isinstance(module, QuantLayer)
-        rows.append(
-            {
-                "name": layer.name,
-                "kind": type(module).__name__,
-                "weight_bits": layer.weight_bits,
-                "act_bits": layer.act_bits,
-                "parameters": module.weight.numel(),
-            }
-        )
-    return rows
-

@@ -7,6 +7,7 @@ is compared with, and describe themselves to torch's exporter as standard ONNX o
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
@@ -27,12 +28,12 @@ from ricciq.layers import IntegerWeights, QuantConv2d, QuantLayer, QuantLinear, 
 from ricciq.packing import Plane, pack, unpack
 from ricciq.preprocessing import Preprocessing
 from ricciq.quantizer import ActivationQuantizer, Bits
+from ricciq.runtime import METADATA_KEY
 
 OPSET = 18
 IR_VERSION = 10
 """The newest that onnxruntime 1.20 reads."""
 
-METADATA_KEY = "ricciq"
 _UNPACKING = {"Cast", "Gather", "Reshape", "Slice", "Add", "Mul", "DequantizeLinear"}
 
 
@@ -239,6 +240,11 @@ def deploy(model: nn.Module) -> nn.Module:
     return deployed
 
 
+def stored_in_onnx(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's description goes into its file: not the plan, which the graph shows."""
+    return {key: about[key] for key in ("ricciq", "recipe", "class_names")}
+
+
 def export_onnx(
     model: nn.Module,
     path: Path,
@@ -292,6 +298,12 @@ def export_onnx(
     return path
 
 
+def _scope(node: ir.Node) -> str:
+    """The module a node comes from, by torch's note of the modules it is nested in."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
 def _tidy(model: ir.Model) -> ir.Model:
     """Fold what the exporter left computable, but never the unpacking of weights."""
     optimizer.optimize_ir(
@@ -300,8 +312,12 @@ def _tidy(model: ir.Model) -> ir.Model:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
     passes.RemoveUnusedNodesPass()(model)
-    for node in model.graph:  # torch's notes on every node weigh more than a small net
-        node.metadata_props.clear()
+    used: dict[str, int] = {}
+    for node in model.graph:
+        name = f"{_scope(node)}/{node.op_type}"
+        used[name] = used.get(name, 0) + 1
+        node.name = name if used[name] == 1 else f"{name}.{used[name]}"
+        node.metadata_props.clear()  # torch's notes on every node weigh more than a small net
         for value in node.outputs:
             value.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:

@@ -1,0 +1,53 @@
+"""ricciq: quantize pretrained vision models to 1-8 bits with Ricci-flow-corrected gradients.
+
+The public names are resolved when first used, so that importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ricciq.calibration import calibrate
+    from ricciq.convert import quantize
+    from ricciq.errors import RicciqError
+    from ricciq.export import export_onnx
+    from ricciq.pipeline import run
+    from ricciq.recipe import Recipe
+    from ricciq.ricci import RicciFlow
+    from ricciq.train import finetune
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Recipe": "recipe",
+    "run": "pipeline",
+    "quantize": "convert",
+    "calibrate": "calibration",
+    "finetune": "train",
+    "RicciFlow": "ricci",
+    "export_onnx": "export",
+    "RicciqError": "errors",
+}
+
+__all__ = [
+    "Recipe",
+    "RicciFlow",
+    "RicciqError",
+    "calibrate",
+    "export_onnx",
+    "finetune",
+    "quantize",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ricciq' has no attribute {name!r}")
+    return getattr(import_module(f"ricciq.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,6 @@
+"""python -m ricciq."""
+
+from ricciq.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The state of a run in one safetensors file, saved atomically and restored exactly.
+
+Tensors are stored under dotted names (``model.…``, ``optimizer.…``, ``random.…``); whatever is no
+tensor is JSON in the file's metadata. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ricciq.errors import CheckpointError, RicciqError
+
+METADATA_KEY = "ricciq"
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace a file by new content, or leave it as it was.
+
+    Raises:
+        RicciqError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RicciqError(
+            f"cannot write {path} ({error}); free some space or choose another --output"
+        ) from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and JSON metadata to one file, atomically.
+
+    Raises:
+        RicciqError: the disk is full or the folder cannot be written.
+    """
+    # Clones: a quantizer may stand in two places, and safetensors refuses shared memory.
+    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(whole, {METADATA_KEY: json.dumps(metadata)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of ours.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} is not an intact checkpoint of ricciq ({reason}); give one a run wrote"
+        ) from None
+    return tensors, metadata
+
+
+def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy a complete state into a model of the same structure.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    try:
+        model.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} does not fit the model of its recipe ({reason}); give the run's own file"
+        ) from None
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything needed to go on, as tensors and as JSON."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state = optimizer.state_dict()
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                values.setdefault(str(index), {})[key] = value
+    tensors["random.torch"] = torch.get_rng_state()
+    for number in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        tensors[f"random.cuda.{number}"] = torch.cuda.get_rng_state(number)
+    kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    metadata = {
+        "progress": dict(progress),
+        "optimizer": {"groups": state["param_groups"], "values": values},
+        "random": {
+            "python": random.getstate(),
+            "numpy": [kind, [int(w) for w in words], int(position), int(has_gauss), float(gauss)],
+        },
+    }
+    return tensors, metadata
+
+
+def restore_training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path
+) -> dict[str, Any]:
+    """Put a saved state back.
+
+    Returns:
+        The progress that was saved with it.
+
+    Raises:
+        CheckpointError: the file is damaged or belongs to another recipe.
+    """
+    tensors, metadata = load_tensors(path)
+    part = "model."
+    weights = {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
+    load_model_state(model, weights, path)
+    try:
+        stored = metadata["optimizer"]
+        state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in stored["values"].items()}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": stored["groups"]})
+        torch.set_rng_state(tensors["random.torch"])
+        for name, tensor in tensors.items():
+            if name.startswith("random.cuda."):
+                torch.cuda.set_rng_state(tensor, int(name.rsplit(".", 1)[1]))
+        version, words, gauss = metadata["random"]["python"]
+        random.setstate((version, tuple(words), gauss))
+        kind, keys, *rest = metadata["random"]["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        progress: dict[str, Any] = metadata["progress"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the state of this run ({error}); start again with --overwrite"
+        ) from None
+    return progress

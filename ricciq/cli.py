@@ -1,0 +1,334 @@
+"""The verbs: parse, call, print, exit code. torch is imported only by the verb that needs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ricciq import __version__
+from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError
+
+app = typer.Typer(
+    name="ricciq",
+    help="Quantize pretrained vision models to 1-8 bits and export ONNX that runs fast.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Data = Annotated[
+    str, typer.Option(help="Folder with train/ and val/, torch/NAME with --data-dir, or digits.")
+]
+DataDir = Annotated[Path | None, typer.Option(help="Root folder of a torch/NAME data set.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that load pictures.")]
+BatchSize = Annotated[int | None, typer.Option(help="Pictures in a batch.")]
+WIDTHS = "1 to 8, ternary, or 32 for float"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ricciq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _ricciq(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,  # noqa: ARG001
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="timm model name, or a float run's folder or file.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder with train/ and val/, torch/NAME with --data-dir, or digits."),
+    ] = None,
+    data_dir: DataDir = None,
+    bits: Annotated[str | None, typer.Option(help=f"Weights and activations: {WIDTHS}.")] = None,
+    weight_bits: Annotated[str | None, typer.Option(help=f"Weights: {WIDTHS}.")] = None,
+    act_bits: Annotated[str | None, typer.Option(help="Activations: 1 to 8, or 32.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Shipped recipe's name, or a file.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Float weights to start from.")] = None,
+    method: Annotated[str | None, typer.Option(help="ricci, ste, lne or project.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="0 calibrates without training.")] = None,
+    batch_size: BatchSize = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Start of everything random.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:0.")] = None,
+    amp: Annotated[bool | None, typer.Option(help="Mixed precision.")] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.")
+    ] = None,
+    workers: Workers = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL: load, convert, calibrate, fine-tune, export, evaluate, report.
+
+    Example: ricciq quantize digits_resnet8 --data digits --bits 2
+    """
+    from ricciq.recipe import Recipe
+
+    messages: list[str] = []
+    weights, activations = _widths(bits, weight_bits, act_bits, messages)
+    name, weights_file = _model_and_weights(model, checkpoint)
+    merged = (Recipe.load(recipe) if recipe else Recipe()).override(
+        {
+            "model.name": name,
+            "model.checkpoint": weights_file,
+            "data.name": data,
+            "data.dir": data_dir,
+            "data.batch_size": batch_size,
+            "data.workers": workers,
+            "quantization.weight_bits": weights,
+            "quantization.act_bits": activations,
+            "method.name": method,
+            "training.epochs": epochs,
+            "training.lr": lr,
+            "seed": seed,
+            "device": device,
+            "amp": amp,
+            "compile": compile_,
+        }
+    )
+    if not merged.data.name:
+        raise UsageError("no data was named; give --data a folder, torch/NAME or digits")
+
+    from ricciq import pipeline
+    from ricciq.journal import Journal
+
+    journal = Journal(_stderr())
+    for message in messages:
+        journal.say(message)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if dry_run:
+        job = pipeline.prepare(merged, pipeline.choose_device(merged.device), journal)
+        _print(pipeline.describe(job), as_json, _plan_table)
+        return
+    report, folder = pipeline.run(
+        merged, output, resume=resume, overwrite=overwrite, journal=journal
+    )
+    if as_json:
+        print(json.dumps({**report.to_dict(), "run_folder": str(folder)}))
+    else:
+        Console().print(report.to_table())
+        Console().print(f"{folder / 'report.md'} and {folder / 'model.onnx'} are written.")
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(help=".onnx file, run folder or checkpoint.")],
+    data: Data,
+    data_dir: DataDir = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Count agreement with this .onnx, run or checkpoint.")
+    ] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Exit 4 below this, percent.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Exit 4 below this agreement, percent.")
+    ] = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Measure TARGET on the validation data: top-1, top-5, loss, latency, agreement.
+
+    Example: ricciq eval model.onnx --data digits --min-top1 95
+    """
+    if min_agreement is not None and reference is None:
+        raise UsageError(f"--min-agreement {min_agreement} needs something to agree with; give --reference")
+    from ricciq.trained import evaluate_target
+
+    result = evaluate_target(
+        target, data, data_dir, reference, batch_size=batch_size or 64, workers=workers or 0
+    )
+    _print(result, as_json)
+    for name, value, least in (
+        ("top-1", result["top1"], min_top1),
+        ("agreement", result.get("agreement"), min_agreement),
+    ):
+        if least is not None and value is not None and value < least:
+            flag = name.replace("top-1", "top1")
+            raise GateError(
+                f"{name} of {target} is {value:.3f} %, below --min-{flag} {least:g}; "
+                "train longer or lower the gate"
+            )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, or a run's best.safetensors.")],
+    output: Annotated[Path | None, typer.Option(help="File to write.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="qdq or float.")] = "qdq",
+    as_json: Json = False,
+) -> None:
+    """Write the ONNX file of RUN again.
+
+    Example: ricciq export runs/my-run --output model.onnx
+    """
+    if format_ not in ("qdq", "float"):
+        raise UsageError(f"--format {format_} is not known; give qdq or float")
+    from ricciq.trained import export_run
+
+    path = export_run(run, output, as_float=format_ == "float")
+    _print({"path": str(path), "bytes": path.stat().st_size, "format": format_}, as_json)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="ONNX file.")],
+    as_json: Json = False,
+) -> None:
+    """Show the layers of an ONNX FILE: operator, shape, bits, bytes, and what the runtime fused.
+
+    Example: ricciq inspect model.onnx
+    """
+    from ricciq.inspection import inspect_onnx
+
+    _print(inspect_onnx(file).to_dict(), as_json, _layer_table)
+
+
+@app.command()
+def bench(
+    file: Annotated[Path, typer.Argument(help="ONNX file.")],
+    against: Annotated[Path | None, typer.Option(help="Compare with this file.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in a call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Time an ONNX FILE, and another by turns with it.
+
+    Example: ricciq bench model.onnx --against float.onnx
+    """
+    from ricciq.bench import bench_files
+
+    _print(bench_files(file, against, batch=batch, threads=threads), as_json)
+
+
+def _widths(
+    bits: str | None, weight_bits: str | None, act_bits: str | None, messages: list[str]
+) -> tuple[int | str | None, int | str | None]:
+    """What --bits, --weight-bits and --act-bits ask for; None where nothing was said."""
+    both = _width("--bits", bits)
+    activations = both
+    if both in (1, "ternary"):
+        activations = 2
+        if act_bits is None:
+            messages.append(
+                f"--bits {both} sets the weights; activations get 2 bits, unless --act-bits says so"
+            )
+    weights = _width("--weight-bits", weight_bits) or both
+    return weights, _width("--act-bits", act_bits, ternary=False) or activations
+
+
+def _width(flag: str, text: str | None, ternary: bool = True) -> int | str | None:
+    if text is None or (ternary and text == "ternary"):
+        return text
+    if text.isascii() and text.isdigit() and int(text) in (*range(1, 9), 32):
+        return int(text)
+    allowed = WIDTHS if ternary else "1 to 8, or 32 for float"
+    raise UsageError(f"{flag} {text} is not a width; give {allowed}")
+
+
+def _model_and_weights(model: str, checkpoint: Path | None) -> tuple[str, Path | None]:
+    path = Path(model)
+    if not path.exists():
+        return model, checkpoint
+    if checkpoint is not None:
+        raise UsageError(f"{model} has weights of its own; give either it or --checkpoint")
+    from ricciq.trained import float_source
+
+    return float_source(path)
+
+
+def _print(values: dict[str, Any], as_json: bool, table: Any = None) -> None:
+    if as_json:
+        print(json.dumps(values))
+    else:
+        Console().print((table or _value_table)(values))
+
+
+def _value_table(values: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    for key, value in values.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _layer_table(values: dict[str, Any]) -> Table:
+    table = Table(caption=", ".join(f"{k}: {v}" for k, v in values["totals"].items()))
+    headings = ("layer", "operator", "shape", "weight bits", "activation bits", "bytes", "integer")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in values["layers"]:
+        shape = "x".join(str(n) for n in row["shape"])
+        table.add_row(
+            row["name"],
+            row["operator"],
+            shape,
+            str(row["weight_bits"]),
+            str(row["act_bits"]),
+            str(row["bytes"]),
+            "yes" if row["fused"] else "no",
+        )
+    return table
+
+
+def _plan_table(values: dict[str, Any]) -> Table:
+    table = Table(title=f"{values['model']}: {values['steps']} steps on {values['device']}")
+    for heading in ("layer", "weight bits", "activation bits", "weights"):
+        table.add_column(heading)
+    for row in values["layers"]:
+        cells = (row["name"], row["weight_bits"], row["act_bits"], row["parameters"])
+        table.add_row(*map(str, cells))
+    for kept in values["kept"]:
+        table.add_row(kept["name"], "float", kept["why"], kept["kind"])
+    return table
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line and exit with the code `ricciq.errors` lists."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--debug"]:
+        sys.exit(app(arguments, standalone_mode=False))
+    try:
+        sys.exit(app(arguments, standalone_mode=False))
+    except RicciqError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), UsageError.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped", InterruptedRunError.exit_code)
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        _fail(f"failed unexpectedly ({what}); `ricciq --debug` shows where", RicciqError.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"ricciq: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,489 @@
+"""Every form of --data, as loaders: a folder, `digits`, or a torchvision set through timm.
+
+Pictures are opened strictly: timm's own folder data set puts another sample in the place of a
+picture it cannot read, which changes accuracies without a word; here such a picture ends the run.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from timm.data.dataset_factory import create_dataset
+from timm.data.readers.img_extensions import IMG_EXTENSIONS
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.functional import normalize
+
+from ricciq.errors import DataError, UsageError
+from ricciq.preprocessing import Augmentation, Preprocessing
+
+Split = Literal["fit", "holdout", "val"]
+Batch = tuple[Tensor, Tensor]
+Indices = npt.NDArray[np.int64]
+
+FORMS = (
+    "a folder with train/ and val/ (or validation/), `digits`, "
+    "or torch/NAME with --data-dir, such as torch/fashion_mnist"
+)
+# timm's name of each torchvision set that holds its pictures in memory, and torchvision's.
+TORCH_NAMES = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashion_mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "mnist": "MNIST",
+}
+HOLDOUT_SHARE = 0.05
+DIGITS_VALIDATION = 360
+GREY_PROBES = 32
+
+
+def open_data(name: str, root: Path | None) -> PictureData:
+    """Open a data set by the name given to --data.
+
+    Args:
+        name: a folder, `digits`, or `torch/NAME`.
+        root: the folder that torchvision's files lie in (--data-dir); used by torch/NAME only.
+
+    Raises:
+        DataError: the data set is missing, unreadable or has no proper splits.
+        UsageError: torch/NAME without a root.
+    """
+    form, _, rest = name.partition("/")
+    if name == "digits":
+        return _open_digits()
+    if form == "torch" and rest:
+        return _open_torch(rest, root)
+    if form in ("wds", "hfds", "hfids", "tfds") and rest:
+        raise DataError(f"data {name!r} is of a form this version does not read: give {FORMS}")
+    folder = Path(name)
+    if not folder.is_dir():
+        raise DataError(f"there is no data set {name!r}: give {FORMS}")
+    try:
+        return _open_folder(folder)
+    except OSError as error:
+        raise DataError(f"data folder {folder} cannot be listed ({error}): allow it") from error
+
+
+class PictureData:
+    """A classification data set with a training and a validation part.
+
+    Five percent of the training part is held out, the same pictures in every run: the best epoch
+    is chosen on them, so that the validation part is used once.
+
+    Attributes:
+        name: as given to --data.
+        class_names: one name a class, in the order of the targets.
+        grey: whether the pictures have one channel.
+    """
+
+    def __init__(
+        self, name: str, class_names: Sequence[str], grey: bool, train: _Pictures, val: _Pictures
+    ) -> None:
+        """Set the hold-out aside; see `open_data`."""
+        self.name = name
+        self.class_names = list(class_names)
+        self.grey = grey
+        everything = np.arange(len(train.targets))
+        if len(everything) < 2:
+            raise DataError(
+                f"data {name!r} has a single training picture: give at least two, one to train on "
+                "and one to hold out"
+            )
+        # A class with one picture keeps it for training; where no class has two, any will do.
+        counts = np.bincount(train.targets)
+        spare = everything[counts[train.targets] > 1]
+        pool = spare if len(spare) else everything
+        wanted = max(round(HOLDOUT_SHARE * len(pool)), int((counts > 1).sum()), 1)
+        held_out = _stratified(train.targets, pool, wanted)
+        self._splits: dict[Split, tuple[_Pictures, Indices]] = {
+            "fit": (train, np.setdiff1d(everything, held_out)),
+            "holdout": (train, held_out),
+            "val": (val, np.arange(len(val.targets))),
+        }
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey pictures, 3 for colour."""
+        return 1 if self.grey else 3
+
+    def loader(
+        self,
+        split: Split,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        workers: int,
+        training: bool,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        train_samples: int | None = None,
+        pin_memory: bool = False,
+    ) -> DataLoader[Batch]:
+        """Batches of one split: pictures (B, C, H, W) float32 and targets (B,) int64.
+
+        A training loader shuffles, drops a last partial batch if there is a full one, and repeats
+        itself: what it yields depends on seed and epoch (see `set_epoch`), not on `workers`.
+
+        Args:
+            split: "fit" and "holdout" share the training part, "val" is the validation part.
+            preprocessing: size and normalization of the tensors.
+            batch_size: pictures a batch.
+            workers: processes that decode pictures; 0 decodes in this one.
+            training: shuffle and augment.
+            seed: start of the order and of the augmentation.
+            augmentation: what to vary in training; None varies nothing.
+            train_samples: take this many pictures of "fit", fixed and stratified.
+            pin_memory: as in torch's DataLoader.
+
+        Raises:
+            DataError: while iterating, for a picture that cannot be read.
+            UsageError: more train_samples than there are pictures, or an unknown auto_augment.
+        """
+        pictures, indices = self._splits[split]
+        if train_samples is not None:
+            if split != "fit" or not 1 <= train_samples <= len(indices):
+                raise UsageError(
+                    f"train_samples {train_samples} cannot be taken from the {len(indices)} "
+                    f"{split} pictures of {self.name!r}: give at least 1 and at most "
+                    f"{len(self._splits['fit'][1])}"
+                )
+            indices = _stratified(pictures.targets, indices, train_samples)
+        vary = augmentation.transform(preprocessing) if training and augmentation else None
+        samples = _Samples(pictures, indices, preprocessing, vary, seed)
+        return _PictureLoader(
+            samples,
+            batch_size=batch_size,
+            sampler=_EpochSampler(len(samples), seed) if training else None,
+            drop_last=training and len(samples) >= batch_size,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_is,
+            # Its own, so that starting an epoch draws nothing from the global generator.
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+
+def set_epoch(loader: DataLoader[Batch], epoch: int, skip_batches: int = 0) -> None:
+    """Give a training loader the order and the augmentation of an epoch.
+
+    Args:
+        loader: from `PictureData.loader` with `training=True`.
+        epoch: counted from 0.
+        skip_batches: leave out this many first batches, to go on in the middle of an epoch.
+    """
+    samples, sampler = loader.dataset, loader.sampler
+    if not (isinstance(samples, _Samples) and isinstance(sampler, _EpochSampler)):
+        raise TypeError("set_epoch needs a training loader made by PictureData.loader")
+    samples.epoch = sampler.epoch = epoch
+    sampler.skip = skip_batches * (loader.batch_size or 1)
+
+
+class _Pictures(Protocol):
+    """Pictures that can be opened one by one, with targets known beforehand."""
+
+    targets: Indices
+
+    def open(self, index: int, mode: str) -> Image.Image:
+        """The picture of an index in PIL mode "L" or "RGB"."""
+
+
+class _Files:
+    """Pictures in files.
+
+    Attributes:
+        paths: one file a picture.
+        targets: (N,) class indices.
+    """
+
+    def __init__(self, paths: Sequence[str], targets: Sequence[int]) -> None:
+        self.paths = paths
+        self.targets: Indices = np.asarray(targets, dtype=np.int64)
+
+    def open(self, index: int, mode: str) -> Image.Image:
+        """Decode the file of an index in full.
+
+        Raises:
+            DataError: the file is missing, damaged, or so large that PIL suspects an attack.
+        """
+        with _opened(self.paths[index]) as picture:
+            if picture.mode.startswith("I"):
+                # PIL would clip 16-bit grey at 255, which turns most of it white.
+                high = np.clip(np.asarray(picture), 0, 65535) >> 8
+                return Image.fromarray(high.astype(np.uint8)).convert(mode)
+            return picture.convert(mode)
+
+    def grey(self) -> bool:
+        """Whether an evenly spaced sample of the files holds grey pictures only."""
+        count = len(self.paths)
+        for index in set(np.linspace(0, count - 1, GREY_PROBES).astype(int)):
+            with _opened(self.paths[index]) as picture:
+                if picture.getbands()[0] not in {"1", "L", "I", "F"}:
+                    return False
+        return True
+
+
+class _Arrays:
+    """Pictures in memory.
+
+    Attributes:
+        pixels: (N, H, W, C) bytes, C being 1 or 3.
+        targets: (N,) class indices.
+    """
+
+    def __init__(self, pixels: npt.NDArray[np.uint8], targets: Sequence[int]) -> None:
+        self.pixels = pixels
+        self.targets: Indices = np.asarray(targets, dtype=np.int64)
+
+    def open(self, index: int, mode: str) -> Image.Image:
+        """The picture of an index."""
+        pixels = self.pixels[index]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert(mode)
+
+    def fits(self, preprocessing: Preprocessing) -> bool:
+        """Whether evaluation leaves the pixels as they are, but for the normalization."""
+        channels, height, width = preprocessing.input_size
+        return self.pixels.shape[1:] == (height, width, channels) and preprocessing.crop_pct == 1.0
+
+
+class _Samples(Dataset[Batch]):
+    """The chosen pictures of a split as normalized tensors, read a batch at a time."""
+
+    def __init__(
+        self,
+        pictures: _Pictures,
+        indices: Indices,
+        preprocessing: Preprocessing,
+        vary: Any,
+        seed: int,
+    ) -> None:
+        self.pictures = pictures
+        self.indices = indices
+        self.preprocessing = preprocessing
+        self.vary = vary
+        self.evaluate = preprocessing.evaluation_transform()
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: list[int]) -> Batch | DataError:
+        """A batch; an error is handed over as a value, since torch rewrites what workers raise."""
+        chosen = self.indices[positions]
+        targets = torch.from_numpy(self.pictures.targets[chosen])
+        try:
+            return self._images(chosen), targets
+        except DataError as error:
+            return error
+
+    def _images(self, chosen: Indices) -> Tensor:
+        if self.vary is not None:
+            with _random_state_kept():
+                return torch.stack([self._varied(int(index)) for index in chosen])
+        if isinstance(self.pictures, _Arrays) and self.pictures.fits(self.preprocessing):
+            # The arithmetic of the transform, on the whole batch: a hundred times faster.
+            pixels = torch.from_numpy(self.pictures.pixels[chosen]).permute(0, 3, 1, 2)
+            images = pixels.contiguous().to(torch.float32).div_(255)
+            mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
+            normalize(images, mean, std, inplace=True)
+            return images
+        mode = self.preprocessing.mode
+        return torch.stack([self.evaluate(self.pictures.open(int(i), mode)) for i in chosen])
+
+    def _varied(self, index: int) -> Tensor:
+        # Of a picture's own, so that neither its batch nor its worker matters. timm's transforms
+        # draw from all three generators.
+        random.seed(f"augmentation {self.seed} {self.epoch} {index}")
+        np.random.seed(random.getrandbits(32))
+        torch.default_generator.manual_seed(random.getrandbits(63))
+        varied: Tensor = self.vary(self.pictures.open(index, self.preprocessing.mode))
+        return varied
+
+
+class _EpochSampler(Sampler[int]):
+    """A shuffled order that is a function of seed and epoch alone."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self.epoch = 0
+        self.skip = 0
+
+    def __len__(self) -> int:
+        return max(self.count - self.skip, 0)
+
+    def __iter__(self) -> Iterator[int]:
+        start = random.Random(f"order {self.seed} {self.epoch}").getrandbits(63)
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(start))
+        yield from order[self.skip :].tolist()
+
+
+class _PictureLoader(DataLoader[Batch]):
+    """A DataLoader that raises the errors its workers hand over."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
+    """Choose `count` of `indices`, always the same ones, every class in its proportion.
+
+    The indices are put in a fixed order in which each class advances at its own pace, and its
+    start is taken: every class comes once before any advances, and a smaller choice is part of
+    a larger one.
+
+    Returns:
+        The chosen indices, ascending.
+    """
+    # RandomState, as its stream is the one that NumPy promises never to change.
+    shuffled = np.random.RandomState(0).permutation(indices)
+    sizes = Counter(targets[shuffled].tolist())
+    seen: Counter[int] = Counter()
+    progress = np.empty(len(shuffled))
+    for position, target in enumerate(targets[shuffled].tolist()):
+        progress[position] = seen[target] / sizes[target]
+        seen[target] += 1
+    chosen: Indices = np.sort(shuffled[np.argsort(progress, kind="stable")[:count]])
+    return chosen
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """An open picture; whatever goes wrong with it is a DataError that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                yield picture
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        raise DataError(f"picture {path} cannot be read ({reason}): repair or remove it") from error
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the global random generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _open_folder(folder: Path) -> PictureData:
+    train_folder = folder / "train"
+    val_folder = next((p for n in ("val", "validation") if (p := folder / n).is_dir()), None)
+    if not train_folder.is_dir():
+        raise DataError(f"data folder {folder} has no train/ in it: give {FORMS}")
+    if val_folder is None:
+        raise DataError(
+            f"data folder {folder} has neither val/ nor validation/ in it: put pictures that are "
+            "not in train/ there, one folder a class"
+        )
+    class_names, train = _read_split(train_folder)
+    val_names, val = _read_split(val_folder)
+    if odd := sorted(set(class_names) ^ set(val_names), key=natural_key):
+        shown = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
+        raise DataError(
+            f"{train_folder} and {val_folder} do not hold the same classes ({shown} in one only): "
+            "give both the same class folders"
+        )
+    return PictureData(str(folder), class_names, train.grey(), train, val)
+
+
+def _read_split(folder: Path) -> tuple[list[str], _Files]:
+    """The class names of a folder, in timm's order, and its pictures, nested folders included."""
+    visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    class_names = sorted((entry.name for entry in visible if entry.is_dir()), key=natural_key)
+    if not class_names:
+        raise DataError(f"{folder} has no class folders in it: put the pictures in one a class")
+    for entry in visible:
+        if entry.suffix.lower() in IMG_EXTENSIONS and entry.is_file():
+            raise DataError(f"picture {entry} lies beside the class folders: move it into one")
+    paths: list[str] = []
+    targets: list[int] = []
+    for target, class_name in enumerate(class_names):
+        found, _ = find_images_and_targets(str(folder / class_name), types=IMG_EXTENSIONS)
+        if not found:
+            raise DataError(
+                f"class folder {folder / class_name} holds no pictures "
+                f"({', '.join(IMG_EXTENSIONS)}): fill or remove it"
+            )
+        paths += [path for path, _ in found]
+        targets += [target] * len(found)
+    return class_names, _Files(paths, targets)
+
+
+def _open_digits() -> PictureData:
+    """scikit-learn's 1,797 scanned digits of 8x8 pixels, 360 of them for validation."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    # Grey levels 0..16 become bytes: value * 255 / 16, rounded half to even.
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    train, val = train_test_split(
+        np.arange(len(pixels)),
+        test_size=DIGITS_VALIDATION,
+        stratify=digits.target,
+        random_state=0,
+    )
+    return PictureData(
+        "digits",
+        [str(name) for name in digits.target_names],
+        True,
+        _Arrays(pixels[train], digits.target[train]),
+        _Arrays(pixels[val], digits.target[val]),
+    )
+
+
+def _open_torch(name: str, root: Path | None) -> PictureData:
+    if name not in TORCH_NAMES:
+        raise DataError(
+            f"there is no data set 'torch/{name}': give one of "
+            + ", ".join(f"torch/{known}" for known in TORCH_NAMES)
+        )
+    if root is None:
+        raise UsageError(f"data 'torch/{name}' needs --data-dir: give the folder its files are in")
+    try:
+        train, val = (
+            create_dataset(f"torch/{name}", root=str(root), split=split, download=False)
+            for split in ("train", "validation")
+        )
+    except Exception as error:  # torchvision raises whatever its parsers meet
+        raise DataError(
+            f"torch/{name} is missing or damaged in {root}: point --data-dir at a folder that "
+            f"torchvision.datasets.{TORCH_NAMES[name]}(folder, download=True) has filled"
+        ) from error
+    pixels = [np.asarray(part.data) for part in (train, val)]
+    if grey := pixels[0].ndim == 3:
+        pixels = [part[..., None] for part in pixels]
+    parts = _Arrays(pixels[0], train.targets), _Arrays(pixels[1], val.targets)
+    return PictureData(f"torch/{name}", train.classes, grey, *parts)

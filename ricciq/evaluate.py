@@ -1,0 +1,101 @@
+"""Top-1, top-5, loss and agreement of any predict callable, torch or ONNX, in one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ricciq.errors import DataError
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How well a model did.
+
+    Attributes:
+        top1: percent of samples whose first guess was right.
+        top5: percent with the right class among the first five guesses.
+        loss: mean cross-entropy, nats.
+        samples: how many were seen.
+        agreement: percent of samples with the reference's first guess.
+        max_abs_diff: largest difference of a logit from the reference's.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    samples: int
+    agreement: float
+    max_abs_diff: float
+
+
+@dataclass
+class _Tally:
+    top1: int = 0
+    top5: int = 0
+    loss: float = 0.0
+    agreed: int = 0
+    max_abs_diff: float = 0.0
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor) -> None:
+        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = guesses == targets[:, None]
+        self.top1 += int(hits[:, 0].sum())
+        self.top5 += int(hits.any(1).sum())
+        self.loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        self.agreed += int((logits.argmax(1) == reference.argmax(1)).sum())
+        self.max_abs_diff = max(self.max_abs_diff, float((logits - reference).abs().max()))
+
+
+@torch.inference_mode()
+def evaluate(
+    predictors: Mapping[str, Predict],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    reference: str | None = None,
+) -> dict[str, Metrics]:
+    """Show the same pictures to several models.
+
+    Args:
+        predictors: functions from (B, C, H, W) to (B, classes) logits, by name.
+        batches: pictures and integer targets (B,).
+        reference: which of them agreement is counted with; the first unless told.
+
+    Returns:
+        The metrics of each.
+
+    Raises:
+        DataError: there was no picture, or a target is not among the classes.
+    """
+    reference = reference or next(iter(predictors))
+    tallies = {name: _Tally() for name in predictors}
+    samples = 0
+    for images, targets in batches:
+        logits = {name: predict(images).float().cpu() for name, predict in predictors.items()}
+        classes = logits[reference].shape[1]
+        if int(targets.max()) >= classes:
+            raise DataError(
+                f"the data has class number {int(targets.max())} but the model knows only {classes} "
+                "classes; give the data the model was made for"
+            )
+        samples += len(targets)
+        for name, tally in tallies.items():
+            tally.add(logits[name], targets.cpu(), logits[reference])
+    if not samples:
+        raise DataError("there is no picture to evaluate on; check the data folder")
+    return {
+        name: Metrics(
+            top1=100 * tally.top1 / samples,
+            top5=100 * tally.top5 / samples,
+            loss=tally.loss / samples,
+            samples=samples,
+            agreement=100 * tally.agreed / samples,
+            max_abs_diff=tally.max_abs_diff,
+        )
+        for name, tally in tallies.items()
+    }

@@ -1,0 +1,69 @@
+"""What a run says while it works: to the terminal, and to log.txt once there is a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Journal:
+    """Says a line at a time, and shows a bar where there is a terminal.
+
+    Args:
+        console: where to show; None keeps silent and only logs.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
+        self._log: Path | None = None
+        self._pending: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Show a line and log it with the time."""
+        if self.console is not None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._pending.append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        if self._log is not None:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.writelines(self._pending)
+            self._pending.clear()
+
+    def log_to(self, path: Path) -> None:
+        """Append to this file from now on, beginning with what was said before."""
+        self._log = path
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[Callable[[], str]], None]]:
+        """A progress bar for the length of a block; nothing where there is no terminal.
+
+        Yields:
+            A function to call after each of ``total`` steps; its argument gives the text to show
+            and is called now and then, since making it may wait for the device.
+        """
+        if self.console is None or not self.console.is_terminal:
+            yield lambda _: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(title, total=total, shown="")
+            steps = 0
+
+            def advance(text: Callable[[], str]) -> None:
+                nonlocal steps
+                if steps % 10 == 0:
+                    progress.update(task, shown=text())
+                steps += 1
+                progress.advance(task)
+
+            yield advance

@@ -1,0 +1,340 @@
+"""The whole story on one page: from a float model and pictures to a checked low-bit ONNX file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ricciq import __version__
+from ricciq.bench import Latency, measure_latency
+from ricciq.calibration import calibrate
+from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
+from ricciq.convert import Plan, convert, plan_conversion
+from ricciq.data import Batch, PictureData, Split, open_data
+from ricciq.errors import InterruptedRunError, UsageError
+from ricciq.estimators import Correction, named_flow
+from ricciq.evaluate import Metrics, Predict, evaluate
+from ricciq.export import deploy, export_onnx, stored_in_onnx
+from ricciq.inspection import Inspection, inspect_onnx
+from ricciq.journal import Journal
+from ricciq.models import load_model
+from ricciq.preprocessing import Preprocessing
+from ricciq.quantizer import FLOAT_BITS
+from ricciq.recipe import Recipe
+from ricciq.report import Report
+from ricciq.runfolder import RunFolder, open_run_folder, read_csv, write_csv
+from ricciq.runtime import open_session, session_predictor
+from ricciq.train import Progressed, finetune
+
+
+def run(
+    recipe: Recipe,
+    output: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    journal: Journal | None = None,
+) -> tuple[Report, Path]:
+    """Load, convert, calibrate, fine-tune, export, evaluate the export, report.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder; by default a new one under ``runs``.
+        resume: go on with an unfinished run of the same recipe.
+        overwrite: replace a run that the folder holds.
+        journal: where progress is shown.
+
+    Returns:
+        The report, and the run's folder.
+
+    Raises:
+        RicciqError: whatever `ricciq.errors` lists; nothing is written before data and model are
+            known to be usable.
+        InterruptedRunError: the user stopped it.
+    """
+    journal = journal or Journal()
+    device = choose_device(recipe.device)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(recipe.seed)
+        job = prepare(recipe, device, journal)
+        reference = _check_validation(job, journal)
+        folder = open_run_folder(recipe, output, resume=resume, overwrite=overwrite)
+        with folder.locked():
+            journal.log_to(folder.log)
+            journal.say(f"run folder: {folder.path}")
+            try:
+                done = _train(job, folder, resume, journal)
+                report = _finish(job, folder, reference, done, journal)
+            except KeyboardInterrupt:
+                raise InterruptedRunError(
+                    f"stopped; `--output {folder.path} --resume` goes on from the last saved epoch"
+                ) from None
+    return report, folder.path
+
+
+class Job(NamedTuple):
+    """A recipe with everything it names loaded, and the plan made."""
+
+    recipe: Recipe
+    device: torch.device
+    data: PictureData
+    model: nn.Module
+    preprocessing: Preprocessing
+    plan: Plan
+    messages: list[str]
+
+    def loader(self, split: Split, *, training: bool = False) -> DataLoader[Batch]:
+        """Batches of one split as the recipe wants them."""
+        settings = self.recipe.data
+        return self.data.loader(
+            split,
+            self.preprocessing,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            training=training,
+            seed=self.recipe.seed,
+            augmentation=settings.augmentation if training else None,
+            train_samples=settings.train_samples if split == "fit" else None,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What has to be known to rebuild the model without its data."""
+        return {
+            "ricciq": __version__,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "preprocessing": self.preprocessing.to_dict(),
+            "class_names": self.data.class_names,
+            "plan": asdict(self.plan),
+        }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe names.
+
+    Raises:
+        UsageError: this machine has none of that name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name} is not on this machine ({torch.cuda.device_count()} CUDA devices); "
+            "take --device cpu"
+        )
+    return device
+
+
+def prepare(recipe: Recipe, device: torch.device, journal: Journal) -> Job:
+    """Open the data, load the model and plan its conversion; nothing is written or changed."""
+    data = open_data(recipe.data.name, recipe.data.dir)
+    loaded = load_model(
+        recipe.model.name,
+        num_classes=data.num_classes,
+        channels=data.channels,
+        checkpoint=recipe.model.checkpoint,
+        pretrained=recipe.model.pretrained,
+        input_size=recipe.data.input_size,
+        seed=recipe.seed,
+    )
+    for message in loaded.messages:
+        journal.say(message)
+    model = loaded.model.to(device)
+    bits = recipe.quantization
+    example = torch.zeros(2, *loaded.preprocessing.input_size, device=device)
+    plan = plan_conversion(model, example, bits.weight_bits, bits.act_bits, bits.edge_bits)
+    return Job(recipe, device, data, model, loaded.preprocessing, plan, loaded.messages)
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """The plan of a run that has not started, as plain values."""
+    layers = [
+        {
+            "name": layer.name,
+            "weight_bits": layer.weight_bits,
+            "act_bits": layer.act_bits,
+            "parameters": sum(
+                p.numel() for p in job.model.get_submodule(layer.name).parameters(recurse=False)
+            ),
+        }
+        for layer in job.plan.layers
+    ]
+    epochs = job.recipe.training.epochs
+    return {
+        "model": job.recipe.model.name,
+        "data": job.recipe.data.name,
+        "device": str(job.device),
+        "epochs": epochs,
+        "steps": epochs * len(job.loader("fit", training=True)),
+        "layers": layers,
+        "kept": [asdict(kept) for kept in job.plan.kept],
+        "recipe": job.recipe.model_dump(mode="json"),
+    }
+
+
+def _check_validation(job: Job, journal: Journal) -> Metrics:
+    """The float accuracy; and every validation picture is read before hours are spent."""
+    float_model = job.model.eval()
+    predictors: dict[str, Predict] = {"float": lambda images: float_model(images.to(job.device))}
+    metrics = evaluate(predictors, job.loader("val"))["float"]
+    journal.say(f"float model: top-1 {metrics.top1:.2f} % on {metrics.samples} validation samples")
+    return metrics
+
+
+def _train(job: Job, folder: RunFolder, resume: bool, journal: Journal) -> Progressed:
+    """Export the float model, then convert, calibrate and fine-tune it; leave the best in it."""
+    recipe = job.recipe
+    teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
+    export_onnx(copy.deepcopy(teacher).cpu(), folder.float_onnx, job.preprocessing)
+    convert(job.model, job.plan)
+    journal.say(
+        f"converted {len(job.plan.layers)} layers, placed {len(job.plan.points)} 8-bit points, "
+        f"kept {len(job.plan.kept)} parts float"
+    )
+    if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
+        calibrate(job.model, _first_images(job))
+    method = recipe.method
+    done = finetune(
+        job.model,
+        job.loader("fit", training=True),
+        job.loader("holdout"),
+        recipe,
+        Correction(named_flow(method.name, method.changes)),
+        device=job.device,
+        folder=folder,
+        teacher=teacher if job.plan.layers and recipe.training.distill else None,
+        about=job.about,
+        journal=journal,
+        resume=resume,
+    )
+    if not folder.best.is_file():  # no epoch was asked for: what calibration gave is the best
+        save_tensors(folder.best, job.model.state_dict(), job.about)
+    tensors, _ = load_tensors(folder.best)
+    load_model_state(job.model, tensors, folder.best)
+    return done
+
+
+def _first_images(job: Job) -> Iterator[Tensor]:
+    """The pictures to calibrate on, one batch in memory at a time."""
+    for images, _ in islice(job.loader("fit"), job.recipe.data.calibration_batches):
+        yield images.to(job.device)
+
+
+def _finish(
+    job: Job, folder: RunFolder, reference: Metrics, done: Progressed, journal: Journal
+) -> Report:
+    """Export, evaluate what was written, and report."""
+    journal.say("exporting")
+    deployed = deploy(job.model).cpu()
+    export_onnx(deployed, folder.onnx, job.preprocessing, stored_in_onnx(job.about))
+    journal.say("evaluating the exported file")
+    predictors = {
+        "quantized": deployed,
+        "onnx": _onnx_predictor(folder.onnx),
+        "unoptimized": _onnx_predictor(folder.onnx, optimize=False),
+    }
+    metrics = evaluate(predictors, job.loader("val"))
+    latency = measure_latency({"float": folder.float_onnx, "onnx": folder.onnx})
+    inspection = inspect_onnx(folder.onnx)
+    report = _report(job, folder, reference, metrics, latency, inspection, done)
+    write_csv(folder.layers, [layer.model_dump() for layer in report.layers])
+    report.save(folder.report, folder.report_markdown)
+    return report
+
+
+def _onnx_predictor(path: Path, *, optimize: bool = True) -> Predict:
+    return session_predictor(open_session(path, optimize=optimize), path)
+
+
+def _report(
+    job: Job,
+    folder: RunFolder,
+    reference: Metrics,
+    metrics: Mapping[str, Metrics],
+    latency: Mapping[str, Latency],
+    inspection: Inspection,
+    done: Progressed,
+) -> Report:
+    recipe = job.recipe
+    onnx, unoptimized = metrics["onnx"], metrics["unoptimized"]
+    float_bytes, onnx_bytes = folder.float_onnx.stat().st_size, folder.onnx.stat().st_size
+    in_file = {layer.name: layer for layer in inspection.layers}
+    layers = []
+    for layer in job.plan.layers:
+        module = job.model.get_submodule(layer.name)
+        written = in_file[layer.name]
+        layers.append(
+            {
+                "name": layer.name,
+                "kind": type(module).__name__,
+                "weight_bits": layer.weight_bits,
+                "act_bits": layer.act_bits,
+                "parameters": sum(p.numel() for p in module.parameters(recurse=False)),
+                "bytes": written.bytes,
+                "fused": written.fused,
+            }
+        )
+    return Report.model_validate(
+        {
+            "ricciq": __version__,
+            "model": recipe.model.name,
+            "data": recipe.data.name,
+            "method": recipe.method.name,
+            "weight_bits": recipe.quantization.weight_bits,
+            "act_bits": recipe.quantization.act_bits,
+            "seed": recipe.seed,
+            "float": asdict(reference),
+            "quantized": asdict(metrics["quantized"]),
+            "onnx": {
+                **asdict(onnx),
+                "agreement_unoptimized": unoptimized.agreement,
+                "top1_unoptimized": unoptimized.top1,
+                "path": folder.onnx.name,
+            },
+            "size": {
+                "float_bytes": float_bytes,
+                "onnx_bytes": onnx_bytes,
+                "ratio": onnx_bytes / float_bytes,
+            },
+            "latency": {
+                "float_ms": latency["float"].median,
+                "onnx_ms": latency["onnx"].median,
+                "speedup": latency["float"].median / latency["onnx"].median,
+                "threads": 1,
+                "batch": 1,
+            },
+            "layers": layers,
+            "kept": [asdict(kept) for kept in job.plan.kept],
+            "geometry": _geometry(folder, done.epoch),
+            "training": {
+                "epochs": done.epoch,
+                "steps": done.steps,
+                "seconds": done.seconds,
+                "device": str(job.device),
+                "images_per_second": done.images / done.seconds if done.seconds else 0.0,
+                "skipped_steps": done.skipped,
+                "holdout_top1": done.best_top1 if done.epoch else None,
+                "chosen_epoch": done.chosen_epoch,
+            },
+            "messages": job.messages,
+        }
+    )
+
+
+def _geometry(folder: RunFolder, epoch: int) -> dict[str, float]:
+    """Means over the layers at the last epoch, from geometry.csv."""
+    rows = [row for row in read_csv(folder.geometry) if int(row["epoch"]) == epoch]
+    names = ("perturbation_start", "perturbation_end", "decay", "mismatch_cosine")
+    return {name: fmean(float(row[name]) for row in rows) for name in names} if rows else {}

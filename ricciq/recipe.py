@@ -1,0 +1,207 @@
+"""Recipe and its sections: load, override, validate, save.
+
+A recipe is everything that decides a run's result. Values come from the defaults below, then from a
+YAML file, then from command-line flags; the merged recipe is saved in the run folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ricciq.errors import RecipeError
+from ricciq.preprocessing import Augmentation
+
+WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary"]
+ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+MAX_BYTES = 1_000_000
+"""A recipe larger than this is not read: YAML aliases in a hostile file could fill the memory."""
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are errors, so that a typing mistake is not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which network, and where its float weights come from."""
+
+    name: str = ""
+    checkpoint: Path | None = None
+    pretrained: bool = True
+
+
+class DataSection(Section):
+    """Which pictures, and how they are prepared."""
+
+    name: str = ""
+    dir: Path | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    workers: Count = 0
+    input_size: Annotated[int, Field(ge=1)] | None = None
+    train_samples: Annotated[int, Field(ge=1)] | None = None
+    calibration_batches: Annotated[int, Field(ge=1)] = 8
+    augmentation: Augmentation = Augmentation()
+
+
+class QuantizationSection(Section):
+    """Widths in bits: of weights, of activations, and of both in the first and last layer."""
+
+    weight_bits: WeightBits = 4
+    act_bits: ActBits = 4
+    edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+
+
+class MethodSection(Section):
+    """The gradient estimator, and values that differ from what its name stands for."""
+
+    name: Literal["ricci", "ste", "lne", "project"] = "ricci"
+    coordinate: Literal["residual", "weight"] | None = None
+    block: Literal["row", "kernel"] | Annotated[int, Field(ge=1)] | None = None
+    flow: Literal["linear", "euler", "none"] | None = None
+    correction: Literal["natural", "pullback", "parallel", "project"] | None = None
+    time: Annotated[float, Field(ge=0)] | None = None
+    rho: Annotated[float, Field(gt=0, lt=1)] | None = None
+    tau_max: Positive | None = None
+    strength: float | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs from the named method."""
+        return self.model_dump(exclude={"name"}, exclude_none=True)
+
+
+class TrainingSection(Section):
+    """The fine-tuning schedule; ``opt`` and ``sched`` are timm's factory names."""
+
+    epochs: Count = 20
+    opt: str = "adamw"
+    lr: Positive = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    sched: str = "cosine"
+    warmup_epochs: Count = 0
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Positive | None = None
+    label_smoothing: Share = 0.0
+    distill: Share = 0.5
+    temperature: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} leaves no epoch of {self.epochs}; lower it"
+            )
+        return self
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    quantization: QuantizationSection = QuantizationSection()
+    method: MethodSection = MethodSection()
+    training: TrainingSection = TrainingSection()
+    seed: Count = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    amp: bool | None = None
+    compile: bool | None = None
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+        """Validate plain nested values.
+
+        Raises:
+            RecipeError: the first thing that does not hold, in one sentence.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(_sentence(error, source)) from None
+
+    @classmethod
+    def load(cls, name_or_file: str | Path) -> Recipe:
+        """Read a shipped recipe by name, or any recipe file.
+
+        Raises:
+            RecipeError: it does not exist, is not YAML, or does not hold.
+        """
+        path = find_recipe(name_or_file)
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise RecipeError(f"recipe {path} is larger than 1 MB; give a recipe file")
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(f"recipe {path} cannot be read ({reason}); correct the file") from None
+        if not isinstance(values, dict):
+            raise RecipeError(f"recipe {path} holds no sections; see `ricciq recipes ls`")
+        return cls.from_values(values, f"recipe {path}")
+
+    def override(self, flags: Mapping[str, Any]) -> Recipe:
+        """A recipe with dotted keys replaced, such as ``{"training.lr": 1e-3}``; None is no flag."""
+        values = self.model_dump()
+        for key, value in flags.items():
+            if value is None:
+                continue
+            section, _, field = key.rpartition(".")
+            (values[section] if section else values)[field] = value
+        return Recipe.from_values(values, "the command line")
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside the wheel, or beside the package in a clone."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def find_recipe(name_or_file: str | Path) -> Path:
+    """The file of a recipe given by shipped name or by path.
+
+    Raises:
+        RecipeError: there is none; the message has the nearest names.
+    """
+    shipped = shipped_recipes()
+    if str(name_or_file) in shipped:
+        return shipped[str(name_or_file)]
+    path = Path(name_or_file)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(str(name_or_file), shipped, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}" if near else "see `ricciq recipes ls`"
+    raise RecipeError(f"there is no recipe {name_or_file}; {hint}")
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    value = str(first["input"])[:80]
+    if first["type"] == "extra_forbidden":
+        known = [*Recipe.model_fields]
+        for section in Recipe.model_fields.values():
+            if isinstance(section.annotation, type) and issubclass(section.annotation, Section):
+                known += section.annotation.model_fields
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}" if near else "remove it"
+        return f"{source} has an unknown key {where}; {hint}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{source} does not hold at {where or 'its top'} = {value}: {reason}"

@@ -1,0 +1,196 @@
+"""Report -> JSON, Markdown and a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from pydantic import BaseModel, ConfigDict, Field
+from rich.table import Table
+
+from ricciq.checkpoint import write_atomically
+from ricciq.errors import InputError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class Accuracy(_Part):
+    """Accuracies in percent, cross-entropy in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+    samples: int | None = None
+
+
+class OnnxAccuracy(Accuracy):
+    """The written file's accuracy, and how it agrees with the torch model it was made from.
+
+    ``agreement`` is measured with onnxruntime's default optimizations, ``agreement_unoptimized`` with
+    all of them off; both in percent of samples with the same first guess.
+    """
+
+    agreement: float
+    max_abs_diff: float
+    agreement_unoptimized: float
+    top1_unoptimized: float
+    path: str
+
+
+class Size(_Part):
+    """Bytes of the two ONNX files."""
+
+    float_bytes: int
+    onnx_bytes: int
+    ratio: float
+
+
+class LatencyReport(_Part):
+    """Median milliseconds a batch, from one interleaved run."""
+
+    float_ms: float
+    onnx_ms: float
+    speedup: float
+    threads: int
+    batch: int
+
+
+class LayerReport(_Part):
+    """A discrete layer."""
+
+    name: str
+    kind: str
+    weight_bits: int | str
+    act_bits: int
+    parameters: int
+    bytes: int
+    fused: bool
+
+
+class KeptReport(_Part):
+    """Something that stayed float, and why."""
+
+    name: str
+    kind: str
+    why: str
+
+
+class GeometryReport(_Part):
+    """Means over the layers at the last step of the last epoch; None without training."""
+
+    perturbation_start: float | None = None
+    perturbation_end: float | None = None
+    decay: float | None = None
+    mismatch_cosine: float | None = None
+
+
+class TrainingReport(_Part):
+    """What training cost."""
+
+    epochs: int
+    steps: int
+    seconds: float
+    device: str
+    images_per_second: float
+    skipped_steps: int
+    holdout_top1: float | None
+    chosen_epoch: int
+
+
+class Report(_Part):
+    """Everything a run found out; schema 1, to which keys are only added."""
+
+    model_config = ConfigDict(populate_by_name=True, protected_namespaces=())
+
+    schema_version: int = Field(default=1, alias="schema")
+    ricciq: str
+    model: str
+    data: str
+    method: str
+    weight_bits: int | str
+    act_bits: int
+    seed: int
+    float_: Accuracy = Field(alias="float")
+    quantized: Accuracy
+    onnx: OnnxAccuracy
+    size: Size
+    latency: LatencyReport
+    layers: list[LayerReport]
+    kept: list[KeptReport]
+    geometry: GeometryReport
+    training: TrainingReport
+    messages: list[str] = []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with the names report.json uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def save(self, json_path: Path, markdown_path: Path) -> None:
+        """Write report.md and, last, report.json: its presence says that the run is finished."""
+        write_atomically(markdown_path, self.to_markdown())
+        write_atomically(json_path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def to_markdown(self) -> str:
+        """The report as a Markdown page."""
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        return environment.get_template("report.md.j2").render(r=self, float=self.float_) + "\n"
+
+    def to_table(self) -> Table:
+        """The verdict for a terminal."""
+        bits = f"W{self.weight_bits} A{self.act_bits}"
+        table = Table(title=f"{self.model} on {self.data}, {bits}, {self.method}")
+        table.add_column("")
+        for heading in ("float", "quantized", "ONNX", "difference"):
+            table.add_column(heading, justify="right")
+        table.add_row(
+            "top-1",
+            f"{self.float_.top1:.2f} %",
+            f"{self.quantized.top1:.2f} %",
+            f"{self.onnx.top1:.2f} %",
+            f"{self.onnx.top1 - self.float_.top1:+.2f}",
+        )
+        table.add_row(
+            "top-5",
+            f"{self.float_.top5:.2f} %",
+            f"{self.quantized.top5:.2f} %",
+            f"{self.onnx.top5:.2f} %",
+            f"{self.onnx.top5 - self.float_.top5:+.2f}",
+        )
+        table.add_row(
+            "size",
+            f"{self.size.float_bytes / 1e6:.3f} MB",
+            "",
+            f"{self.size.onnx_bytes / 1e6:.3f} MB",
+            f"size x {self.size.ratio:.3f}",
+        )
+        table.add_row(
+            "latency",
+            f"{self.latency.float_ms:.2f} ms",
+            "",
+            f"{self.latency.onnx_ms:.2f} ms",
+            f"speed x {self.latency.speedup:.2f}",
+        )
+        table.add_row("agreement", "", "", f"{self.onnx.agreement:.2f} %", "")
+        return table
+
+
+def load_report(path: Path) -> Report:
+    """Read a report.json.
+
+    Raises:
+        InputError: it is missing or is not a report of ours.
+    """
+    try:
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path} is no report of a run ({reason}); give a finished run") from None

@@ -1,0 +1,399 @@
+"""The paper: potential -> divergence -> metric -> Ricci tensor -> flow -> correction.
+
+"The paper" is Chen, Chen, Wang, Dai, Tsang and Liu, "Learning Discretized Neural Networks under
+Ricci Flow", arXiv 2302.03390. Formulas that it does not print are marked "derived here".
+
+A block is a set of n coordinates that share one metric. xi, v and gradients are (blocks, n), tau is
+(blocks, 1), where `blocks` may be several leading dimensions. With v = tanh(tau xi) and sigma =
+|v|^2 the linearly nearly Euclidean (LNE) metric is g = I - v v^T. Its Ricci tensor and its flow
+stay a diagonal plus one or two outer products: no n x n matrix arises.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Coordinate = Literal["residual", "weight"]
+Flow = Literal["linear", "euler", "none"]
+Correction = Literal["natural", "pullback", "parallel", "project"]
+MAX_MODES = 16  # Fourier modes of the linear flow; for shorter times its kinks are split off
+
+
+def tau(xi: Tensor, rho: float = 0.9, tau_max: float = 1.0) -> Tensor:
+    """Curvature min(tau_max, sqrt(rho) / |xi|), detached: sigma <= rho < 1 (derived here)."""
+    norm = torch.linalg.vector_norm(xi.detach(), dim=-1, keepdim=True)
+    return torch.clamp(math.sqrt(rho) / norm, max=tau_max)
+
+
+def potential(xi: Tensor, tau: Tensor) -> Tensor:
+    """Convex potential of the paper, sum_i log cosh(tau xi_i) / tau^2, of shape (blocks,).
+
+    Its gradient tanh(tau xi) / tau is a smooth discretization. Its Hessian is just the diagonal
+    1 - v_i^2; the metric the paper prints, and `lne_metric`, also have the off-diagonal -v_i v_j.
+    """
+    return (_log_cosh(tau * xi) / tau.square()).sum(dim=-1)
+
+
+def divergence(xi_new: Tensor, xi: Tensor, tau: Tensor) -> Tensor:
+    """LNE divergence D[xi_new : xi] of the paper, Bregman's for `potential`, >= 0, (blocks,)."""
+    slope = torch.tanh(tau * xi) / tau
+    return potential(xi_new, tau) - potential(xi, tau) - ((xi_new - xi) * slope).sum(dim=-1)
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    # Near 0 the usual |x| + log1p(exp(-2|x|)) - log 2 cancels to noise: use log1p(sinh^2) / 2.
+    near, size = 0.5 * torch.log1p(torch.sinh(x.clamp(-1, 1)).square()), x.abs()
+    return torch.where(size < 1, near, size + torch.log1p(torch.exp(-2 * size)) - math.log(2))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Symmetric form diag + sum_j c_j u_j u_j^T with k <= 2 terms; every method is O(n)."""
+
+    diag: Tensor  # (blocks, n), without zeros if the form is to be solved
+    factors: Tensor  # the u_j, (blocks, n, k)
+    coefficients: Tensor  # the c_j, (blocks, k)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Product g x with x of shape (blocks, n)."""
+        return self.diag * x + self._span(self.coefficients * self._inner(x))
+
+    def solve(self, x: Tensor) -> Tensor:
+        """Product g^-1 x with x of shape (blocks, n), by Woodbury's identity: a k x k system."""
+        determinant, adjugate = self._capacitance()
+        weights = self.coefficients * self._inner(x / self.diag) / determinant.unsqueeze(-1)
+        return (x - self._span((adjugate * weights.unsqueeze(-2)).sum(dim=-1))) / self.diag
+
+    def logdet(self) -> Tensor:
+        """Logarithm of det g, (blocks,), by the matrix determinant lemma; NaN if det g < 0."""
+        return self.diag.log().sum(dim=-1) + self._capacitance()[0].log()
+
+    def scaled(self, factor: Tensor) -> "Metric":
+        """Multiple of g by a factor of shape (blocks, 1)."""
+        return Metric(factor * self.diag, self.factors, factor * self.coefficients)
+
+    def off_diagonal_norm(self) -> Tensor:
+        """Frobenius norm of g without its diagonal, (blocks,)."""
+        weighted = self._gram(self.factors) * self.coefficients.unsqueeze(-1)
+        own = (self.coefficients.unsqueeze(-2) * self.factors.square()).sum(dim=-1)
+        whole = (weighted * weighted.mT).sum(dim=(-1, -2))
+        return (whole - own.square().sum(dim=-1)).clamp(min=0).sqrt()
+
+    # Products and sums rather than matmul, which TF32 would round to three digits.
+    def _inner(self, x: Tensor) -> Tensor:
+        return (self.factors * x.unsqueeze(-1)).sum(dim=-2)
+
+    def _span(self, weights: Tensor) -> Tensor:
+        return (self.factors * weights.unsqueeze(-2)).sum(dim=-1)
+
+    def _gram(self, other: Tensor) -> Tensor:
+        return (self.factors.unsqueeze(-1) * other.unsqueeze(-2)).sum(dim=-3)
+
+    def _capacitance(self) -> tuple[Tensor, Tensor]:
+        """Determinant, (blocks,), and adjugate, (blocks, k, k), of I + C U^T A^-1 U."""
+        # Not C^-1 + U^T A^-1 U, as c may be 0; not LAPACK, which crawls on many tiny systems.
+        gram = self._gram(self.factors / self.diag.unsqueeze(-1))
+        matrix = self.coefficients.unsqueeze(-1) * gram
+        matrix.diagonal(dim1=-2, dim2=-1).add_(1)
+        a, *rest = matrix.flatten(-2).unbind(-1)
+        if not rest:
+            return a, torch.ones_like(matrix)
+        b, c, d = rest
+        return a * d - b * c, torch.stack([d, -b, -c, a], dim=-1).view_as(matrix)
+
+
+def lne_metric(xi: Tensor, tau: Tensor) -> Metric:
+    """LNE metric g = I - v v^T of the paper."""
+    v = torch.tanh(tau * xi)
+    return Metric(torch.ones_like(v), v.unsqueeze(-1), -torch.ones_like(v[..., :1]))
+
+
+def lne_inverse(v: Tensor, x: Tensor) -> Tensor:
+    """Exact g^-1 x = x + v (v.x) / (1 - sigma), by Sherman-Morrison (derived here)."""
+    return x + v * (_dot(v, x) / (1 - _dot(v, v)))
+
+
+def lne_weak_inverse(v: Tensor, x: Tensor) -> Tensor:
+    """First-order inverse x + v (v.x) of the paper."""
+    return x + v * _dot(v, x)
+
+
+def lne_sqrt(v: Tensor, x: Tensor) -> Tensor:
+    """Square root g^1/2 x = x - v (v.x) (1 - sqrt(1 - sigma)) / sigma (derived here)."""
+    # (1 - sqrt(1 - s)) / s = 1 / (1 + sqrt(1 - s)), which has no 0 / 0 at s = 0.
+    return x - v * (_dot(v, x) / (1 + (1 - _dot(v, v)).sqrt()))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=-1, keepdim=True)
+
+
+def christoffel(xi: Tensor, tau: Tensor) -> Tensor:
+    """Christoffel symbols -delta_ij tau (1 - v_i^2) v_k / (1 - sigma) (derived here)."""
+    # Dense, (blocks, k, i, j), and so for tests and illustration only.
+    v = torch.tanh(tau * xi)
+    raised = v / (1 - _dot(v, v))
+    return -raised[..., None, None] * torch.diag_embed(tau * (1 - v.square())).unsqueeze(-3)
+
+
+def ricci_tensor(xi: Tensor, tau: Tensor) -> Metric:
+    """Ricci tensor of the LNE metric, negative semidefinite, 0 for n = 1 (derived here).
+
+    Minkowski space induces g on the graph of sum_i log cosh(tau xi_i) / tau, and Gauss's equation
+    gives Ric = -[h D - D^2 - (D v)(D v)^T / (1 - sigma)] / (1 - sigma), where D = diag(d),
+    d_i = tau (1 - v_i^2) and h = sum_i d_i + sum_i d_i v_i^2 / (1 - sigma).
+    """
+    v = torch.tanh(tau * xi)
+    d = tau * (1 - v.square())
+    gap = 1 - _dot(v, v)
+    h = d.sum(dim=-1, keepdim=True) + _dot(d, v.square()) / gap
+    return Metric(-d * (h - d) / gap, (d * v).unsqueeze(-1), gap.square().reciprocal())
+
+
+def scalar_curvature(xi: Tensor, tau: Tensor) -> Tensor:
+    """Trace of g^-1 Ric, of shape (blocks,) (derived here)."""
+    v, ricci = torch.tanh(tau * xi), ricci_tensor(xi, tau)
+    diagonal = ricci.diag + ricci.coefficients * ricci.factors.squeeze(-1).square()
+    return diagonal.sum(dim=-1) + (_dot(v, ricci.apply(v)) / (1 - _dot(v, v))).squeeze(-1)
+
+
+def flow_euler(xi: Tensor, tau: Tensor, time: float) -> Metric:
+    """One step g(0) - 2 time Ric(g(0)), positive definite, not normalized (derived here)."""
+    # There is no second step: the closed form of the Ricci tensor is that of the LNE metric.
+    start, ricci = lne_metric(xi, tau), ricci_tensor(xi, tau)
+    factors = torch.cat([start.factors, ricci.factors], dim=-1)
+    coefficients = torch.cat([start.coefficients, -2 * time * ricci.coefficients], dim=-1)
+    return Metric(start.diag - 2 * time * ricci.diag, factors, coefficients)
+
+
+def flow_linear(xi: Tensor, tau: Tensor, time: float, half: Tensor | float = 1.0) -> Metric:
+    """Ricci-DeTurck flow linearized at the Euclidean metric, not normalized (derived here).
+
+    It is the heat flow of the metric's components, each coordinate on a circle from -half to half
+    (of a residual: the quantization cell). With m and e the means of v and v^2 under the heat
+    kernel, g(t) = diag(1 - e + m^2) - m m^T. Off the diagonal it dies like exp(-2 pi^2 t), with t
+    in units of half^2: the exponential decay that the paper claims. At t = 0 it is the LNE metric.
+
+    Where the circle closes v jumps, so that a cut Fourier series rings for small t. If `MAX_MODES`
+    do not reach rounding error, the jump of v and the kink of v^2 flow in closed form and a series
+    is left with the rest: its error grows as t falls, to 1e-4 for tau * half <= 4, 2e-3 at 10.
+    """
+    if time == 0:
+        return lne_metric(xi, tau)
+    mean, square = _heat(xi / half, tau * half, time)
+    return Metric(1 - square + mean.square(), mean.unsqueeze(-1), -torch.ones_like(mean[..., :1]))
+
+
+def _heat(r: Tensor, tau: Tensor, time: float) -> tuple[Tensor, Tensor]:
+    """Means of tanh(tau r) and of its square after a heat flow on the circle [-1, 1]."""
+    # The first mode left out lies below rounding error, relative to the first one kept.
+    needed = math.sqrt(1 - math.log(torch.finfo(r.dtype).eps) / (math.pi**2 * time)) - 1
+    modes, split = max(1, min(math.ceil(needed), MAX_MODES)), needed > MAX_MODES
+    nodes, weights = (x.to(r) for x in _gauss_legendre(modes + 12))
+    edge = torch.tanh(tau) if split else torch.zeros_like(tau)
+    kink = tau * edge * (1 - edge.square())
+    odd = torch.tanh(tau * nodes)
+    odd, even = odd - edge * nodes, odd.square() - kink * nodes.square()
+    waves = math.pi * torch.arange(modes + 1, dtype=r.dtype, device=r.device).unsqueeze(-1)
+    fade = 2 * torch.exp(-waves.square() * time) * weights
+    sines = [_dot(odd, x) for x in fade * torch.sin(waves * nodes)]
+    cosines = [_dot(even, x) for x in fade * torch.cos(waves * nodes)]
+    cos = torch.cos(math.pi * r)
+    mean = _clenshaw(sines[1:], 2 * cos)[0] * torch.sin(math.pi * r)
+    last, before = _clenshaw(cosines[1:], 2 * cos)
+    square = torch.addcmul(cosines[0] / 2 - before, last, cos)
+    if split:
+        # Heat flow of r and r^2: that of the line, less what comes round through the closing point.
+        root, gaps = 2 * math.sqrt(time), (1 - r, 1 + r)
+        right, left = (torch.erfc(gap / root) for gap in gaps)
+        bump = torch.exp(-(gaps[0] / root).square()) + torch.exp(-(gaps[1] / root).square())
+        around = 2 * (gaps[0] * right + gaps[1] * left - bump * root / math.sqrt(math.pi))
+        mean = mean + edge * (r - right + left)
+        square = square + kink * (r.square() + 2 * time + around)
+    return mean, square
+
+
+def _clenshaw(terms: list[Tensor], twice_cos: Tensor) -> tuple[Tensor, Tensor]:
+    """Last two values of Clenshaw's recurrence, by which one cosine serves every mode."""
+    ahead, current = torch.zeros_like(twice_cos), terms[-1].expand_as(twice_cos)
+    for term in reversed(terms[:-1]):
+        ahead, current = current, torch.addcmul(term, twice_cos, current).sub_(ahead)
+    return current, ahead
+
+
+@lru_cache
+def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [0, 1], from the eigenvectors of the Jacobi matrix."""
+    k = torch.arange(1, count, dtype=torch.float64)
+    beside = k / (4 * k.square() - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    return (nodes + 1) / 2, vectors[0].square()
+
+
+def normalized(ends: list[Metric], starts: list[Metric]) -> list[Metric]:
+    """Scale the forms g(t), each (rows, blocks, n), by a factor per row to give it det g(0)."""
+    changes = [a.logdet() - b.logdet() for a, b in zip(ends, starts, strict=True)]
+    width = sum(start.diag.shape[1:].numel() for start in starts)
+    factor = torch.exp(-torch.cat(changes, dim=1).sum(dim=1) / width)[:, None, None]
+    return [end.scaled(factor) for end in ends]
+
+
+def natural(end: Metric, gradient: Tensor) -> Tensor:
+    """Steepest descent of the paper, g(t)^-1 G."""
+    return end.solve(gradient)
+
+
+def pullback(end: Metric, start: Metric, gradient: Tensor) -> Tensor:
+    """G seen through the perturbed metric, g(t)^-1 g(0) G (derived here): G itself at t = 0."""
+    return end.solve(start.apply(gradient))
+
+
+def parallel(start: Metric, gradient: Tensor) -> Tensor:
+    """Transport of G from the discrete to the continuous weight, g(0)^1/2 G (derived here)."""
+    return lne_sqrt(start.factors.squeeze(-1), gradient)
+
+
+def project(xi: Tensor, gradient: Tensor, strength: float) -> Tensor:
+    """Plain projection G - strength xi_hat (xi_hat . G), for comparison; needs no geometry."""
+    unit = torch.nn.functional.normalize(xi, dim=-1)
+    return gradient - strength * unit * _dot(unit, gradient)
+
+
+class Geometry(NamedTuple):
+    """What a correction looked like: means over rows, the blocks of a row taken together."""
+
+    perturbation_start: float  # norm of the off-diagonal part of g(0)
+    perturbation_end: float  # the same of the normalized g(t)
+    decay: float  # their ratio; 1 where there is nothing to decay
+    scalar_curvature: float  # of g(0)
+    divergence: float  # D[0 : xi], the distance to the discrete point
+    mismatch_cosine: float  # between the gradient and the corrected one, all rows at once
+    residual_cosine: float  # between xi and the gradient; a row of zeros counts as 0
+
+
+@dataclass(frozen=True)
+class RicciFlow:
+    """Correct gradients by the flow of an LNE metric, after the paper.
+
+    Example:
+        >>> residual, gradient = torch.rand(8, 36) - 0.5, torch.randn(8, 36)
+        >>> RicciFlow(time=0.05).correct(gradient, residual).shape
+        torch.Size([8, 36])
+    """
+
+    coordinate: Coordinate = "residual"  # what callers pass as xi; a weight counts in steps
+    block: Literal["row", "kernel"] | int = "row"  # who shares a metric; the last may be shorter
+    flow: Flow = "linear"
+    correction: Correction = "pullback"  # parallel and project use no flow
+    time: float = 0.1  # how long the metric flows
+    rho: float = 0.9  # bound on sigma
+    tau_max: float = 1.0  # bound on the curvature parameter
+    strength: float = 0.9  # coefficient of project
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a setting that is unknown or out of range."""
+        rules, whole = get_args(Correction), type(self.block) is int and self.block >= 1
+        for name, good, remedy in [
+            ("coordinate", self.coordinate in get_args(Coordinate), "residual or weight"),
+            ("block", self.block in ("row", "kernel") or whole, "row, kernel or an integer from 1"),
+            ("flow", self.flow in get_args(Flow), "linear, euler or none"),
+            ("correction", self.correction in rules, " or ".join(rules)),
+            ("time", 0 <= self.time < math.inf, "a finite number from 0"),
+            ("rho", 0 < self.rho < 1, "a number between 0 and 1, both excluded"),
+            ("tau_max", 0 < self.tau_max < math.inf, "a finite number above 0"),
+            ("strength", math.isfinite(self.strength), "a finite number"),
+        ]:
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give {remedy}.")
+
+    @torch.no_grad()
+    def correct(
+        self, gradient: Tensor, xi: Tensor, kernel: int = 1, mask: Tensor | None = None
+    ) -> Tensor:
+        """Correct a gradient taken at the discrete weights.
+
+        Args:
+            gradient: (rows, n), a row per output channel.
+            xi: coordinate, (rows, n), 0 where the gradient is masked.
+            kernel: the block size that "kernel" stands for.
+            mask: bool, (rows, n), True where the gradient is active; elsewhere 0 is returned.
+
+        Returns:
+            (rows, n) in the gradient's dtype, computed in float32, or float64 if either input is.
+            A row whose xi is 0 throughout is returned as it is.
+
+        Raises:
+            ValueError: shapes differ or are not (rows, n), or kernel is not positive.
+        """
+        g, x = _alike(gradient, xi)
+        if mask is not None:
+            g, x = g.where(mask, 0), x.where(mask, 0)
+        flowed = self.metrics(x, kernel)
+        parts = zip(self._cut(g, kernel), self._cut(x, kernel), flowed, strict=True)
+        corrected = torch.cat([self._rule(*part).flatten(1) for part in parts], dim=1)
+        return corrected.where(x.any(dim=1, keepdim=True), g).to(gradient.dtype)
+
+    def metrics(self, xi: Tensor, kernel: int = 1) -> list[tuple[Metric, Metric]]:
+        """Metrics g(0) and normalized g(t) of each piece of a cut, one object if nothing flows."""
+        pieces = [(x, tau(x, self.rho, self.tau_max)) for x in self._cut(xi, kernel)]
+        starts = ends = [lne_metric(*piece) for piece in pieces]
+        if self.time > 0 and self.flow != "none" and self.correction in ("natural", "pullback"):
+            if self.flow == "euler":
+                ends = [flow_euler(*piece, self.time) for piece in pieces]
+            else:
+                # A residual needs the circle [-1, 1], a weight one that reaches around its row.
+                half = xi.abs().amax(dim=1).clamp(min=1)[:, None, None]
+                ends = [flow_linear(*piece, self.time, half) for piece in pieces]
+            ends = normalized(ends, starts)
+        return list(zip(starts, ends, strict=True))
+
+    @torch.no_grad()
+    def measure(self, gradient: Tensor, xi: Tensor, corrected: Tensor, kernel: int = 1) -> Geometry:
+        """Describe what `correct` was given and what it returned; it raises the same errors."""
+        g, x, c = _alike(gradient, xi, corrected)
+        sums = x.new_zeros(4)
+        for part, forms in zip(self._cut(x, kernel), self.metrics(x, kernel), strict=True):
+            t = tau(part, self.rho, self.tau_max)
+            values = [form.off_diagonal_norm().square() for form in forms]
+            values += [scalar_curvature(part, t), divergence(torch.zeros_like(part), part, t)]
+            sums = sums + torch.stack(values, dim=-1).sum(dim=1)
+        first, last = sums[:, :2].sqrt().mean(dim=0).tolist()
+        curvature, distance = sums[:, 2:].mean(dim=0).tolist()
+        # The tiny floor is for gradients that are small without being zero.
+        along = torch.cosine_similarity(x, g, dim=1, eps=1e-30).mean().item()
+        mismatch = torch.cosine_similarity(g.flatten(), c.flatten(), dim=0, eps=1e-30).item()
+        decay = last / first if first > 0 else 1.0
+        return Geometry(first, last, decay, curvature, distance, mismatch, along)
+
+    def _rule(self, gradient: Tensor, xi: Tensor, flowed: tuple[Metric, Metric]) -> Tensor:
+        start, end = flowed
+        if self.correction == "project":
+            return project(xi, gradient, self.strength)
+        if self.correction == "parallel":
+            return parallel(start, gradient)
+        if self.correction == "natural":
+            return natural(end, gradient)
+        # g^-1 g is the identity: without a flow this is the straight-through estimator, exactly.
+        return gradient if end is start else pullback(end, start, gradient)
+
+    def _cut(self, x: Tensor, kernel: int) -> list[Tensor]:
+        """Full blocks, (rows, blocks, size), and the shorter last ones, (rows, 1, rest), if any."""
+        if kernel < 1:
+            raise ValueError(f"kernel is {kernel}; give an integer from 1.")
+        n = x.shape[1]
+        size = n if self.block == "row" else kernel if self.block == "kernel" else self.block
+        rest = n % min(size, n)
+        full = x[:, : n - rest].reshape(len(x), -1, min(size, n))
+        return [full, x[:, n - rest :].unsqueeze(1)] if rest else [full]
+
+
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    shapes = [tuple(x.shape) for x in tensors]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2:
+        raise ValueError(f"shapes are {shapes}; give tensors of one shape (rows, n).")
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    return [x.to(torch.float64 if wide else torch.float32) for x in tensors]

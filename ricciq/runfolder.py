@@ -1,0 +1,179 @@
+"""The folder of a run: made, locked, found again, and never someone else's."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ricciq.checkpoint import write_atomically
+from ricciq.errors import InputError, UsageError
+from ricciq.recipe import Recipe
+
+RUNS = Path("runs")
+_LOCK = ".lock"
+
+
+class RunFolder:
+    """Paths inside a run's folder, and what they say about its progress."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.summary = path / "summary.csv"
+        self.geometry = path / "geometry.csv"
+        self.layers = path / "layers.csv"
+        self.last = path / "last.safetensors"
+        self.best = path / "best.safetensors"
+        self.state = path / "state.json"
+        self.onnx = path / "model.onnx"
+        self.float_onnx = path / "float.onnx"
+        self.report = path / "report.json"
+        self.report_markdown = path / "report.md"
+        self.log = path / "log.txt"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a run of ricciq wrote this folder."""
+        return self.recipe.is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its report."""
+        return self.report.is_file()
+
+    def load_recipe(self) -> Recipe:
+        """The recipe the run was started with.
+
+        Raises:
+            InputError: the folder is not a run.
+        """
+        if not self.is_ours:
+            raise InputError(f"{self.path} is not the folder of a run; give one that ricciq wrote")
+        return Recipe.load(self.recipe)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for as long as it is written to.
+
+        Raises:
+            UsageError: another process is using it.
+        """
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"{self.path} is in use by another run; wait for it or choose another --output"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()  # the file stays: removing it could free a lock just taken by another
+
+
+def default_folder(recipe: Recipe, now: datetime) -> Path:
+    """runs/<date>-<time>-<model>-w<bits>a<bits>, as timm names its own."""
+    bits = recipe.quantization
+    weights = "t" if bits.weight_bits == "ternary" else bits.weight_bits
+    model = recipe.model.name.replace("/", "_").replace(":", "_")
+    return RUNS / f"{now:%Y%m%d-%H%M%S}-{model}-w{weights}a{bits.act_bits}"
+
+
+def open_run_folder(
+    recipe: Recipe, output: Path | None, *, resume: bool, overwrite: bool
+) -> RunFolder:
+    """Find or make the folder of a run; nothing that is not an unfinished run is touched.
+
+    Args:
+        recipe: what the run will do.
+        output: where; by default a new folder, or with ``resume`` the newest unfinished one.
+        resume: go on with an unfinished run of the same recipe.
+        overwrite: empty a folder of ours that holds a run.
+
+    Raises:
+        UsageError: the folder is not ours, holds a run, or has nothing to resume.
+    """
+    if output is None:
+        output = _newest_unfinished(recipe) if resume else default_folder(recipe, datetime.now())
+    folder = RunFolder(output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; give a folder")
+    occupied = output.is_dir() and any(output.iterdir())
+    if occupied and not folder.is_ours:
+        raise UsageError(
+            f"--output {output} holds files that are not a run of ricciq; choose another folder"
+        )
+    if resume:
+        _check_resumable(folder, recipe)
+        return folder
+    if occupied:
+        if not overwrite:
+            remedy = "--overwrite" if folder.is_finished else "--resume or --overwrite"
+            raise UsageError(f"--output {output} already holds a run; give {remedy}")
+        with folder.locked():
+            _empty(folder)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {output} cannot be made ({error}); choose another folder"
+        ) from None
+    write_atomically(folder.recipe, recipe.to_yaml())
+    return folder
+
+
+def _newest_unfinished(recipe: Recipe) -> Path:
+    folders = [RunFolder(path) for path in sorted(RUNS.glob("*"), reverse=True)]
+    for folder in folders:
+        if folder.is_ours and not folder.is_finished and folder.load_recipe() == recipe:
+            return folder.path
+    raise UsageError(f"no unfinished run of this recipe is in {RUNS}; start one without --resume")
+
+
+def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
+    if not folder.is_ours:
+        raise UsageError(f"{folder.path} holds no run to resume; start one without --resume")
+    if folder.is_finished:
+        raise UsageError(f"the run in {folder.path} is finished; start another one")
+    if folder.load_recipe() != recipe:
+        raise UsageError(
+            f"the run in {folder.path} was started with another recipe; repeat its flags or choose "
+            "another --output"
+        )
+
+
+def _empty(folder: RunFolder) -> None:
+    """Remove what a run writes, and only that: a user's own files beside it stay."""
+    for path in vars(folder).values():
+        if path == folder.path:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows `write_csv` wrote, with text values; none if the file does not exist."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows with equal keys as a CSV file, atomically."""
+    rows = list(rows)
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_atomically(path, text.getvalue())

@@ -1,0 +1,388 @@
+"""The fine-tuning loop: forward through fake quantization, backward, Ricci correction, step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from ricciq.checkpoint import (
+    restore_training_state,
+    save_tensors,
+    training_state,
+    write_atomically,
+)
+from ricciq.convert import quantized_layers
+from ricciq.data import Batch, set_epoch
+from ricciq.errors import RecipeError, RicciqError
+from ricciq.estimators import Correction, DiscreteWeight
+from ricciq.evaluate import Metrics, evaluate
+from ricciq.journal import Journal
+from ricciq.recipe import Recipe, TrainingSection
+from ricciq.ricci import Geometry
+from ricciq.runfolder import RunFolder, read_csv, write_csv
+
+MAX_BAD_STEPS = 20
+"""Steps in a row without finite gradients after which training gives up."""
+
+
+@dataclass
+class Progressed:
+    """How far a run has come; what the state file remembers beside the tensors.
+
+    Attributes:
+        epoch: epochs finished.
+        steps: optimizer steps taken.
+        images: pictures trained on.
+        seconds: time spent training, over all sittings.
+        skipped: steps skipped because gradients were not finite.
+        best_top1: the highest hold-out top-1 of an epoch, percent.
+        chosen_epoch: the epoch whose weights were kept, counted from 1; 0 before the first.
+    """
+
+    epoch: int = 0
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    best_top1: float = 0.0
+    chosen_epoch: int = 0
+
+
+def loss_function(
+    logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, settings: TrainingSection
+) -> Tensor:
+    """Cross-entropy, blended with the divergence from the float model's softened guesses.
+
+    Args:
+        logits: (B, classes) of the model under training.
+        targets: (B,) class numbers.
+        teacher_logits: (B, classes) of the float model, or None without distillation.
+        settings: ``distill`` is the teacher's share, ``temperature`` softens both sides.
+
+    Returns:
+        A scalar, in nats (Hinton et al. 2015, arXiv 1503.02531).
+    """
+    hard = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
+    if teacher_logits is None:
+        return hard
+    t = settings.temperature
+    soft = F.kl_div(
+        F.log_softmax(logits / t, 1),
+        F.log_softmax(teacher_logits / t, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - settings.distill) * hard + settings.distill * t**2 * soft
+
+
+def finetune(
+    model: nn.Module,
+    fit: DataLoader[Batch],
+    holdout: Iterable[Batch],
+    recipe: Recipe,
+    correction: Correction,
+    *,
+    device: torch.device,
+    folder: RunFolder,
+    teacher: nn.Module | None = None,
+    about: Mapping[str, Any],
+    journal: Journal,
+    resume: bool = False,
+) -> Progressed:
+    """Train a converted, calibrated model in place, saving its state every epoch.
+
+    Args:
+        model: on ``device``.
+        fit: training batches.
+        holdout: batches held out of the training data, to choose the best epoch with.
+        recipe: schedule, batch size, mixed precision, compilation and seed.
+        correction: what happens to the gradients between backward and step.
+        device: where to compute.
+        folder: receives the states, summary.csv and geometry.csv.
+        teacher: the float model to distil from, on ``device``.
+        about: stored beside the best epoch's weights.
+        journal: where progress is shown.
+        resume: go on from the folder's last state.
+
+    Returns:
+        How far it came; ``folder.best`` holds the best epoch's weights.
+
+    Raises:
+        RicciqError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
+        RecipeError: timm knows no such optimizer or schedule.
+    """
+    trainer = Trainer(model, recipe, correction, device, len(fit), teacher)
+    done, history = Progressed(), History()
+    if resume and folder.last.is_file():
+        done = Progressed(**restore_training_state(model, trainer.optimizer, folder.last))
+        history = History.read(folder, done.epoch)
+    codes = _Codes(trainer.weights)
+    for epoch in range(done.epoch, recipe.training.epochs):
+        started = time.perf_counter()
+        set_epoch(fit, epoch)
+        with journal.bar(f"epoch {epoch + 1}/{recipe.training.epochs}", len(fit)) as advance:
+            tally = trainer.epoch(fit, done, advance)
+        done.seconds += time.perf_counter() - started
+        rate = tally.images / (time.perf_counter() - started)
+        held = evaluate({"holdout": trainer.predict}, holdout)["holdout"]
+        done.epoch = epoch + 1
+        history.add(done.epoch, tally, held, trainer, rate, codes.changed_share())
+        journal.say(_line(history.summary[-1], recipe.training.epochs))
+        _save(folder, trainer, done, held, history, about)
+    return done
+
+
+class Trainer:
+    """One optimizer step after another; nothing here touches a file."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        correction: Correction,
+        device: torch.device,
+        steps_per_epoch: int,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.model, self.teacher, self.device = model, teacher, device
+        self.settings, self.correction = recipe.training, correction
+        self.weights = [
+            DiscreteWeight(name, layer.weight, layer.weight_quantizer)
+            for name, layer in quantized_layers(model).items()
+        ]
+        self.optimizer, self.schedule = _optimizer_and_schedule(
+            model, recipe.training, steps_per_epoch
+        )
+        on_cuda = device.type == "cuda"
+        self.amp = on_cuda if recipe.amp is None else recipe.amp
+        half = on_cuda and not torch.cuda.is_bf16_supported()
+        self.dtype = torch.float16 if half else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and half)
+        compiled = on_cuda if recipe.compile is None else recipe.compile
+        self.forward = torch.compile(model) if compiled else model
+        self.geometry: dict[str, Geometry] = {}
+
+    def epoch(
+        self, fit: DataLoader[Batch], done: Progressed, advance: Callable[[Callable[[], str]], None]
+    ) -> Tally:
+        """Train on every batch once; the geometry is measured at the last one."""
+        self.model.train()
+        tally = Tally()
+        for number, (images, targets) in enumerate(fit, start=1):
+            self.step(images, targets, tally, measure=number == len(fit))
+            done.steps += 1
+            done.images += len(targets)
+            self.schedule.step_update(done.steps)
+            if tally.bad_in_a_row >= MAX_BAD_STEPS:
+                raise RicciqError(
+                    f"training gave no finite gradients for {MAX_BAD_STEPS} steps in a row; "
+                    f"lower --lr {self.settings.lr}"
+                )
+            advance(tally.describe)
+        done.skipped += tally.bad
+        return tally
+
+    def step(self, images: Tensor, targets: Tensor, tally: Tally, measure: bool) -> None:
+        """Forward, backward, correct, step."""
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
+            logits = self.forward(images).float()
+            with torch.no_grad():
+                taught = None if self.teacher is None else self.teacher(images).float()
+        loss = loss_function(logits, targets, taught, self.settings)
+
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        # One number says whether all gradients are finite; a step with a NaN would ruin the run.
+        finite = bool(nn.utils.get_total_norm([p.grad for p in parameters]).isfinite())
+        if finite:
+            if measure:
+                self.geometry = self.correction.measure(self.weights)
+            self.correction(self.weights)
+            if self.settings.clip_grad is not None:
+                nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        tally.add(loss, logits, targets, finite)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits in evaluation mode."""
+        logits: Tensor = self.model.eval()(images.to(self.device))
+        return logits
+
+
+def _optimizer_and_schedule(
+    model: nn.Module, settings: TrainingSection, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """timm's factories; steps, biases and BatchNorm get no weight decay (they have one dimension)."""
+    try:
+        optimizer = create_optimizer_v2(
+            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
+        )
+    except ValueError as error:
+        raise RecipeError(
+            f"training.opt = {settings.opt} is no optimizer of timm ({error}); take sgd or adamw"
+        ) from None
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=settings.sched,
+            num_epochs=max(settings.epochs, 1),
+            warmup_epochs=settings.warmup_epochs,
+            min_lr=settings.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except ValueError as error:
+        raise RecipeError(
+            f"training.sched = {settings.sched} is no schedule of timm ({error}); take cosine"
+        ) from None
+    if schedule is None:
+        raise RecipeError(f"training.sched = {settings.sched} is no schedule of timm; take cosine")
+    return optimizer, schedule
+
+
+@dataclass
+class Tally:
+    """Running sums over an epoch, kept on the device so that no step waits for them."""
+
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    hits: Tensor = field(default_factory=lambda: torch.zeros(()))
+    images: int = 0
+    bad: int = 0
+    bad_in_a_row: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, finite: bool) -> None:
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        self.bad += not finite
+        if finite:
+            self.loss = self.loss.to(loss.device) + loss.detach() * len(targets)
+            self.hits = self.hits.to(loss.device) + (logits.argmax(1) == targets).sum()
+            self.images += len(targets)
+
+    def describe(self) -> str:
+        """Loss, accuracy and speed so far, for the progress bar."""
+        loss, accuracy = self.means
+        rate = self.images / (time.perf_counter() - self.started)
+        return f"loss {loss:.3f}  top-1 {accuracy:.1f} %  {rate:.0f} images/s"
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Mean loss, and accuracy in percent."""
+        images = max(self.images, 1)
+        return float(self.loss) / images, 100 * float(self.hits) / images
+
+
+class _Codes:
+    """Remembers the weights' codes, to count how many changed since it was last asked."""
+
+    def __init__(self, weights: list[DiscreteWeight]) -> None:
+        self.weights = weights
+        self.last = self._now()
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: quantizer.codes(weight) for name, weight, quantizer in self.weights}
+
+    def changed_share(self) -> dict[str, float]:
+        before, self.last = self.last, self._now()
+        return {n: float((before[n] != now).float().mean()) for n, now in self.last.items()}
+
+
+@dataclass
+class History:
+    """The rows of summary.csv (an epoch each) and geometry.csv (an epoch and layer each)."""
+
+    summary: list[dict[str, Any]] = field(default_factory=list)
+    geometry: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: RunFolder, epochs: int) -> History:
+        """What an interrupted run wrote about its finished epochs."""
+
+        def rows(path: Path) -> list[dict[str, Any]]:
+            return [row for row in read_csv(path) if int(row["epoch"]) <= epochs]
+
+        return cls(rows(folder.summary), rows(folder.geometry))
+
+    def add(
+        self,
+        epoch: int,
+        tally: Tally,
+        held: Metrics,
+        trainer: Trainer,
+        rate: float,
+        codes_changed: dict[str, float],
+    ) -> None:
+        """Append an epoch."""
+        loss, accuracy = tally.means
+        self.summary.append(
+            {
+                "epoch": epoch,
+                "train_loss": loss,
+                "train_top1": accuracy,
+                "holdout_loss": held.loss,
+                "holdout_top1": held.top1,
+                "lr": trainer.optimizer.param_groups[0]["lr"],
+                "images_per_second": rate,
+                "skipped_steps": tally.bad,
+            }
+        )
+        for name, geometry in trainer.geometry.items():
+            row = {"epoch": epoch, "layer": name, **geometry._asdict()}
+            self.geometry.append({**row, "codes_changed": codes_changed[name]})
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  "
+        f"train top-1 {row['train_top1']:.1f} %  hold-out top-1 {row['holdout_top1']:.1f} %  "
+        f"{row['images_per_second']:.0f} images/s{skipped}"
+    )
+
+
+def _save(
+    folder: RunFolder,
+    trainer: Trainer,
+    done: Progressed,
+    held: Metrics,
+    history: History,
+    about: Mapping[str, Any],
+) -> None:
+    """Write the epoch's results; the state last, since it is what says that the epoch is done."""
+    done.best_top1 = max(done.best_top1, held.top1)
+    if held.top1 >= done.best_top1 - _standard_error(done.best_top1, held.samples):
+        done.chosen_epoch = done.epoch
+        chosen = {**about, "epoch": done.epoch, "holdout_top1": held.top1}
+        save_tensors(folder.best, trainer.model.state_dict(), chosen)
+    write_csv(folder.summary, history.summary)
+    write_csv(folder.geometry, history.geometry)
+    tensors, metadata = training_state(trainer.model, trainer.optimizer, vars(done))
+    save_tensors(folder.last, tensors, metadata)
+    write_atomically(folder.state, json.dumps(vars(done), indent=1) + "\n")
+
+
+def _standard_error(percent: float, samples: int) -> float:
+    """Of a share measured on so many samples, in percent points.
+
+    A hold-out of a few hundred pictures cannot tell epochs apart that differ by less; among those the
+    latest is taken (the one-standard-error rule of Breiman et al. 1984), since a schedule that ends
+    near zero is meant to end well.
+    """
+    return math.sqrt(percent * (100 - percent) / samples)

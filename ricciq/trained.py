@@ -1,0 +1,214 @@
+"""What a run left behind, opened again: its model, its ONNX file, or a predictor for either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ricciq.bench import interleave
+from ricciq.checkpoint import load_model_state, load_tensors
+from ricciq.convert import Kept, LayerPlan, Plan, convert
+from ricciq.data import open_data
+from ricciq.errors import CheckpointError, DataError, ModelError
+from ricciq.evaluate import Predict, evaluate
+from ricciq.export import deploy, export_onnx, stored_in_onnx
+from ricciq.models import load_model
+from ricciq.preprocessing import Preprocessing
+from ricciq.recipe import Recipe
+from ricciq.runfolder import RunFolder
+from ricciq.runtime import open_session, session_metadata, session_predictor
+
+
+class Rebuilt(NamedTuple):
+    """A trained model rebuilt from what its run saved."""
+
+    model: nn.Module
+    recipe: Recipe
+    preprocessing: Preprocessing
+    about: dict[str, Any]
+
+
+def rebuild(path: Path) -> Rebuilt:
+    """Open the trained model of a run folder, or of a checkpoint file a run wrote.
+
+    Args:
+        path: a run folder, or its best.safetensors wherever it was copied.
+
+    Returns:
+        The model in evaluation mode on the CPU, converted where the run converted it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of ours.
+    """
+    file = RunFolder(path).best if path.is_dir() else path
+    tensors, about = load_tensors(file)
+    try:
+        recipe = Recipe.from_values(about["recipe"], f"the recipe in {file}")
+        preprocessing = Preprocessing.from_dict(about["preprocessing"])
+        stored, classes = about["plan"], len(about["class_names"])
+        layers = [LayerPlan(**layer) for layer in stored["layers"]]
+        plan = Plan(layers, stored["points"], [Kept(**kept) for kept in stored["kept"]])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} does not say how to rebuild its model ({error}); give a run's best.safetensors"
+        ) from None
+    loaded = load_model(
+        recipe.model.name,
+        num_classes=classes,
+        channels=preprocessing.input_size[0],
+        checkpoint=None,
+        pretrained=False,
+        input_size=recipe.data.input_size,
+    )
+    model = convert(loaded.model, plan)
+    load_model_state(model, tensors, file)
+    return Rebuilt(model.eval(), recipe, preprocessing, about)
+
+
+class Target(NamedTuple):
+    """Something that can be evaluated.
+
+    Attributes:
+        predict: (B, C, H, W) on the CPU -> (B, classes) logits.
+        preprocessing: what its pictures must look like.
+        class_names: in the order of the logits.
+    """
+
+    predict: Predict
+    preprocessing: Preprocessing
+    class_names: list[str]
+
+
+def open_target(path: Path) -> Target:
+    """Open an ONNX file, a run folder or a checkpoint for evaluation.
+
+    Raises:
+        ModelError: there is nothing of the kind, or the ONNX file is not usable.
+        CheckpointError: a run's file is damaged.
+    """
+    if not path.exists():
+        raise ModelError(f"there is no {path}; give an .onnx file, a run folder or a checkpoint")
+    if path.suffix == ".onnx":
+        session = open_session(path)
+        about: Mapping[str, Any] = session_metadata(session, path)
+        predict, preprocessing = session_predictor(session, path), about["preprocessing"]
+    else:
+        trained = rebuild(path)
+        about, predict = trained.about, deploy(trained.model)
+        preprocessing = about["preprocessing"]
+    try:
+        return Target(predict, Preprocessing.from_dict(preprocessing), list(about["class_names"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path} has damaged ricciq metadata ({error}); export it again with `ricciq export`"
+        ) from None
+
+
+def float_source(path: Path) -> tuple[str, Path]:
+    """The timm name and the weights of a float model that a run of ours trained.
+
+    Raises:
+        CheckpointError: the run's model is discrete already.
+    """
+    file = RunFolder(path).best if path.is_dir() else path
+    _, about = load_tensors(file)
+    try:
+        name, layers = about["recipe"]["model"]["name"], about["plan"]["layers"]
+    except (KeyError, TypeError):
+        raise CheckpointError(
+            f"{file} does not name its model; give the timm name and --checkpoint {file}"
+        ) from None
+    if layers:
+        raise CheckpointError(
+            f"{path} holds a model that is discrete already; start from a float one (--bits 32)"
+        )
+    return str(name), file
+
+
+def export_run(path: Path, output: Path | None = None, *, as_float: bool = False) -> Path:
+    """Write the ONNX file of a run again.
+
+    Args:
+        path: a run folder or a checkpoint file a run wrote.
+        output: the file to write; by default model.onnx (or model-float.onnx) beside the weights.
+        as_float: write float operators and float weights that hold the discrete values.
+
+    Raises:
+        CheckpointError: the run has no usable best.safetensors.
+    """
+    trained = rebuild(path)
+    model = trained.model if as_float else deploy(trained.model)
+    if output is None:
+        folder = path if path.is_dir() else path.parent
+        output = folder / ("model-float.onnx" if as_float else "model.onnx")
+    return export_onnx(model, output, trained.preprocessing, stored_in_onnx(trained.about))
+
+
+def evaluate_target(
+    path: Path,
+    data_name: str,
+    data_dir: Path | None,
+    reference: Path | None = None,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Metrics of a target on validation data, as plain values.
+
+    Args:
+        path: an ONNX file, a run folder or a checkpoint a run wrote.
+        data_name: as for --data.
+        data_dir: as for --data-dir.
+        reference: another target to count agreement with.
+        batch_size: pictures in a call.
+        workers: processes that load pictures.
+
+    Raises:
+        InputError: a target or the data is missing, damaged, or they do not fit each other.
+    """
+    target = open_target(path)
+    data = open_data(data_name, data_dir)
+    if len(target.class_names) != data.num_classes:
+        raise DataError(
+            f"{data_name} has {data.num_classes} classes but {path} knows "
+            f"{len(target.class_names)}; give the data it was made for"
+        )
+    predictors = {"target": target.predict}
+    if reference is not None:
+        other = open_target(reference)
+        if other.preprocessing != target.preprocessing:
+            raise ModelError(
+                f"{reference} prepares its pictures unlike {path}; compare targets of one model"
+            )
+        predictors["reference"] = other.predict
+    batches = data.loader(
+        "val", target.preprocessing, batch_size=batch_size, workers=workers, training=False
+    )
+    metrics = evaluate(predictors, batches, "target" if reference is None else "reference")
+    picture = torch.zeros(1, *target.preprocessing.input_size)
+    with torch.inference_mode():
+        latency = interleave({name: partial(p, picture) for name, p in predictors.items()})
+    found = metrics["target"]
+    result: dict[str, Any] = {
+        "target": str(path),
+        "data": data_name,
+        "top1": found.top1,
+        "top5": found.top5,
+        "loss": found.loss,
+        "samples": found.samples,
+        "latency_ms": latency["target"].median,
+    }
+    if reference is not None:
+        result |= {
+            "reference": str(reference),
+            "reference_top1": metrics["reference"].top1,
+            "reference_latency_ms": latency["reference"].median,
+            "agreement": found.agreement,
+            "max_abs_diff": found.max_abs_diff,
+        }
+    return result

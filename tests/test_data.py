@@ -1,0 +1,616 @@
+"""Every form of --data: what is read, what is refused, and what is repeated."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fashion import lay_out_fashion_mnist, needs_fashion
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ricciq.data import PictureData, open_data, set_epoch
+from ricciq.errors import DataError, UsageError
+from ricciq.preprocessing import Augmentation, Preprocessing
+
+TINY = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3)
+GREY = Preprocessing((1, 8, 8), (0.25,), (0.5,))
+
+
+def write_picture(path: Path, value: int = 0, size: tuple[int, int] = (20, 16), mode="RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(value)
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, eight training and two validation pictures each."""
+    for split, count in (("train", 8), ("val", 2)):
+        for label, class_name in enumerate(("cat", "dog")):
+            for i in range(count):
+                write_picture(tmp_path / split / class_name / f"{i}.png", 100 * label + i)
+    return tmp_path
+
+
+def batches(data: PictureData, split="fit", preprocessing=TINY, **options):
+    defaults = {"batch_size": 4, "workers": 0, "training": False}
+    return data.loader(split, preprocessing, **(defaults | options))
+
+
+def drain(loader):
+    images, targets = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def one_sentence(error: pytest.ExceptionInfo, *words: str) -> None:
+    """The message names what it is about, and is one sentence without a traceback."""
+    message = str(error.value)
+    assert len(error.value.args) == 1
+    assert "\n" not in message
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message
+
+
+# Folders
+
+
+def test_a_folder_becomes_normalized_batches(folder):
+    data = open_data(str(folder), None)
+    assert (data.class_names, data.num_classes, data.grey, data.channels) == (
+        ["cat", "dog"],
+        2,
+        False,
+        3,
+    )
+    images, targets = drain(batches(data, "val"))
+    assert images.shape == (4, 3, 16, 16)
+    assert images.dtype == torch.float32
+    assert targets.dtype == torch.int64
+    assert targets.tolist() == [0, 0, 1, 1]
+    first = Image.open(folder / "val" / "cat" / "0.png").crop((2, 0, 18, 16))
+    pixels = torch.from_numpy(np.array(first)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(images[0], (pixels - 0.5) / 0.25)
+
+
+def test_validation_may_be_called_validation(folder):
+    (folder / "val").rename(folder / "validation")
+    assert len(drain(batches(open_data(str(folder), None), "val"))[1]) == 4
+
+
+def test_classes_are_in_timm_order_and_pictures_may_be_nested(tmp_path):
+    for split in ("train", "val"):
+        for class_name in ("10", "9"):
+            for i in range(2):
+                write_picture(tmp_path / split / class_name / "deeper" / f"{i}.png", i)
+    data = open_data(str(tmp_path), None)
+    assert data.class_names == ["9", "10"]
+    assert drain(batches(data, "val"))[1].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "imagenet", "torch", "wds"])
+def test_an_unknown_name_lists_the_forms(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        open_data(name, None)
+    one_sentence(error, repr(name), "train/", "digits", "torch/NAME")
+
+
+@pytest.mark.parametrize("name", ["wds/imagenet", "hfds/mnist", "tfds/mnist"])
+def test_a_form_of_a_later_version_is_refused(name):
+    with pytest.raises(DataError) as error:
+        open_data(name, None)
+    one_sentence(error, name, "does not read", "torch/NAME")
+
+
+def test_a_folder_without_train_is_refused(folder):
+    (folder / "train").rename(folder / "training")
+    with pytest.raises(DataError) as error:
+        open_data(str(folder), None)
+    one_sentence(error, str(folder), "no train/")
+
+
+def test_a_folder_without_validation_is_refused(folder):
+    # timm would evaluate on the training pictures.
+    (folder / "val").rename(folder / "test")
+    with pytest.raises(DataError) as error:
+        open_data(str(folder), None)
+    one_sentence(error, str(folder), "neither val/ nor validation/")
+
+
+def test_a_split_without_class_folders_is_refused(tmp_path):
+    write_picture(tmp_path / "train" / "0.png")
+    write_picture(tmp_path / "val" / "0.png")
+    with pytest.raises(DataError) as error:
+        open_data(str(tmp_path), None)
+    one_sentence(error, str(tmp_path / "train"), "no class folders")
+
+
+def test_an_empty_class_folder_is_named(folder):
+    (folder / "train" / "emu").mkdir()
+    (folder / "train" / "emu" / "notes.txt").write_text("later")
+    with pytest.raises(DataError) as error:
+        open_data(str(folder), None)
+    one_sentence(error, str(folder / "train" / "emu"), ".png")
+
+
+def test_a_picture_outside_the_class_folders_is_named(folder):
+    stray = write_picture(folder / "train" / "stray.jpg")
+    with pytest.raises(DataError) as error:
+        open_data(str(folder), None)
+    one_sentence(error, str(stray))
+
+
+def test_different_classes_in_train_and_val_are_named(folder):
+    write_picture(folder / "val" / "emu" / "0.png")
+    with pytest.raises(DataError) as error:
+        open_data(str(folder), None)
+    one_sentence(error, "emu", "val")
+
+
+def test_a_single_training_picture_is_refused(tmp_path):
+    for split in ("train", "val"):
+        write_picture(tmp_path / split / "cat" / "0.png")
+    with pytest.raises(DataError) as error:
+        open_data(str(tmp_path), None)
+    one_sentence(error, "single training picture")
+
+
+# Strict pictures
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def scribble(path: Path) -> None:
+    path.write_bytes(b"this is no picture")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, scribble, remove])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_bad_picture_ends_the_run_and_is_named(folder, damage, workers, training):
+    data = open_data(str(folder), None)
+    bad = folder / ("train" if training else "val") / "dog" / "1.png"
+    damage(bad)
+    augmentation = Augmentation(no_aug=False) if training else None
+    # The picture may be in the hold-out; together the two splits hold every training picture.
+    for part in ("fit", "holdout") if training else ("val",):
+        loader = batches(
+            data, part, workers=workers, training=training, augmentation=augmentation, batch_size=2
+        )
+        try:
+            drain(loader)
+        except DataError as error:
+            found = error
+            break
+    else:
+        pytest.fail("the bad picture went unnoticed")
+    message = str(found)
+    assert found.args == (message,)
+    assert str(bad) in message
+    assert "repair or remove it" in message
+    assert "Traceback" not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("limit", [200, 100], ids=["warning", "error"])
+def test_a_decompression_bomb_is_refused(folder, monkeypatch, limit):
+    # PIL warns from its limit on (20 * 16 = 320 pixels here), and raises from twice the limit on.
+    data = open_data(str(folder), None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(DataError) as error:
+        drain(batches(data, "val"))
+    one_sentence(error, str(folder / "val" / "cat" / "0.png"), "bomb")
+
+
+def test_a_damaged_picture_among_the_grey_probes_is_named(folder):
+    bad = folder / "train" / "cat" / "0.png"
+    scribble(bad)
+    with pytest.raises(DataError) as error:
+        open_data(str(folder), None)
+    one_sentence(error, str(bad))
+
+
+# Grey and colour
+
+
+def test_a_folder_of_grey_pictures_is_grey_until_one_is_not(folder):
+    for path in folder.rglob("*.png"):
+        write_picture(path, mode="L")
+    assert open_data(str(folder), None).channels == 1
+    write_picture(folder / "train" / "dog" / "7.png")
+    assert open_data(str(folder), None).channels == 3
+
+
+def first_value(folder: Path, picture: Image.Image, channels: int) -> list[int]:
+    """The bytes a one-coloured picture arrives as."""
+    picture.save(folder / "val" / "cat" / "0.png")
+    plain = Preprocessing((channels, 16, 16), (0.0,) * channels, (1.0,) * channels)
+    images, _ = drain(batches(open_data(str(folder), None), "val", plain))
+    return (images[0, :, 8, 8] * 255).round().int().tolist()
+
+
+def palette_picture() -> Image.Image:
+    picture = Image.new("P", (16, 16), 1)
+    picture.putpalette([0, 0, 0, 200, 100, 0])
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "rgb", "grey"),
+    [
+        (Image.new("RGB", (16, 16), (200, 100, 0)), [200, 100, 0], [118]),
+        (Image.new("RGBA", (16, 16), (200, 100, 0, 7)), [200, 100, 0], [118]),
+        (palette_picture(), [200, 100, 0], [118]),
+        (Image.new("L", (16, 16), 90), [90, 90, 90], [90]),
+        (Image.new("LA", (16, 16), (90, 7)), [90, 90, 90], [90]),
+        (Image.new("I;16", (16, 16), 0x4000), [64, 64, 64], [64]),
+        (Image.new("1", (16, 16), 1), [255] * 3, [255]),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
+)
+def test_every_mode_is_converted(folder, picture, rgb, grey):
+    assert first_value(folder, picture, 3) == rgb
+    assert first_value(folder, picture, 1) == grey
+
+
+# Digits
+
+
+def test_digits_need_no_download_and_are_scaled_to_bytes():
+    data = open_data("digits", None)
+    assert data.class_names == [str(n) for n in range(10)]
+    assert (data.grey, data.channels) == (True, 1)
+    plain = Preprocessing((1, 8, 8), (0.0,), (1.0,))
+    parts = [drain(batches(data, split, plain)) for split in ("fit", "holdout", "val")]
+    assert [len(targets) for _, targets in parts] == [1365, 72, 360]
+    assert min(Counter(parts[2][1].tolist()).values()) >= 34  # 360 samples, stratified
+    images = torch.cat([images for images, _ in parts])
+    values = sorted(set((images * 255).round().int().flatten().tolist()))
+    assert values == [round(v * 255 / 16) for v in range(17)]
+    # The three parts are the 1,797 pictures, each once.
+    truth = np.rint(load_digits().images * 255 / 16).astype(np.uint8).reshape(1797, 64)
+    found = (images * 255).round().to(torch.uint8).reshape(1797, 64).numpy()
+    assert sorted(map(bytes, found)) == sorted(map(bytes, truth))
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.8])
+def test_the_fast_path_gives_what_the_transform_gives(crop_pct):
+    preprocessing = replace(GREY, crop_pct=crop_pct)
+    data = open_data("digits", None)
+    fast, _ = drain(batches(data, "val", preprocessing))
+    pictures, indices = data._splits["val"]
+    transform = preprocessing.evaluation_transform()
+    slow = torch.stack([transform(pictures.open(int(i), "L")) for i in indices])
+    assert torch.equal(fast, slow)
+
+
+def test_grey_arrays_serve_colour_models_of_another_size():
+    data = open_data("digits", None)
+    images, _ = drain(batches(data, "val", TINY))
+    assert images.shape == (360, 3, 16, 16)
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+# The hold-out and the subset
+
+
+def in_split(data: PictureData, split: str) -> np.ndarray:
+    return data._splits[split][1]
+
+
+def test_the_holdout_is_five_percent_stratified_fixed_and_apart():
+    data, again = open_data("digits", None), open_data("digits", None)
+    fit, held_out = in_split(data, "fit"), in_split(data, "holdout")
+    assert np.array_equal(held_out, in_split(again, "holdout"))
+    assert not set(fit) & set(held_out)
+    assert len(fit) + len(held_out) == 1437
+    assert len(held_out) == round(0.05 * 1437)
+    targets = drain(batches(data, "holdout", GREY))[1].tolist()
+    assert set(Counter(targets).values()) <= {7, 8}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held_out"),
+    [
+        ([1, 2, 100], [0, 1, 4]),  # rare classes are held out once, a lone picture never
+        ([1, 1, 1, 1], None),  # nothing can be stratified: any one picture
+        ([2] + [1] * 60, [1] + [0] * 60),  # many lone pictures do not empty the other class
+    ],
+)
+def test_rare_classes_in_the_holdout(tmp_path, sizes, held_out):
+    for class_name, size in enumerate(sizes):
+        write_picture(tmp_path / "val" / str(class_name) / "0.png")
+        for i in range(size):
+            write_picture(tmp_path / "train" / str(class_name) / f"{i}.png")
+    data = open_data(str(tmp_path), None)
+    pictures, _ = data._splits["fit"]
+    counts = np.bincount(pictures.targets[in_split(data, "holdout")], minlength=len(sizes))
+    if held_out is None:
+        assert counts.sum() == 1
+    else:
+        assert counts.tolist() == held_out
+        assert (np.bincount(pictures.targets[in_split(data, "fit")]) > 0).all()
+
+
+def test_train_samples_is_fixed_stratified_and_leaves_the_holdout_alone():
+    data = open_data("digits", None)
+
+    def subset(count, seed):
+        loader = batches(data, "fit", GREY, train_samples=count, seed=seed, training=True)
+        return loader.dataset.indices
+
+    some = subset(500, seed=0)
+    assert len(some) == 500
+    assert np.array_equal(some, subset(500, seed=1))
+    assert set(subset(100, seed=0)) < set(some) < set(in_split(data, "fit"))
+    targets = data._splits["fit"][0].targets[some]
+    assert set(np.bincount(targets)) <= {48, 49, 50, 51, 52}
+
+
+@pytest.mark.parametrize("count", [0, 1366])
+def test_impossible_train_samples_are_refused(count):
+    with pytest.raises(UsageError) as error:
+        batches(open_data("digits", None), "fit", GREY, train_samples=count)
+    one_sentence(error, f"train_samples {count}", "1365")
+
+
+def test_train_samples_of_another_split_are_refused():
+    with pytest.raises(UsageError) as error:
+        batches(open_data("digits", None), "val", GREY, train_samples=5)
+    one_sentence(error, "val")
+
+
+# Order and augmentation are functions of (seed, epoch, index)
+
+
+VARIED = Augmentation(
+    no_aug=False, color_jitter=0.4, auto_augment="rand-m7-mstd0.5", reprob=0.5, pad_crop=2
+)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_what_training_sees(folder, workers):
+    data = open_data(str(folder), None)
+    runs = []
+    for count in (0, workers):
+        loader = batches(data, training=True, augmentation=VARIED, workers=count, batch_size=3)
+        for epoch in (0, 1):
+            set_epoch(loader, epoch)
+            runs.append(drain(loader))
+    for here, there in ((0, 2), (1, 3)):
+        assert torch.equal(runs[here][0], runs[there][0])
+        assert torch.equal(runs[here][1], runs[there][1])
+    assert not torch.equal(runs[0][0], runs[1][0])
+
+
+def test_a_seed_and_an_epoch_can_be_repeated(folder):
+    data = open_data(str(folder), None)
+
+    def seen(seed, epoch):
+        loader = batches(data, training=True, augmentation=VARIED, seed=seed)
+        set_epoch(loader, epoch)
+        random.random(), np.random.rand(), torch.rand(3)  # must not matter
+        return drain(loader)[0]
+
+    assert torch.equal(seen(3, 5), seen(3, 5))
+    assert not torch.equal(seen(3, 5), seen(4, 5))
+    assert not torch.equal(seen(3, 5), seen(3, 6))
+
+
+def test_a_picture_is_augmented_the_same_in_every_batch_and_subset(folder):
+    data = open_data(str(folder), None)
+    every = batches(data, training=True, augmentation=VARIED, batch_size=14).dataset
+    few = batches(data, training=True, augmentation=VARIED, train_samples=5).dataset
+    images, _ = every.__getitems__(list(range(14)))
+    for position, index in enumerate(few.indices):
+        alone, _ = few.__getitems__([position])
+        assert torch.equal(alone[0], images[every.indices.tolist().index(index)])
+
+
+def test_order_and_augmentation_each_depend_on_what_they_should(folder):
+    data = open_data("digits", None)
+
+    def order(seed, epoch):
+        loader = batches(data, preprocessing=GREY, training=True, seed=seed)
+        set_epoch(loader, epoch)
+        return list(loader.sampler)
+
+    assert order(1, 1) == order(1, 1)
+    assert order(1, 1) != order(1, 2)
+    assert order(1, 1) != order(2, 1)
+
+    # All pictures equal, so that only the augmentation can tell them apart.
+    for path in folder.rglob("*.png"):
+        write_picture(path, 1)
+    data = open_data(str(folder), None)
+
+    def varied(seed, epoch):
+        loader = batches(data, training=True, augmentation=VARIED, seed=seed)
+        set_epoch(loader, epoch)
+        return loader.dataset.__getitems__([0, 1])[0]
+
+    assert torch.equal(varied(1, 1), varied(1, 1))
+    assert not torch.equal(varied(1, 1), varied(1, 2))
+    assert not torch.equal(varied(1, 1), varied(2, 1))
+    assert not torch.equal(*varied(1, 1))
+
+
+def test_an_epoch_can_be_entered_in_the_middle():
+    data = open_data("digits", None)
+    loader = batches(data, preprocessing=GREY, training=True, batch_size=100)
+    set_epoch(loader, 2)
+    whole = drain(loader)
+    assert len(loader) == 13
+    set_epoch(loader, 2, skip_batches=4)
+    assert len(loader) == 9
+    rest = drain(loader)
+    assert torch.equal(rest[0], whole[0][400:])
+    set_epoch(loader, 2)
+    assert torch.equal(drain(loader)[1], whole[1])
+
+
+def test_the_global_generators_are_left_alone(folder):
+    data = open_data(str(folder), None)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    drain(batches(data, training=True, augmentation=VARIED))
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+def test_training_shuffles_and_drops_a_partial_batch_only_beside_a_full_one():
+    data = open_data("digits", None)
+    loader = batches(data, preprocessing=GREY, training=True, batch_size=1000)
+    assert [len(targets) for _, targets in loader] == [1000]
+    loader = batches(data, preprocessing=GREY, training=True, batch_size=2000)
+    assert [len(targets) for _, targets in loader] == [1365]
+    in_order = drain(batches(data, preprocessing=GREY, batch_size=2000))[1]
+    shuffled = drain(loader)[1]
+    assert not torch.equal(in_order, shuffled)
+    assert torch.equal(in_order.sort().values, shuffled.sort().values)
+
+
+def test_evaluation_keeps_every_picture_in_order():
+    data = open_data("digits", None)
+    loader = batches(data, "val", GREY, batch_size=100)
+    assert [len(targets) for _, targets in loader] == [100, 100, 100, 60]
+    assert torch.equal(drain(loader)[0], drain(loader)[0])
+
+
+def test_set_epoch_refuses_an_evaluation_loader():
+    with pytest.raises(TypeError, match="training loader"):
+        set_epoch(batches(open_data("digits", None), "val", GREY), 1)
+
+
+# Augmentation
+
+
+def is_varied(data, preprocessing, augmentation):
+    loader = batches(data, "fit", preprocessing, training=True, augmentation=augmentation)
+    samples = loader.dataset
+    (first, _), _ = samples.__getitems__([0, 1]), setattr(samples, "epoch", 1)
+    return not torch.equal(first, samples.__getitems__([0, 1])[0])
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "size", "varied"),
+    [
+        (None, 96, False),
+        (Augmentation(), 64, False),
+        (Augmentation(), 96, True),
+        (Augmentation(no_aug=True), 96, False),
+        (Augmentation(no_aug=False), 16, True),
+        (Augmentation(pad_crop=2), 16, True),
+        (Augmentation(no_aug=True, pad_crop=2), 16, False),
+    ],
+)
+def test_when_pictures_are_varied(folder, augmentation, size, varied):
+    preprocessing = Preprocessing((3, size, size), (0.5,) * 3, (0.25,) * 3)
+    assert is_varied(open_data(str(folder), None), preprocessing, augmentation) is varied
+
+
+def test_pad_crop_shifts_and_flips_at_native_size():
+    data = open_data("digits", None)
+    plain = Preprocessing((1, 8, 8), (0.0,), (1.0,))
+    augmentation = Augmentation(pad_crop=1)
+    samples = batches(data, "fit", plain, training=True, augmentation=augmentation).dataset
+    original, _ = batches(data, "fit", plain).dataset.__getitems__([0])
+    padded = torch.nn.functional.pad(original[0, 0], (1, 1, 1, 1))
+    windows = [padded[y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
+    candidates = windows + [window.flip(-1) for window in windows]
+    seen = set()
+    for epoch in range(100):
+        samples.epoch = epoch
+        image, _ = samples.__getitems__([0])
+        matches = [n for n, c in enumerate(candidates) if torch.allclose(image[0, 0], c)]
+        assert matches
+        seen.add(matches[0])
+    assert len(seen) == 18
+
+
+def test_grey_pictures_can_be_auto_augmented():
+    data = open_data("digits", None)
+    policy = Augmentation(no_aug=False, auto_augment="rand-m9-n3-mstd0.5", reprob=0.3)
+    images, _ = drain(batches(data, "fit", GREY, training=True, augmentation=policy, batch_size=65))
+    assert images.shape == (1365, 1, 8, 8)
+    assert images.isfinite().all()
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(UsageError) as error:
+        batches(
+            open_data("digits", None),
+            preprocessing=GREY,
+            training=True,
+            augmentation=Augmentation(no_aug=False, auto_augment="sharpen"),
+        )
+    one_sentence(error, "'sharpen'", "rand-m7")
+
+
+# torch/NAME
+
+
+def test_torch_sets_need_a_root():
+    with pytest.raises(UsageError) as error:
+        open_data("torch/fashion_mnist", None)
+    one_sentence(error, "torch/fashion_mnist", "--data-dir")
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
+def test_a_torch_set_without_files_says_how_to_get_them(tmp_path, name):
+    with pytest.raises(DataError) as error:
+        open_data(f"torch/{name}", tmp_path)
+    one_sentence(error, f"torch/{name}", str(tmp_path), "torchvision.datasets.", "download=True")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_torch_set_names_the_known_ones(tmp_path):
+    with pytest.raises(DataError) as error:
+        open_data("torch/fashion", tmp_path)
+    one_sentence(error, "torch/fashion'", "torch/fashion_mnist", "torch/cifar10")
+
+
+@needs_fashion
+def test_fashion_mnist(tmp_path):
+    root = lay_out_fashion_mnist(tmp_path)
+    data = open_data("torch/fashion_mnist", root)
+    assert data.class_names[0] == "T-shirt/top"
+    assert (data.num_classes, data.channels) == (10, 1)
+    assert [len(in_split(data, s)) for s in ("fit", "holdout", "val")] == [57000, 3000, 10000]
+    plain = Preprocessing((1, 28, 28), (0.0,), (1.0,))
+    loader = batches(data, "fit", plain, train_samples=15000, training=True, batch_size=500)
+    images, targets = drain(loader)
+    assert images.shape == (15000, 1, 28, 28)
+    assert targets.bincount().tolist() == [1500] * 10
+    assert images.mean().item() == pytest.approx(0.2860, abs=2e-3)
+    assert images.std().item() == pytest.approx(0.3530, abs=2e-3)
+    (root / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").write_bytes(b"short")
+    with pytest.raises(DataError) as error:
+        open_data("torch/fashion_mnist", root)
+    one_sentence(error, str(root), "damaged")
+
+
+def test_a_colour_torch_set(tmp_path, monkeypatch):
+    class Colour:
+        classes = ("a", "b")
+        data = np.zeros((6, 32, 32, 3), np.uint8)
+        targets = (0, 1, 0, 1, 0, 1)
+
+    monkeypatch.setattr("ricciq.data.create_dataset", lambda *_, **__: Colour())
+    data = open_data("torch/cifar10", tmp_path)
+    assert (data.channels, data.class_names) == (3, ["a", "b"])
+    plain = Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
+    assert drain(batches(data, "val", plain))[0].shape == (6, 3, 32, 32)
