@@ -57,7 +57,9 @@ def measure_latency(
     return interleave(calls, rounds=rounds)
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], *, rounds: int = 31) -> dict[str, Latency]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 31
+) -> dict[str, Latency]:
     """Time several calls by turns, so that whatever else the machine does hits all of them alike.
 
     Args:
@@ -72,7 +74,9 @@ def interleave(calls: Mapping[str, Callable[[], object]], *, rounds: int = 31) -
             if round_number >= 0:
                 times[name].append(1000 * (time.perf_counter() - start))
     return {
-        name: Latency(statistics.median(t), float(np.quantile(t, 0.25)), float(np.quantile(t, 0.75)))
+        name: Latency(
+            statistics.median(t), float(np.quantile(t, 0.25)), float(np.quantile(t, 0.75))
+        )
         for name, t in times.items()
     }
 

@@ -1,4 +1,4 @@
-"""First scales from a few batches, streaming: the memory is a histogram, however many batches come."""
+"""First scales from a few batches, streaming: memory is a histogram, however many batches come."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _BINS = _OCTAVES * _PER_OCTAVE
 
 
 class LogHistogram:
-    """Counts of numbers by sign and magnitude, in bins 2 % wide; independent of the order of batches.
+    """Counts of numbers by sign and magnitude in bins 2 % wide, whatever the order of batches.
 
-    Magnitudes below 2**-24 count as zero and fall in the middle bin; those from 2**24 on in the last.
+    Magnitudes below 2**-24 count as zero, in the middle bin; those from 2**24 on fall in the last.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,10 @@ def choose_range(histogram: LogHistogram, bits: int, candidates: int = 100) -> t
     """
     top = 2**bits - 1
     used = histogram.counts > 0
-    x, counts = histogram.centers()[used].clamp(histogram.low, histogram.high), histogram.counts[used]
+    x, counts = (
+        histogram.centers()[used].clamp(histogram.low, histogram.high),
+        histogram.counts[used],
+    )
     span = max(histogram.high, 0.0) - min(histogram.low, 0.0)
     if span == 0.0:
         return 1.0, 0

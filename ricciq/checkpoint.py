@@ -104,9 +104,9 @@ def training_state(
             else:
                 values.setdefault(str(index), {})[key] = value
     tensors["random.torch"] = torch.get_rng_state()
-    for number in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+    for number in range(torch.cuda.device_count()):
         tensors[f"random.cuda.{number}"] = torch.cuda.get_rng_state(number)
-    kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
     metadata = {
         "progress": dict(progress),
         "optimizer": {"groups": state["param_groups"], "values": values},

@@ -42,8 +42,8 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _ricciq(
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,  # noqa: ARG001
-    version: Annotated[  # noqa: ARG001
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
@@ -153,7 +153,9 @@ def evaluate(
     Example: ricciq eval model.onnx --data digits --min-top1 95
     """
     if min_agreement is not None and reference is None:
-        raise UsageError(f"--min-agreement {min_agreement} needs something to agree with; give --reference")
+        raise UsageError(
+            f"--min-agreement {min_agreement} needs something to agree with; give --reference"
+        )
     from ricciq.trained import evaluate_target
 
     result = evaluate_target(

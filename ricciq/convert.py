@@ -18,7 +18,7 @@ _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
 _WEIGHTED_CALLS = {"conv2d", "linear"}
 POINT_BITS = 8
-"""Width of the points around additions and wherever a convolution's output is not quantized anyway."""
+"""Width of the points at additions and where a convolution's output is not quantized anyway."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def plan_conversion(
         ModelError: nothing in the model can be converted.
     """
     if weight_bits == FLOAT_BITS:
-        return Plan([], {}, [Kept("", type(model).__name__, "32 bits: the whole model stays float")])
+        return Plan(
+            [], {}, [Kept("", type(model).__name__, "32 bits: the whole model stays float")]
+        )
     recording = record(model, example)
     modules = dict(model.named_modules())
     runs = [c for c in recording.calls if c.is_module and _is_convertible(modules[c.name])]
@@ -92,12 +94,16 @@ def plan_conversion(
         at_edge = name in (names[0], names[-1])
         # The ends of a network lose most and weigh least: 8 bits there is the field's convention.
         inputs = act_bits if act_bits == FLOAT_BITS or not at_edge else int(_widest(edge_bits))
-        layers.append(LayerPlan(name, edge_bits if at_edge else weight_bits, inputs, norms.get(name)))
+        layers.append(
+            LayerPlan(name, edge_bits if at_edge else weight_bits, inputs, norms.get(name))
+        )
     points: dict[str, str] = {}
     floats: list[Kept] = []
     if act_bits != FLOAT_BITS:
         points, floats = _place_points(layers, recording, modules)
-    kept = list(_kept_modules(layers, recording, modules)) + list(_kept_products(recording)) + floats
+    kept = (
+        list(_kept_modules(layers, recording, modules)) + list(_kept_products(recording)) + floats
+    )
     return Plan(layers, points, kept)
 
 

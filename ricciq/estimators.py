@@ -1,7 +1,7 @@
 """Gradient estimators by name, and the seam between the training loop and the geometry.
 
-The straight-through estimator hands the weights the gradient taken at their rounded values. The other
-methods here correct that gradient with the metric of `ricciq.ricci` before the optimizer sees it.
+The straight-through estimator hands the weights the gradient taken at their rounded values. The
+other methods correct that gradient with the metric of `ricciq.ricci` before the optimizer sees it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ricciq.errors import RecipeError
 from ricciq.quantizer import WeightQuantizer
@@ -30,7 +30,7 @@ class DiscreteWeight(NamedTuple):
     """A weight under training and the quantizer it goes through."""
 
     name: str
-    weight: nn.Parameter
+    weight: Tensor
     quantizer: WeightQuantizer
 
 

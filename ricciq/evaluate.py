@@ -1,4 +1,4 @@
-"""Top-1, top-5, loss and agreement of any predict callable, torch or ONNX, in one pass over the data."""
+"""Top-1, top-5, loss and agreement of predict callables, torch or ONNX, in one pass over data."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def evaluate(
         classes = logits[reference].shape[1]
         if int(targets.max()) >= classes:
             raise DataError(
-                f"the data has class number {int(targets.max())} but the model knows only {classes} "
+                f"the data has class number {int(targets.max())} but the model knows {classes} "
                 "classes; give the data the model was made for"
             )
         samples += len(targets)

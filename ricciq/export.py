@@ -1,8 +1,8 @@
 """Discrete model -> ONNX: one file, standard operators, packed weights, integer kernels.
 
-A converted model is first *deployed*: every discrete layer becomes one that holds packed codes, steps
-and integer biases, BatchNorm folded in. Deployed modules run in torch, which is what the exported file
-is compared with, and describe themselves to torch's exporter as standard ONNX operators.
+A converted model is first *deployed*: every discrete layer becomes one that holds packed codes,
+steps and integer biases, BatchNorm folded in. Deployed modules run in torch, which is what the
+exported file is compared with, and describe themselves to the exporter as standard operators.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class DeployedWeight(nn.Module):
 
     scale: Tensor
     zero_point: Tensor | None
+    sign: Tensor | None
 
     def __init__(self, weights: IntegerWeights, bits: Bits, zero_points: bool = False) -> None:
         super().__init__()
@@ -100,6 +101,7 @@ class DeployedWeight(nn.Module):
         if bits == 8:
             codes = torch.where(flip, -weights.codes, weights.codes)
             self.register_buffer("codes", codes)
+            self.register_buffer("sign", None)
             return
         for plane in pack(weights.codes.cpu(), bits):
             self.register_buffer(f"packed{self.planes}", plane.data)
@@ -109,7 +111,7 @@ class DeployedWeight(nn.Module):
         self.register_buffer("sign", 1 - 2 * flip.to(torch.int32) if flip.any() else None)
         self.to(weights.codes.device)
         if self.planes == 1 and self.sign is None:
-            self.table0 = self.table0.to(torch.int8)
+            self.register_buffer("table0", self.get_buffer("table0").to(torch.int8))
 
     def forward(self) -> Tensor:
         """The dequantized weight, (rows, ...)."""
@@ -222,7 +224,7 @@ def deploy(model: nn.Module) -> nn.Module:
     deployed = copy.deepcopy(model).eval()
     made: dict[nn.Module, nn.Module] = {}
     for name, module in list(deployed.named_modules()):
-        point = getattr(module, "output_quantizer", None)
+        point: ActivationQuantizer | None = getattr(module, "output_quantizer", None)
         new: nn.Module | None = None
         if isinstance(module, QuantConv2d):
             new = DeployedConv2d(module)
@@ -232,7 +234,8 @@ def deploy(model: nn.Module) -> nn.Module:
             deployed.set_submodule(name, new)
         if point is None:
             continue
-        made.setdefault(point, DeployedActivation(point))
+        if point not in made:
+            made[point] = DeployedActivation(point)
         if new is not None:
             quantize_output(new, made[point])
         else:

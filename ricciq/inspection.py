@@ -97,7 +97,9 @@ def _load(path: Path) -> ir.Model:
         return ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many kinds
         reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{path} is no readable ONNX file ({reason}); give an intact one") from None
+        raise ModelError(
+            f"{path} is no readable ONNX file ({reason}); give an intact one"
+        ) from None
 
 
 def _original(name: str) -> str:
@@ -120,7 +122,9 @@ def _rows(model: ir.Model, integer: set[str]) -> Iterator[LayerRow]:
             shape=_shape(weight),
             weight_bits=bits,
             act_bits=_act_bits(data),
-            bytes=sum(value.const_value.nbytes for value in constants.values() if value.const_value),
+            bytes=sum(
+                value.const_value.nbytes for value in constants.values() if value.const_value
+            ),
             fused=(node.name or "") in integer,
         )
 
@@ -148,7 +152,7 @@ def _weight_bits(sources: dict[str, ir.Value]) -> int | str:
     tables = [v for v in tables if len(v.shape or ()) == 2 and v.dtype != ir.DataType.FLOAT]
     packed = any(v.dtype == ir.DataType.UINT8 for v in sources.values())
     if packed and tables:
-        widths = [int(v.shape[1]) for v in tables if v.shape is not None]
+        widths = [v.shape.numpy()[1] for v in tables if v.shape is not None]
         if widths == [_TERNARY_PER_BYTE]:
             return "ternary"
         return sum(_PER_BYTE_BITS[width] for width in widths)
@@ -158,7 +162,7 @@ def _weight_bits(sources: dict[str, ir.Value]) -> int | str:
 def _shape(value: ir.Value) -> list[int]:
     """The shape of a weight, through the operators that unpack it."""
     if value.shape is not None:
-        return [int(n) for n in value.shape]
+        return list(value.shape.numpy())
     producer = value.producer()
     return _shape(producer.inputs[0]) if producer and producer.inputs[0] else []
 

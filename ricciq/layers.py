@@ -1,4 +1,4 @@
-"""Discrete counterparts of float layers: QuantConv2d, QuantLinear, and the 8-bit points between them."""
+"""Discrete counterparts of float layers: QuantConv2d, QuantLinear, 8-bit points between them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class QuantLayer(nn.Module):
     rest of the model taking part.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
     norm: nn.BatchNorm2d | None
@@ -129,16 +129,16 @@ class QuantConv2d(nn.Conv2d, QuantLayer):
         """(B, C, H, W) -> (B, rows, H', W')."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        y = self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+        y: Tensor = self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
         return y if self.norm is None else self.norm(y)
 
 
-class QuantLinear(nn.Linear, QuantLayer):
+class QuantLinear(nn.Linear, QuantLayer):  # type: ignore[misc]
     """A linear layer with discrete weights and inputs."""
 
     @classmethod
     def from_float(cls, linear: nn.Linear, weight_bits: Bits, act_bits: int) -> Self:
-        """Take over a float linear layer's parameters; arguments as for `QuantConv2d.from_float`."""
+        """Take over a float layer's parameters; arguments as for `QuantConv2d.from_float`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._discretize(weight_bits, act_bits, None)
@@ -162,11 +162,11 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return factor, shift if norm.bias is None else shift + norm.bias.double()
 
 
-def quantize_output(module: nn.Module, quantizer: ActivationQuantizer) -> None:
+def quantize_output(module: nn.Module, quantizer: nn.Module) -> None:
     """Let everything ``module`` returns pass through ``quantizer``.
 
-    A hook rather than a wrapper: the module keeps its class, its attributes and its place, so models
-    that look into their blocks go on working.
+    A hook rather than a wrapper: the module keeps its class, its attributes and its place, so
+    models that look into their blocks go on working.
     """
     module.add_module("output_quantizer", quantizer)
     module.register_forward_hook(_quantize_output)

@@ -240,7 +240,7 @@ def _finish(
     deployed = deploy(job.model).cpu()
     export_onnx(deployed, folder.onnx, job.preprocessing, stored_in_onnx(job.about))
     journal.say("evaluating the exported file")
-    predictors = {
+    predictors: dict[str, Predict] = {
         "quantized": deployed,
         "onnx": _onnx_predictor(folder.onnx),
         "unoptimized": _onnx_predictor(folder.onnx, optimize=False),

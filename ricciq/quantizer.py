@@ -1,9 +1,9 @@
 """Grids, scales, fake quantization and the straight-through estimator.
 
-A quantizer maps a number x to ``scale * code``; the codes are the integers of a `Grid`. The gradient
-of that staircase is zero or infinite, so training uses the straight-through estimator (STE, Bengio et
-al. 2013, arXiv 1308.3432) for x and the learned step size (LSQ, Esser et al. 2020, arXiv 1902.08153)
-for the scale. The scale is stored as its logarithm, so that it stays positive whatever the optimizer.
+A quantizer maps a number x to ``scale * code``; the codes are the integers of a `Grid`. The
+gradient of that staircase is zero or infinite, so training uses the straight-through estimator
+(STE, Bengio et al. 2013, arXiv 1308.3432) for x and the learned step size (LSQ, Esser et al. 2020,
+arXiv 1902.08153) for the scale, whose logarithm is stored: it stays positive by any optimizer.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _FakeQuantize(torch.autograd.Function):
     """x -> scale * code, with STE for x and LSQ for the scale; saves only x between the passes."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor, log_scale: Tensor, zero_point: Tensor | None, grid: Grid, gain: float
     ) -> Tensor:
         del gain
@@ -81,7 +81,7 @@ class _FakeQuantize(torch.autograd.Function):
         inside = _inside(ratio, zero_point, ctx.grid)
         grad_x = grad * inside
         codes = _codes(ratio, zero_point, ctx.grid)
-        # d(scale * code)/d(scale) is code - ratio inside the range and code at its ends (LSQ, eq. 3).
+        # d(scale * code)/d(scale) is code - ratio inside the range, code at its ends (LSQ, eq. 3).
         per_scale = (grad * codes - grad_x * ratio).sum_to_size(scale.shape)
         # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
         # relative change, so published learning rates keep their meaning.
@@ -102,7 +102,7 @@ def _inside(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
 def fake_quantize(
     x: Tensor, log_scale: Tensor, grid: Grid, zero_point: Tensor | None = None, gain: float = 1.0
 ) -> Tensor:
-    """Round x to its grid and back: ``scale * (clamp(round(x / scale) + zero_point) - zero_point)``.
+    """Round x to its grid: ``scale * (clamp(round(x / scale) + zero_point) - zero_point)``.
 
     Args:
         x: any shape.
@@ -147,7 +147,9 @@ class WeightQuantizer(nn.Module):
             candidates: how many steps to try, evenly spaced up to the one that clips nothing.
         """
         rows = weight.flatten(1).float()
-        top = rows.abs().amax(1, keepdim=True).clamp_min(MIN_SCALE * self.grid.high) / self.grid.high
+        top = (
+            rows.abs().amax(1, keepdim=True).clamp_min(MIN_SCALE * self.grid.high) / self.grid.high
+        )
         best = torch.full_like(top, math.inf)
         chosen = top.clone()
         for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
@@ -189,8 +191,8 @@ class WeightQuantizer(nn.Module):
 class ActivationQuantizer(nn.Module):
     """Per-tensor fake quantization of activations: one learned step, one calibrated zero point.
 
-    The codes are 0 to 2**bits - 1 around a whole zero point, which is 0 for activations that are never
-    negative. While an observer is attached, it is shown every input and nothing is quantized.
+    The codes are 0 to 2**bits - 1 around a whole zero point, which is 0 for activations that are
+    never negative. While an observer is attached, it is shown every input and nothing is quantized.
 
     Args:
         bits: 1 to 8.

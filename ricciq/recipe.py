@@ -143,13 +143,15 @@ class Recipe(Section):
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             reason = " ".join(str(error).split())
-            raise RecipeError(f"recipe {path} cannot be read ({reason}); correct the file") from None
+            raise RecipeError(
+                f"recipe {path} cannot be read ({reason}); correct the file"
+            ) from None
         if not isinstance(values, dict):
             raise RecipeError(f"recipe {path} holds no sections; see `ricciq recipes ls`")
         return cls.from_values(values, f"recipe {path}")
 
     def override(self, flags: Mapping[str, Any]) -> Recipe:
-        """A recipe with dotted keys replaced, such as ``{"training.lr": 1e-3}``; None is no flag."""
+        """A recipe with dotted keys replaced, as in ``{"training.lr": 1e-3}``; None is no flag."""
         values = self.model_dump()
         for key, value in flags.items():
             if value is None:

@@ -1,7 +1,7 @@
 """What one forward pass did: which module or function made each tensor, and which ones read it.
 
-Modules are seen by hooks; what happens between them, such as the ``x + shortcut`` of a residual block,
-by a `TorchFunctionMode`. Nothing is traced symbolically, so any Python in a forward is fine.
+Modules are seen by hooks; what happens between them, such as the ``x + shortcut`` of a residual
+block, by a `TorchFunctionMode`. Nothing is traced symbolically, so any Python in a forward is fine.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class Accuracy(_Part):
 class OnnxAccuracy(Accuracy):
     """The written file's accuracy, and how it agrees with the torch model it was made from.
 
-    ``agreement`` is measured with onnxruntime's default optimizations, ``agreement_unoptimized`` with
-    all of them off; both in percent of samples with the same first guess.
+    ``agreement`` is measured with onnxruntime's default optimizations, ``agreement_unoptimized``
+    with all of them off; both in percent of samples with the same first guess.
     """
 
     agreement: float

@@ -1,4 +1,4 @@
-"""onnxruntime sessions: open a file as users run it, predict with it, read what it says about itself."""
+"""onnxruntime sessions: open a file as users run it, predict with it, read its metadata."""
 
 from __future__ import annotations
 

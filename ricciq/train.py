@@ -204,17 +204,17 @@ class Trainer:
                 taught = None if self.teacher is None else self.teacher(images).float()
         loss = loss_function(logits, targets, taught, self.settings)
 
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
         # One number says whether all gradients are finite; a step with a NaN would ruin the run.
-        finite = bool(nn.utils.get_total_norm([p.grad for p in parameters]).isfinite())
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite = bool(nn.utils.get_total_norm(gradients).isfinite())
         if finite:
             if measure:
                 self.geometry = self.correction.measure(self.weights)
             self.correction(self.weights)
             if self.settings.clip_grad is not None:
-                nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -229,7 +229,7 @@ class Trainer:
 def _optimizer_and_schedule(
     model: nn.Module, settings: TrainingSection, steps_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """timm's factories; steps, biases and BatchNorm get no weight decay (they have one dimension)."""
+    """From timm's factories; what has one dimension (steps, biases, BatchNorm) does not decay."""
     try:
         optimizer = create_optimizer_v2(
             model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
@@ -269,6 +269,7 @@ class Tally:
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor, finite: bool) -> None:
+        """Count a step; one without finite gradients only as bad."""
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.bad += not finite
         if finite:
@@ -381,8 +382,8 @@ def _save(
 def _standard_error(percent: float, samples: int) -> float:
     """Of a share measured on so many samples, in percent points.
 
-    A hold-out of a few hundred pictures cannot tell epochs apart that differ by less; among those the
-    latest is taken (the one-standard-error rule of Breiman et al. 1984), since a schedule that ends
-    near zero is meant to end well.
+    A hold-out of a few hundred pictures cannot tell epochs apart that differ by less; among those
+    the latest is taken (the one-standard-error rule of Breiman et al. 1984), since a schedule that
+    ends near zero is meant to end well.
     """
     return math.sqrt(percent * (100 - percent) / samples)

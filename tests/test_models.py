@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -440,16 +439,3 @@ def test_normalization_of_the_digits_net_is_that_of_its_training_pictures():
     assert preprocessing.mean[0] == pytest.approx(pixels.mean().item(), abs=5e-5)
     assert preprocessing.std[0] == pytest.approx(pixels.std(correction=0).item(), abs=5e-5)
     assert preprocessing.crop_pct == 1.0
-
-
-def test_importing_the_module_registers_the_nets_without_a_word():
-    code = (
-        "import warnings; warnings.simplefilter('error'); import timm, ricciq.models;"
-        f"print([timm.is_model(n) for n in {NETS}])"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
-    assert done.stdout.strip() == "[True, True, True]"
-    assert done.stderr == ""
