@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+# Newer versions of Typer carry a click of their own; this is the base of its errors in any of them.
+CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[
@@ -322,9 +324,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(app(arguments, standalone_mode=False))
     except RicciqError as error:
         _fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        _fail(error.format_message(), UsageError.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except CommandLineError as error:
+        _fail(" ".join(error.format_message().split()), UsageError.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", InterruptedRunError.exit_code)
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -7,17 +7,14 @@ picture it cannot read, which changes accuracies without a word; here such a pic
 from __future__ import annotations
 
 import random
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 from timm.data.readers.reader_image_folder import find_images_and_targets
@@ -27,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import normalize
 
 from ricciq.errors import DataError, UsageError
+from ricciq.pictures import Indices, PictureArrays, PictureFiles, Pictures
 from ricciq.preprocessing import Augmentation, Preprocessing
 
 Split = Literal["fit", "holdout", "val"]
 Batch = tuple[Tensor, Tensor]
-Indices = npt.NDArray[np.int64]
 
 FORMS = (
     "a folder with train/ and val/ (or validation/), `digits`, "
@@ -47,7 +44,6 @@ TORCH_NAMES = {
 }
 HOLDOUT_SHARE = 0.05
 DIGITS_VALIDATION = 360
-GREY_PROBES = 32
 
 
 def open_data(name: str, root: Path | None) -> PictureData:
@@ -90,7 +86,7 @@ class PictureData:
     """
 
     def __init__(
-        self, name: str, class_names: Sequence[str], grey: bool, train: _Pictures, val: _Pictures
+        self, name: str, class_names: Sequence[str], grey: bool, train: Pictures, val: Pictures
     ) -> None:
         """Set the hold-out aside; see `open_data`."""
         self.name = name
@@ -108,7 +104,7 @@ class PictureData:
         pool = spare if len(spare) else everything
         wanted = max(round(HOLDOUT_SHARE * len(pool)), int((counts > 1).sum()), 1)
         held_out = _stratified(train.targets, pool, wanted)
-        self._splits: dict[Split, tuple[_Pictures, Indices]] = {
+        self._splits: dict[Split, tuple[Pictures, Indices]] = {
             "fit": (train, np.setdiff1d(everything, held_out)),
             "holdout": (train, held_out),
             "val": (val, np.arange(len(val.targets))),
@@ -196,79 +192,12 @@ def set_epoch(loader: DataLoader[Batch], epoch: int, skip_batches: int = 0) -> N
     sampler.skip = skip_batches * (loader.batch_size or 1)
 
 
-class _Pictures(Protocol):
-    """Pictures that can be opened one by one, with targets known beforehand."""
-
-    targets: Indices
-
-    def open(self, index: int, mode: str) -> Image.Image:
-        """The picture of an index in PIL mode "L" or "RGB"."""
-
-
-class _Files:
-    """Pictures in files.
-
-    Attributes:
-        paths: one file a picture.
-        targets: (N,) class indices.
-    """
-
-    def __init__(self, paths: Sequence[str], targets: Sequence[int]) -> None:
-        self.paths = paths
-        self.targets: Indices = np.asarray(targets, dtype=np.int64)
-
-    def open(self, index: int, mode: str) -> Image.Image:
-        """Decode the file of an index in full.
-
-        Raises:
-            DataError: the file is missing, damaged, or so large that PIL suspects an attack.
-        """
-        with _opened(self.paths[index]) as picture:
-            if picture.mode.startswith("I"):
-                # PIL would clip 16-bit grey at 255, which turns most of it white.
-                high = np.clip(np.asarray(picture), 0, 65535) >> 8
-                return Image.fromarray(high.astype(np.uint8)).convert(mode)
-            return picture.convert(mode)
-
-    def grey(self) -> bool:
-        """Whether an evenly spaced sample of the files holds grey pictures only."""
-        count = len(self.paths)
-        for index in set(np.linspace(0, count - 1, GREY_PROBES).astype(int)):
-            with _opened(self.paths[index]) as picture:
-                if picture.getbands()[0] not in {"1", "L", "I", "F"}:
-                    return False
-        return True
-
-
-class _Arrays:
-    """Pictures in memory.
-
-    Attributes:
-        pixels: (N, H, W, C) bytes, C being 1 or 3.
-        targets: (N,) class indices.
-    """
-
-    def __init__(self, pixels: npt.NDArray[np.uint8], targets: Sequence[int]) -> None:
-        self.pixels = pixels
-        self.targets: Indices = np.asarray(targets, dtype=np.int64)
-
-    def open(self, index: int, mode: str) -> Image.Image:
-        """The picture of an index."""
-        pixels = self.pixels[index]
-        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert(mode)
-
-    def fits(self, preprocessing: Preprocessing) -> bool:
-        """Whether evaluation leaves the pixels as they are, but for the normalization."""
-        channels, height, width = preprocessing.input_size
-        return self.pixels.shape[1:] == (height, width, channels) and preprocessing.crop_pct == 1.0
-
-
 class _Samples(Dataset[Batch]):
     """The chosen pictures of a split as normalized tensors, read a batch at a time."""
 
     def __init__(
         self,
-        pictures: _Pictures,
+        pictures: Pictures,
         indices: Indices,
         preprocessing: Preprocessing,
         vary: Any,
@@ -298,7 +227,7 @@ class _Samples(Dataset[Batch]):
         if self.vary is not None:
             with _random_state_kept():
                 return torch.stack([self._varied(int(index)) for index in chosen])
-        if isinstance(self.pictures, _Arrays) and self.pictures.fits(self.preprocessing):
+        if isinstance(self.pictures, PictureArrays) and self.pictures.fits(self.preprocessing):
             # The arithmetic of the transform, on the whole batch: a hundred times faster.
             pixels = torch.from_numpy(self.pictures.pixels[chosen]).permute(0, 3, 1, 2)
             images = pixels.contiguous().to(torch.float32).div_(255)
@@ -373,19 +302,6 @@ def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """An open picture; whatever goes wrong with it is a DataError that names the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                yield picture
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
-        raise DataError(f"picture {path} cannot be read ({reason}): repair or remove it") from error
-
-
-@contextmanager
 def _random_state_kept() -> Iterator[None]:
     """Put the global random generators back as they were."""
     python, numpy = random.getstate(), np.random.get_state()
@@ -418,7 +334,7 @@ def _open_folder(folder: Path) -> PictureData:
     return PictureData(str(folder), class_names, train.grey(), train, val)
 
 
-def _read_split(folder: Path) -> tuple[list[str], _Files]:
+def _read_split(folder: Path) -> tuple[list[str], PictureFiles]:
     """The class names of a folder, in timm's order, and its pictures, nested folders included."""
     visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     class_names = sorted((entry.name for entry in visible if entry.is_dir()), key=natural_key)
@@ -438,7 +354,7 @@ def _read_split(folder: Path) -> tuple[list[str], _Files]:
             )
         paths += [path for path, _ in found]
         targets += [target] * len(found)
-    return class_names, _Files(paths, targets)
+    return class_names, PictureFiles(paths, targets)
 
 
 def _open_digits() -> PictureData:
@@ -459,8 +375,8 @@ def _open_digits() -> PictureData:
         "digits",
         [str(name) for name in digits.target_names],
         True,
-        _Arrays(pixels[train], digits.target[train]),
-        _Arrays(pixels[val], digits.target[val]),
+        PictureArrays(pixels[train], digits.target[train]),
+        PictureArrays(pixels[val], digits.target[val]),
     )
 
 
@@ -485,5 +401,5 @@ def _open_torch(name: str, root: Path | None) -> PictureData:
     pixels = [np.asarray(part.data) for part in (train, val)]
     if grey := pixels[0].ndim == 3:
         pixels = [part[..., None] for part in pixels]
-    parts = _Arrays(pixels[0], train.targets), _Arrays(pixels[1], val.targets)
+    parts = PictureArrays(pixels[0], train.targets), PictureArrays(pixels[1], val.targets)
     return PictureData(f"torch/{name}", train.classes, grey, *parts)

@@ -61,6 +61,7 @@ class DeployedActivation(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.bits = quantizer.bits
+        self.in_float = False
         self.register_buffer("scale", quantizer.scale.clone())
         self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
         self.register_buffer("lowest", torch.zeros_like(self.zero_point))
@@ -68,9 +69,11 @@ class DeployedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
-        if not torch.onnx.is_in_onnx_export():
+        if self.in_float or not torch.onnx.is_in_onnx_export():
             zero_point = self.zero_point.float()
-            codes = ((x / self.scale).round() + zero_point).clamp(0, float(self.highest))
+            codes = ((x / self.scale).round() + zero_point).clamp(
+                self.lowest.float(), self.highest.float()
+            )
             return (codes - zero_point) * self.scale
         quantized = [self.scale, self.zero_point]
         codes = _node("QuantizeLinear", [x, *quantized], torch.uint8, x.shape)
@@ -176,7 +179,7 @@ class _DeployedLayer(nn.Module):
         weights = layer.integer_weights()
         quantizer = layer.input_quantizer
         self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
-        self.weight_quantizer = DeployedWeight(
+        self.weight_quantizer: nn.Module = DeployedWeight(
             weights, layer.weight_quantizer.bits, zero_points=isinstance(layer, QuantLinear)
         )
         self.register_buffer("bias", weights.bias)
@@ -217,6 +220,37 @@ class DeployedLinear(_DeployedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return F.linear(*self._operands(x))
+
+
+class _Constant(nn.Module):
+    """A tensor where a module is expected."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        """The tensor."""
+        return self.value
+
+
+def in_float_operators(deployed: nn.Module) -> nn.Module:
+    """Change a deployed model, in place, to export float weights and float arithmetic.
+
+    It computes the same numbers: the weights hold their discrete values and activations are rounded
+    by Div, Round, Clip and Mul, for runtimes without quantized operators.
+    """
+    for module in list(deployed.modules()):
+        if isinstance(module, DeployedActivation):
+            module.in_float = True
+        elif isinstance(module, _DeployedLayer):
+            module.weight_quantizer = _Constant(module.weight_quantizer())
+            if module.bias_scale is not None:
+                module.bias = module.bias * module.bias_scale
+                module.bias_scale = None
+    return deployed
 
 
 def deploy(model: nn.Module) -> nn.Module:

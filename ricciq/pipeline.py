@@ -31,7 +31,7 @@ from ricciq.preprocessing import Preprocessing
 from ricciq.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.report import Report
-from ricciq.runfolder import RunFolder, open_run_folder, read_csv, write_csv
+from ricciq.runfolder import RunFolder, choose_run_folder, read_csv, write_csv
 from ricciq.runtime import open_session, session_predictor
 from ricciq.train import Progressed, finetune
 
@@ -63,13 +63,15 @@ def run(
     """
     journal = journal or Journal()
     device = choose_device(recipe.device)
+    folder = choose_run_folder(recipe, output, resume=resume, overwrite=overwrite)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
         reference = _check_validation(job, journal)
-        folder = open_run_folder(recipe, output, resume=resume, overwrite=overwrite)
         with folder.locked():
+            if not resume:
+                folder.begin(recipe)
             journal.log_to(folder.log)
             journal.say(f"run folder: {folder.path}")
             try:

@@ -165,7 +165,7 @@ def flow_euler(xi: Tensor, tau: Tensor, time: float) -> Metric:
     """One step g(0) - 2 time Ric(g(0)), positive definite, not normalized (derived here)."""
     # There is no second step: the closed form of the Ricci tensor is that of the LNE metric.
     start, ricci = lne_metric(xi, tau), ricci_tensor(xi, tau)
-    factors = torch.cat([start.factors, ricci.factors], dim=-1)
+    factors = torch.stack([start.factors[..., 0], ricci.factors[..., 0]], -2).mT  # contiguous
     coefficients = torch.cat([start.coefficients, -2 * time * ricci.coefficients], dim=-1)
     return Metric(start.diag - 2 * time * ricci.diag, factors, coefficients)
 

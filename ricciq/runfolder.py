@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -61,22 +60,34 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for as long as it is written to.
+        """Make the folder if need be, and hold it for as long as it is written to.
 
         Raises:
-            UsageError: another process is using it.
+            UsageError: it cannot be made, or another process is using it.
         """
         lock = FileLock(self.path / _LOCK)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             raise UsageError(
                 f"{self.path} is in use by another run; wait for it or choose another --output"
             ) from None
+        except OSError as error:
+            raise UsageError(
+                f"--output {self.path} cannot be written ({error}); choose another folder"
+            ) from None
         try:
             yield
         finally:
             lock.release()  # the file stays: removing it could free a lock just taken by another
+
+    def begin(self, recipe: Recipe) -> None:
+        """Remove what an earlier run wrote, and only that, and note what this one will do."""
+        for path in vars(self).values():
+            if path != self.path:
+                path.unlink(missing_ok=True)
+        write_atomically(self.recipe, recipe.to_yaml())
 
 
 def default_folder(recipe: Recipe, now: datetime) -> Path:
@@ -87,16 +98,16 @@ def default_folder(recipe: Recipe, now: datetime) -> Path:
     return RUNS / f"{now:%Y%m%d-%H%M%S}-{model}-w{weights}a{bits.act_bits}"
 
 
-def open_run_folder(
+def choose_run_folder(
     recipe: Recipe, output: Path | None, *, resume: bool, overwrite: bool
 ) -> RunFolder:
-    """Find or make the folder of a run; nothing that is not an unfinished run is touched.
+    """Find the folder a run may use; nothing is written yet.
 
     Args:
         recipe: what the run will do.
         output: where; by default a new folder, or with ``resume`` the newest unfinished one.
         resume: go on with an unfinished run of the same recipe.
-        overwrite: empty a folder of ours that holds a run.
+        overwrite: allow a folder of ours that holds a run.
 
     Raises:
         UsageError: the folder is not ours, holds a run, or has nothing to resume.
@@ -113,20 +124,9 @@ def open_run_folder(
         )
     if resume:
         _check_resumable(folder, recipe)
-        return folder
-    if occupied:
-        if not overwrite:
-            remedy = "--overwrite" if folder.is_finished else "--resume or --overwrite"
-            raise UsageError(f"--output {output} already holds a run; give {remedy}")
-        with folder.locked():
-            _empty(folder)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output {output} cannot be made ({error}); choose another folder"
-        ) from None
-    write_atomically(folder.recipe, recipe.to_yaml())
+    elif occupied and not overwrite:
+        remedy = "--overwrite" if folder.is_finished else "--resume or --overwrite"
+        raise UsageError(f"--output {output} already holds a run; give {remedy}")
     return folder
 
 
@@ -148,16 +148,6 @@ def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
             f"the run in {folder.path} was started with another recipe; repeat its flags or choose "
             "another --output"
         )
-
-
-def _empty(folder: RunFolder) -> None:
-    """Remove what a run writes, and only that: a user's own files beside it stay."""
-    for path in vars(folder).values():
-        if path == folder.path:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from ricciq.convert import Kept, LayerPlan, Plan, convert
 from ricciq.data import open_data
 from ricciq.errors import CheckpointError, DataError, ModelError
 from ricciq.evaluate import Predict, evaluate
-from ricciq.export import deploy, export_onnx, stored_in_onnx
+from ricciq.export import deploy, export_onnx, in_float_operators, stored_in_onnx
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
@@ -142,7 +142,9 @@ def export_run(path: Path, output: Path | None = None, *, as_float: bool = False
         CheckpointError: the run has no usable best.safetensors.
     """
     trained = rebuild(path)
-    model = trained.model if as_float else deploy(trained.model)
+    model = deploy(trained.model)
+    if as_float:
+        in_float_operators(model)
     if output is None:
         folder = path if path.is_dir() else path.parent
         output = folder / ("model-float.onnx" if as_float else "model.onnx")
