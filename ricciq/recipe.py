@@ -83,7 +83,7 @@ class MethodSection(Section):
 class TrainingSection(Section):
     """The fine-tuning schedule; ``opt`` and ``sched`` are timm's factory names."""
 
-    epochs: Count = 20
+    epochs: Count = 10
     opt: str = "adamw"
     lr: Positive = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4

@@ -1,0 +1,253 @@
+"""What a command line answers: exit codes, one sentence on stderr, one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ricciq import cli
+from ricciq.checkpoint import save_tensors
+
+QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ricciq(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Answer]:
+    """Run a command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> Answer:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Answer(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def check_refusal(answer: Answer, code: int, *words: str) -> None:
+    """One sentence with these words, and nothing else."""
+    assert answer.code == code
+    assert answer.out == ""
+    last = answer.err.strip().splitlines()[-1]
+    assert last.startswith("ricciq: ")
+    assert "Traceback" not in answer.err
+    for word in words:
+        assert word in last
+
+
+@pytest.mark.parametrize("bits", ["0", "9", "-1", "two", "16", "2.0"])
+def test_widths_that_do_not_exist(ricciq: Callable[..., Answer], bits: str) -> None:
+    check_refusal(ricciq(*QUANTIZE, f"--bits={bits}"), 2, "--bits", bits, "1 to 8")
+
+
+def test_activations_cannot_be_ternary(ricciq: Callable[..., Answer]) -> None:
+    check_refusal(ricciq(*QUANTIZE, "--act-bits", "ternary"), 2, "--act-bits", "ternary")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["frobnicate"], ["frobnicate"]),
+        (["quantize"], ["model"]),
+        (["quantize", "digits_resnet8"], ["--data"]),
+        ([*QUANTIZE, "--epochs", "many"], ["--epochs"]),
+        ([*QUANTIZE, "--epochs", "-1"], ["training.epochs", "-1"]),
+        ([*QUANTIZE, "--lr", "0"], ["training.lr"]),
+        ([*QUANTIZE, "--method", "magic"], ["method.name", "magic", "ricci"]),
+        ([*QUANTIZE, "--device", "tpu"], ["device", "tpu"]),
+        ([*QUANTIZE, "--device", "cuda:99"], ["cuda:99", "--device cpu"]),
+        ([*QUANTIZE, "--recipe", "digits-flaot"], ["digits-flaot", "digits-float"]),
+        ([*QUANTIZE, "--resume"], ["--resume"]),
+        (["eval", "model.onnx", "--data", "digits", "--min-agreement", "99"], ["--reference"]),
+        (["export", "run", "--format", "int3"], ["--format", "int3"]),
+    ],
+)
+def test_wrong_usage_exits_2(
+    ricciq: Callable[..., Answer], arguments: list[str], words: list[str]
+) -> None:
+    check_refusal(ricciq(*arguments), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize", "digits_resnet", "--data", "digits"], ["digits_resnet", "digits_resnet8"]),
+        (["quantize", "digits_resnet8", "--data", "no/such/folder"], ["no/such/folder"]),
+        ([*QUANTIZE, "--checkpoint", "none.safetensors"], ["none.safetensors"]),
+        (["quantize", "cifar_resnet20", "--data", "digits"], ["cifar_resnet20", "--checkpoint"]),
+        (["eval", "none.onnx", "--data", "digits"], ["none.onnx"]),
+        (["inspect", "none.onnx"], ["none.onnx"]),
+        (["bench", "none.onnx"], ["none.onnx"]),
+        (["export", "none"], ["none"]),
+    ],
+)
+def test_missing_things_exit_3_and_leave_nothing(
+    ricciq: Callable[..., Answer], tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    check_refusal(ricciq(*arguments), 3, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.target,))
+
+
+def test_a_pickle_payload_is_refused_and_not_run(
+    ricciq: Callable[..., Answer], tmp_path: Path
+) -> None:
+    torch.save({"state_dict": Payload(tmp_path / "touched")}, tmp_path / "evil.pth")
+    check_refusal(ricciq(*QUANTIZE, "--checkpoint", "evil.pth"), 3, "evil.pth")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pth"]
+
+
+@pytest.mark.parametrize("name", ["text.safetensors", "text.pth", "text.onnx"])
+def test_files_that_are_something_else(
+    ricciq: Callable[..., Answer], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("not what its name says")
+    if name.endswith(".onnx"):
+        check_refusal(ricciq("inspect", name), 3, name)
+        check_refusal(ricciq("eval", name, "--data", "digits"), 3, name)
+    else:
+        check_refusal(ricciq(*QUANTIZE, "--checkpoint", name), 3, name)
+        check_refusal(ricciq("eval", name, "--data", "digits"), 3, name)
+
+
+def test_a_checkpoint_that_says_nothing_about_its_model(
+    ricciq: Callable[..., Answer], tmp_path: Path
+) -> None:
+    save_tensors(tmp_path / "bare.safetensors", {"x": torch.zeros(1)}, {})
+    check_refusal(ricciq("export", "bare.safetensors"), 3, "bare.safetensors")
+    check_refusal(ricciq("quantize", "bare.safetensors", "--data", "digits"), 3, "bare.safetensors")
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Two classes of eight grey pictures each, in train/ and val/."""
+    random = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for number, label in enumerate(("dark", "light")):
+            folder = tmp_path / "pictures" / part / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                pixels = random.integers(100 * number, 100 * number + 100, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_a_truncated_validation_picture_is_named_before_anything_is_written(
+    ricciq: Callable[..., Answer], picture_folder: Path, tmp_path: Path
+) -> None:
+    broken = picture_folder / "val" / "light" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    answer = ricciq("quantize", "digits_resnet8", "--data", picture_folder, "--output", "run")
+    check_refusal(answer, 3, str(broken))
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_an_empty_class_folder_is_named(
+    ricciq: Callable[..., Answer], picture_folder: Path
+) -> None:
+    for picture in (picture_folder / "train" / "light").iterdir():
+        picture.unlink()
+    answer = ricciq("quantize", "digits_resnet8", "--data", picture_folder)
+    check_refusal(answer, 3, "light")
+
+
+def test_a_folder_without_validation_pictures(
+    ricciq: Callable[..., Answer], picture_folder: Path
+) -> None:
+    (picture_folder / "val").rename(picture_folder / "other")
+    answer = ricciq("quantize", "digits_resnet8", "--data", picture_folder)
+    check_refusal(answer, 3, "val")
+
+
+def test_an_output_folder_that_is_not_ours(
+    ricciq: Callable[..., Answer], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for flag in ([], ["--overwrite"], ["--resume"]):
+        check_refusal(ricciq(*QUANTIZE, "--output", "mine", *flag), 2, "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    ricciq: Callable[..., Answer], tmp_path: Path
+) -> None:
+    answer = ricciq(*QUANTIZE, "--bits", "3", "--epochs", "4", "--dry-run", "--json")
+    plan = json.loads(answer.out)
+    assert answer.code == 0
+    assert [row["weight_bits"] for row in plan["layers"]] == [8, *[3] * 8, 8]
+    assert plan["epochs"] == 4
+    assert plan["steps"] == 4 * (1365 // 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("bits", "weights"), [("1", 1), ("ternary", "ternary")])
+def test_one_bit_and_ternary_leave_activations_at_two_bits_and_say_so(
+    ricciq: Callable[..., Answer], bits: str, weights: int | str
+) -> None:
+    answer = ricciq(*QUANTIZE, "--bits", bits, "--dry-run", "--json")
+    recipe = json.loads(answer.out)["recipe"]["quantization"]
+    assert (recipe["weight_bits"], recipe["act_bits"]) == (weights, 2)
+    assert "--act-bits" in answer.err
+    asked = ricciq(*QUANTIZE, "--bits", bits, "--act-bits", "1", "--dry-run", "--json")
+    assert json.loads(asked.out)["recipe"]["quantization"]["act_bits"] == 1
+
+
+def test_flags_go_before_the_recipe_and_the_recipe_before_the_defaults(
+    ricciq: Callable[..., Answer], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "quantization: {weight_bits: 3, act_bits: 5}\ntraining: {epochs: 7}\n"
+    )
+    answer = ricciq(*QUANTIZE, "--recipe", "mine.yaml", "--epochs", "2", "--dry-run", "--json")
+    recipe = json.loads(answer.out)["recipe"]
+    assert recipe["quantization"]["weight_bits"] == 3
+    assert recipe["training"]["epochs"] == 2
+    assert recipe["quantization"]["edge_bits"] == 8
+
+
+def test_help_and_the_module_do_not_import_torch() -> None:
+    code = (
+        "import sys\n"
+        "from ricciq.cli import main\n"
+        "try:\n    main(['quantize', '--help'])\n"
+        "except SystemExit as stop:\n    code = stop.code\n"
+        "sys.exit(code or (7 if 'torch' in sys.modules else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--act-bits" in done.stdout
+
+
+def test_debug_shows_the_traceback() -> None:
+    command = [sys.executable, "-m", "ricciq", "--debug", "inspect", "none.onnx"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr

@@ -1,0 +1,344 @@
+"""Grids, fake quantization and its gradients, weight steps, and residuals."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ricciq.quantizer import ActivationQuantizer, Grid, WeightQuantizer, fake_quantize
+
+WEIGHT_CODES = {
+    1: [-1, 1],
+    2: [-2, -1, 0, 1],
+    3: list(range(-4, 4)),
+    4: list(range(-8, 8)),
+    5: list(range(-16, 16)),
+    6: list(range(-32, 32)),
+    7: list(range(-64, 64)),
+    8: list(range(-127, 128)),
+    "ternary": [-1, 0, 1],
+}
+widths = pytest.mark.parametrize("bits", list(WEIGHT_CODES))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Grids
+
+
+@widths
+def test_the_codes_of_a_width(bits):
+    grid = Grid.for_weights(bits)
+    assert list(range(grid.low, grid.high + 1, grid.step)) == WEIGHT_CODES[bits]
+    assert grid.size == len(WEIGHT_CODES[bits])
+
+
+@widths
+def test_rounding_reaches_every_code_and_nothing_else(bits):
+    grid = Grid.for_weights(bits)
+    codes = torch.tensor(WEIGHT_CODES[bits], dtype=torch.float32)
+    torch.testing.assert_close(grid.round(codes), codes, rtol=0, atol=0)
+    fine = torch.linspace(grid.low - 3, grid.high + 3, 4001)
+    rounded = grid.round(fine)
+    assert rounded.unique().tolist() == WEIGHT_CODES[bits]
+    nearest = (fine[:, None] - codes).abs().amin(1)
+    torch.testing.assert_close((fine - rounded).abs(), nearest, rtol=0, atol=0)
+
+
+def test_halves_go_to_the_even_code():
+    halves = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    assert Grid(-8, 7).round(halves).tolist() == [-2, -2, 0, 0, 2, 2]
+
+
+def test_an_odd_grid_puts_thresholds_at_even_numbers():
+    ratios = torch.tensor([-9.0, -2.1, -2.0, -0.1, 0.0, 1.9, 2.0, 9.0])
+    assert Grid(-3, 3, step=2).round(ratios).tolist() == [-3, -3, -1, -1, 1, 1, 3, 3]
+
+
+# Values and gradients
+
+X = [-1.0, 0.24, 0.26, 0.75, 1.2, 9.0]  # x / 0.5 = -2, 0.48, 0.52, 1.5, 2.4, 18
+UPSTREAM = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def two_bits(zero_point: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, log(scale) and output of a two-bit quantizer after backward with gain 1/4."""
+    x = torch.tensor(X, requires_grad=True)
+    log_scale = torch.tensor(math.log(0.5), requires_grad=True)
+    offset = None if zero_point is None else torch.tensor(zero_point)
+    y = fake_quantize(x, log_scale, Grid(0, 3), offset, gain=0.25)
+    y.backward(torch.tensor(UPSTREAM))
+    return x, log_scale, y.detach()
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "expected"),
+    [
+        (None, [0.0, 0.0, 0.5, 1.0, 1.0, 1.5]),
+        (0.0, [0.0, 0.0, 0.5, 1.0, 1.0, 1.5]),
+        (1.0, [-0.5, 0.0, 0.5, 1.0, 1.0, 1.0]),
+        (2.0, [-1.0, 0.0, 0.5, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_values(zero_point, expected):
+    _, _, y = two_bits(zero_point)
+    torch.testing.assert_close(y, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "inside"),
+    [
+        (None, [False, True, True, True, True, False]),
+        (1.0, [False, True, True, True, False, False]),
+        (2.0, [True, True, True, False, False, False]),
+    ],
+)
+def test_the_straight_through_gradient_is_exactly_the_upstream_one_or_zero(zero_point, inside):
+    x, _, _ = two_bits(zero_point)
+    expected = [g if keep else 0.0 for g, keep in zip(UPSTREAM, inside, strict=True)]
+    assert x.grad.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "per_scale"),
+    [
+        # upstream times code - ratio inside, upstream times code outside
+        (None, 1 * 0 + 2 * -0.48 + 3 * 0.48 + 4 * 0.5 + 5 * -0.4 + 6 * 3),
+        (1.0, 1 * -1 + 2 * -0.48 + 3 * 0.48 + 4 * 0.5 + 5 * 2 + 6 * 2),
+    ],
+)
+def test_the_step_gradient_is_the_learned_step_rule(zero_point, per_scale):
+    _, log_scale, _ = two_bits(zero_point)
+    gain, scale = 0.25, 0.5
+    assert log_scale.grad.item() == pytest.approx(per_scale * gain / scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("zero_point", [0.0, 5.0])
+def test_the_step_gradient_is_the_slope_of_the_surrogate(seed, zero_point):
+    """With the rounding offset frozen the staircase is smooth, and its slope is the LSQ rule."""
+    grid = Grid(0, 15)
+    x = normal(2, 300, seed=seed).double()
+    scale = torch.tensor([[0.1], [0.3]], dtype=torch.float64)
+    upstream = normal(2, 300, seed=seed + 10).double()
+    log_scale = scale.log().requires_grad_()
+    offset = torch.tensor(zero_point, dtype=torch.float64)
+    fake_quantize(x, log_scale, grid, offset).backward(upstream)
+
+    def clipped(s: Tensor) -> Tensor:
+        return (x / s + zero_point).clamp(grid.low, grid.high)
+
+    rounding = clipped(scale).round() - clipped(scale)
+
+    def surrogate(s: Tensor) -> Tensor:
+        return (upstream * s * (clipped(s) + rounding - zero_point)).sum(1, keepdim=True)
+
+    h = 1e-7
+    slope = (surrogate(scale + h) - surrogate(scale - h)) / (2 * h)
+    torch.testing.assert_close(log_scale.grad * scale, slope, rtol=1e-5, atol=1e-5)
+
+
+def test_each_row_has_its_own_step_gradient():
+    x = normal(3, 20)
+    log_scale = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1).requires_grad_()
+    upstream = torch.zeros(3, 20)
+    upstream[1] = 1.0
+    fake_quantize(x, log_scale, Grid(-2, 1)).backward(upstream)
+    assert log_scale.grad[0] == 0
+    assert log_scale.grad[1] != 0
+    assert log_scale.grad[2] == 0
+
+
+def test_a_step_of_the_logarithm_is_the_relative_step_of_learned_step_sizes():
+    """Gradient descent on log(scale) moves the scale as LSQ does on the scale, to first order."""
+    weight = normal(4, 50)
+    quantizer = WeightQuantizer(4, 4)
+    quantizer.calibrate(weight)
+    before = quantizer.scale
+    quantizer(weight).backward(normal(4, 50, seed=1))
+    codes = quantizer.codes(weight)
+    ratio = weight / before[:, None]
+    inside = (ratio >= -8) & (ratio <= 7)
+    per_element = torch.where(inside, codes - ratio, codes)
+    lsq = (normal(4, 50, seed=1) * per_element).sum(1) / math.sqrt(50 * 7)
+    rate = 1e-6
+    with torch.no_grad():
+        quantizer.log_scale -= rate * quantizer.log_scale.grad
+    torch.testing.assert_close((quantizer.scale - before) / rate, -lsq, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("SGD", 0.05), ("Adam", 0.5)])
+def test_the_step_stays_positive_where_a_plain_one_would_not(optimizer, rate):
+    weight = normal(4, 50)
+    quantizer = WeightQuantizer(4, 2)
+    quantizer.calibrate(weight)
+    plain = quantizer.scale.requires_grad_()
+    moves = getattr(torch.optim, optimizer)([quantizer.log_scale], lr=rate)
+    plain_moves = getattr(torch.optim, optimizer)([plain], lr=rate)
+    went_negative = False
+    for seed in range(200):
+        moves.zero_grad()
+        quantizer(weight).backward(normal(4, 50, seed=seed))
+        plain.grad = quantizer.log_scale.grad * quantizer.scale
+        moves.step()
+        plain_moves.step()
+        went_negative |= bool((plain < 0).any())
+        assert quantizer.scale.isfinite().all()
+        assert (quantizer.scale > 0).all()
+    assert went_negative
+
+
+def test_activations_use_their_zero_point_and_lsq_gain():
+    quantizer = ActivationQuantizer(2)
+    quantizer.set_range(0.5, 1)
+    x = torch.tensor([X, X], requires_grad=True)
+    y = quantizer(x)
+    torch.testing.assert_close(y.detach(), torch.tensor([[-0.5, 0.0, 0.5, 1.0, 1.0, 1.0]] * 2))
+    y.backward(torch.tensor([UPSTREAM, UPSTREAM]))
+    per_scale = 2 * (1 * -1 + 2 * -0.48 + 3 * 0.48 + 4 * 0.5 + 5 * 2 + 6 * 2)
+    gain = 1 / math.sqrt(6 * 3)  # elements of one picture, highest code
+    assert quantizer.log_scale.grad.item() == pytest.approx(per_scale * gain / 0.5, rel=1e-5)
+
+
+def test_an_observed_quantizer_only_looks_on():
+    quantizer = ActivationQuantizer(2)
+    seen = []
+    quantizer.observer = seen.append
+    x = normal(2, 5)
+    assert quantizer(x) is x
+    assert seen == [x]
+
+
+# Weight steps
+
+
+def rounding_error(grid: Grid, rows: Tensor, scale: Tensor) -> Tensor:
+    return (grid.round(rows / scale[:, None]) * scale[:, None] - rows).square().sum(1)
+
+
+@widths
+def test_calibration_is_close_to_the_best_of_all_steps(bits):
+    rows = torch.cat([normal(4, 200), torch.rand(4, 200) - 0.3, normal(4, 200, seed=1) ** 3])
+    quantizer = WeightQuantizer(12, bits)
+    quantizer.calibrate(rows)
+    top = rows.abs().amax(1) / quantizer.grid.high
+    tried = [
+        rounding_error(quantizer.grid, rows, top * f) for f in torch.linspace(1e-3, 1.5, 3000)
+    ]
+    best = torch.stack(tried).amin(0)
+    found = rounding_error(quantizer.grid, rows, quantizer.scale)
+    # On fine grids the error jitters with the step, and a search of 100 cannot catch the luckiest.
+    assert (found <= (1.03 if quantizer.grid.size <= 32 else 1.25) * best).all()
+
+
+def test_a_binary_step_is_the_mean_magnitude():
+    rows = normal(8, 500)
+    quantizer = WeightQuantizer(8, 1)
+    quantizer.calibrate(rows)
+    torch.testing.assert_close(quantizer.scale, rows.abs().mean(1), rtol=0.03, atol=0)
+
+
+def test_codes_have_the_shape_of_the_weight_and_make_its_value():
+    weight = normal(5, 3, 2, 2)
+    quantizer = WeightQuantizer(5, 3)
+    quantizer.calibrate(weight)
+    codes = quantizer.codes(weight)
+    assert codes.dtype == torch.int8
+    assert codes.shape == weight.shape
+    made = codes * quantizer.scale.view(5, 1, 1, 1)
+    torch.testing.assert_close(quantizer(weight).detach(), made)
+
+
+@widths
+def test_a_row_of_zeros_is_finite_everywhere(bits):
+    weight = normal(2, 9)
+    weight[0] = 0
+    weight.requires_grad_()
+    quantizer = WeightQuantizer(2, bits)
+    quantizer.calibrate(weight)
+    y = quantizer(weight)
+    y.sum().backward()
+    residual, _ = quantizer.residual(weight.detach())
+    for tensor in (quantizer.scale, y, weight.grad, quantizer.log_scale.grad, residual):
+        assert tensor.isfinite().all()
+    assert (quantizer.scale > 0).all()
+    assert y[0].abs().max() < 1e-9
+    assert quantizer.codes(weight)[0].abs().max() <= 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the step of a dead row is 1e-12, and its gradient is divided by that"
+)
+@widths
+def test_a_row_of_zeros_can_be_trained(bits):
+    weight = normal(2, 9)
+    weight[0] = 0
+    weight.requires_grad_()
+    quantizer = WeightQuantizer(2, bits)
+    quantizer.calibrate(weight.detach())
+    optimizer = torch.optim.SGD([weight, quantizer.log_scale], lr=0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (quantizer(weight) - 1).square().mean().backward()
+        optimizer.step()
+    assert weight.isfinite().all()
+    assert quantizer.scale.isfinite().all()
+
+
+# Residuals: where a weight stands in its cell
+
+
+def residual_of(bits, ratios: list[float]) -> tuple[list[float], list[bool]]:
+    """Residual and mask of one row of weights with step 1."""
+    residual, mask = WeightQuantizer(1, bits).residual(torch.tensor([ratios]))
+    return residual[0].tolist(), mask[0].tolist()
+
+
+@widths
+def test_the_residual_is_zero_on_every_level(bits):
+    codes = [float(c) for c in WEIGHT_CODES[bits]]
+    residual, mask = residual_of(bits, codes)
+    assert residual == [0.0] * len(codes)
+    assert all(mask)
+
+
+def test_the_residual_of_a_uniform_grid():
+    ratios = [-2.0, -1.75, -1.25, -0.5, 0.0, 0.125, 0.5, 0.75]
+    residual, mask = residual_of(2, ratios)
+    assert residual == [0.0, 0.5, -0.5, -1.0, 0.0, 0.25, 1.0, -0.5]
+    assert all(mask)
+
+
+def test_the_residual_of_a_binary_grid():
+    residual, mask = residual_of(1, [-1.0, -0.75, -0.25, 0.0, 0.25, 0.75, 1.0])
+    assert residual == [0.0, 0.25, 0.75, -1.0, -0.75, -0.25, 0.0]
+    assert all(mask)
+
+
+@pytest.mark.parametrize(("bits", "outside"), [(1, [-1.5, 1.01]), (2, [-2.25, 1.25, 100.0])])
+def test_the_residual_is_zero_where_the_gradient_is_masked(bits, outside):
+    residual, mask = residual_of(bits, outside)
+    assert residual == [0.0] * len(outside)
+    assert not any(mask)
+
+
+@widths
+def test_residuals_fill_the_cell_and_mask_what_the_estimator_masks(bits):
+    weight = normal(6, 4, 5, 5).requires_grad_()
+    quantizer = WeightQuantizer(6, bits)
+    quantizer.calibrate(weight)
+    with torch.no_grad():
+        quantizer.log_scale -= 0.3  # so that some weights lie outside at every width
+    quantizer(weight).sum().backward()
+    residual, mask = quantizer.residual(weight.detach())
+    assert residual.shape == (6, 100)
+    assert residual.abs().max() <= 1
+    assert residual.abs().max() > 0.9
+    assert torch.equal(weight.grad.flatten(1), mask.float())
+    assert not mask.all()
+    half_cell = quantizer.grid.step * quantizer.scale[:, None] / 2
+    offset = (weight - quantizer(weight)).detach().flatten(1) / half_cell
+    torch.testing.assert_close(residual[mask], offset[mask], rtol=1e-4, atol=1e-4)
