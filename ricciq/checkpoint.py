@@ -10,6 +10,7 @@ import json
 import os
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RicciqError(
             f"cannot write {path} ({error}); free some space or choose another --output"
         ) from None
+    finally:
+        with suppress(OSError):  # gone already, unless something above failed
+            temporary.unlink()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -67,7 +70,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} is not an intact checkpoint of ricciq ({reason}); give one a run wrote"
@@ -95,21 +98,14 @@ def training_state(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything needed to go on, as tensors and as JSON."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    state = optimizer.state_dict()
-    values: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
-            else:
-                values.setdefault(str(index), {})[key] = value
+    stored = _without_tensors(optimizer.state_dict(), "optimizer", tensors)
     tensors["random.torch"] = torch.get_rng_state()
     for number in range(torch.cuda.device_count()):
         tensors[f"random.cuda.{number}"] = torch.cuda.get_rng_state(number)
     kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
     metadata = {
         "progress": dict(progress),
-        "optimizer": {"groups": state["param_groups"], "values": values},
+        "optimizer": stored,
         "random": {
             "python": random.getstate(),
             "numpy": [kind, [int(w) for w in words], int(position), int(has_gauss), float(gauss)],
@@ -134,24 +130,58 @@ def restore_training_state(
     weights = {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
     load_model_state(model, weights, path)
     try:
-        stored = metadata["optimizer"]
-        state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in stored["values"].items()}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": stored["groups"]})
+        stored = _with_tensors(metadata["optimizer"], tensors)
+        stored["state"] = {int(index): values for index, values in stored["state"].items()}
+        optimizer.load_state_dict(stored)
         torch.set_rng_state(tensors["random.torch"])
         for name, tensor in tensors.items():
-            if name.startswith("random.cuda."):
-                torch.cuda.set_rng_state(tensor, int(name.rsplit(".", 1)[1]))
+            part, _, number = name.rpartition(".")
+            if part == "random.cuda" and int(number) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(tensor, int(number))
         version, words, gauss = metadata["random"]["python"]
         random.setstate((version, tuple(words), gauss))
         kind, keys, *rest = metadata["random"]["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         progress: dict[str, Any] = metadata["progress"]
-    except (KeyError, ValueError, TypeError) as error:
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         raise CheckpointError(
             f"{path} is not the state of this run ({error}); start again with --overwrite"
         ) from None
     return progress
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON can hold it, its tensors moved into ``tensors`` and named in their place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {str(k): _without_tensors(v, f"{name}.{k}", tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_without_tensors(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_without_tensors`, except that the keys of mappings are text."""
+    if isinstance(value, list):
+        return [_with_tensors(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"tensor"}:
+        return tensors[value["tensor"]]
+    if value.keys() == {"dtype"}:
+        return getattr(torch, value["dtype"])
+    if value.keys() == {"tuple"}:
+        return tuple(_with_tensors(v, tensors) for v in value["tuple"])
+    return {k: _with_tensors(v, tensors) for k, v in value.items()}

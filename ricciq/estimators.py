@@ -49,7 +49,7 @@ def named_flow(name: str, changes: Mapping[str, Any]) -> RicciFlow | None:
     values = {field: getattr(flow, field) for field in flow.__dataclass_fields__}
     try:
         return RicciFlow(**{**values, **changes})
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"method {name} does not hold: {error}") from None
 
 

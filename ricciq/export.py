@@ -347,7 +347,7 @@ def _tidy(model: ir.Model) -> ir.Model:
         model, should_fold=lambda node: False if node.op_type in _UNPACKING else None
     )
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.DeduplicateInitializersPass()(model)
+    passes.DeduplicateInitializersPass(size_limit=256 * 8)(model)  # the largest lookup table
     passes.RemoveUnusedNodesPass()(model)
     used: dict[str, int] = {}
     for node in model.graph:

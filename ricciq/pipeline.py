@@ -327,7 +327,7 @@ def _report(
                 "device": str(job.device),
                 "images_per_second": done.images / done.seconds if done.seconds else 0.0,
                 "skipped_steps": done.skipped,
-                "holdout_top1": done.best_top1 if done.epoch else None,
+                "holdout_top1": done.chosen_top1 if done.epoch else None,
                 "chosen_epoch": done.chosen_epoch,
             },
             "messages": job.messages,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,14 +23,26 @@ ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MAX_BYTES = 1_000_000
-"""A recipe larger than this is not read: YAML aliases in a hostile file could fill the memory."""
+"""A recipe larger than this is not read."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only; an alias is refused, since aliases of aliases could fill the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias; write the value out")
+        return super().compose_node(parent, index)
 
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are errors, so that a typing mistake is not ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):
@@ -85,7 +98,7 @@ class TrainingSection(Section):
 
     epochs: Count = 10
     opt: str = "adamw"
-    lr: Positive = 2e-3
+    lr: Positive = 4e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     sched: str = "cosine"
     warmup_epochs: Count = 0
@@ -112,7 +125,7 @@ class Recipe(Section):
     quantization: QuantizationSection = QuantizationSection()
     method: MethodSection = MethodSection()
     training: TrainingSection = TrainingSection()
-    seed: Count = 0
+    seed: Seed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     amp: bool | None = None
     compile: bool | None = None
@@ -140,8 +153,9 @@ class Recipe(Section):
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise RecipeError(f"recipe {path} is larger than 1 MB; give a recipe file")
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        # PyYAML lets through what int() and date() raise, and None where a !!timestamp is none.
+        except (OSError, ValueError, AttributeError, yaml.YAMLError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(
                 f"recipe {path} cannot be read ({reason}); correct the file"
@@ -156,8 +170,11 @@ class Recipe(Section):
         for key, value in flags.items():
             if value is None:
                 continue
-            section, _, field = key.rpartition(".")
-            (values[section] if section else values)[field] = value
+            *sections, field = key.split(".")
+            part = values
+            for section in sections:
+                part = part.setdefault(section, {})
+            part[field] = value
         return Recipe.from_values(values, "the command line")
 
     def to_yaml(self) -> str:
@@ -195,10 +212,12 @@ def find_recipe(name_or_file: str | Path) -> Path:
 
 def _sentence(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    value = str(first["input"])[:80]
-    if first["type"] == "extra_forbidden":
-        known = [*Recipe.model_fields]
+    # A union adds the alternative it tried, as in method.block.literal['row','kernel'].
+    parts = takewhile(lambda part: "[" not in part, map(str, first["loc"]))
+    where = ".".join(parts)
+    value = " ".join(str(first["input"]).split())[:80]
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = [*Recipe.model_fields, *Augmentation.__dataclass_fields__]
         for section in Recipe.model_fields.values():
             if isinstance(section.annotation, type) and issubclass(section.annotation, Section):
                 known += section.annotation.model_fields

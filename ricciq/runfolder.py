@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ricciq.checkpoint import write_atomically
-from ricciq.errors import InputError, UsageError
+from ricciq.errors import InputError, RecipeError, UsageError
 from ricciq.recipe import Recipe
 
 RUNS = Path("runs")
@@ -83,10 +83,19 @@ class RunFolder:
             lock.release()  # the file stays: removing it could free a lock just taken by another
 
     def begin(self, recipe: Recipe) -> None:
-        """Remove what an earlier run wrote, and only that, and note what this one will do."""
-        for path in vars(self).values():
-            if path != self.path:
-                path.unlink(missing_ok=True)
+        """Remove what an earlier run wrote, and only that, and note what this one will do.
+
+        Raises:
+            UsageError: something of a run's names cannot be removed.
+        """
+        try:
+            for path in vars(self).values():
+                if path != self.path:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--output {self.path} cannot be cleared ({error}); choose another folder"
+            ) from None
         write_atomically(self.recipe, recipe.to_yaml())
 
 
@@ -115,9 +124,15 @@ def choose_run_folder(
     if output is None:
         output = _newest_unfinished(recipe) if resume else default_folder(recipe, datetime.now())
     folder = RunFolder(output)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file; give a folder")
-    occupied = output.is_dir() and any(output.iterdir())
+    try:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"--output {output} is a file; give a folder")
+        # The lock alone is what a run leaves that could not begin.
+        occupied = output.is_dir() and any(path.name != _LOCK for path in output.iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"--output {output} cannot be used ({error}); choose another folder"
+        ) from None
     if occupied and not folder.is_ours:
         raise UsageError(
             f"--output {output} holds files that are not a run of ricciq; choose another folder"
@@ -133,8 +148,9 @@ def choose_run_folder(
 def _newest_unfinished(recipe: Recipe) -> Path:
     folders = [RunFolder(path) for path in sorted(RUNS.glob("*"), reverse=True)]
     for folder in folders:
-        if folder.is_ours and not folder.is_finished and folder.load_recipe() == recipe:
-            return folder.path
+        with suppress(RecipeError):  # a damaged recipe is not this one
+            if folder.is_ours and not folder.is_finished and folder.load_recipe() == recipe:
+                return folder.path
     raise UsageError(f"no unfinished run of this recipe is in {RUNS}; start one without --resume")
 
 

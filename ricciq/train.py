@@ -49,6 +49,7 @@ class Progressed:
         skipped: steps skipped because gradients were not finite.
         best_top1: the highest hold-out top-1 of an epoch, percent.
         chosen_epoch: the epoch whose weights were kept, counted from 1; 0 before the first.
+        chosen_top1: its hold-out top-1, percent.
     """
 
     epoch: int = 0
@@ -58,6 +59,7 @@ class Progressed:
     skipped: int = 0
     best_top1: float = 0.0
     chosen_epoch: int = 0
+    chosen_top1: float = 0.0
 
 
 def loss_function(
@@ -173,19 +175,20 @@ class Trainer:
         compiled = on_cuda if recipe.compile is None else recipe.compile
         self.forward = torch.compile(model) if compiled else model
         self.geometry: dict[str, Geometry] = {}
+        self.bad_in_a_row = 0
 
     def epoch(
         self, fit: DataLoader[Batch], done: Progressed, advance: Callable[[Callable[[], str]], None]
     ) -> Tally:
         """Train on every batch once; the geometry is measured at the last one."""
         self.model.train()
-        tally = Tally()
+        tally, self.geometry = Tally(), {}
         for number, (images, targets) in enumerate(fit, start=1):
             self.step(images, targets, tally, measure=number == len(fit))
             done.steps += 1
             done.images += len(targets)
             self.schedule.step_update(done.steps)
-            if tally.bad_in_a_row >= MAX_BAD_STEPS:
+            if self.bad_in_a_row >= MAX_BAD_STEPS:
                 raise RicciqError(
                     f"training gave no finite gradients for {MAX_BAD_STEPS} steps in a row; "
                     f"lower --lr {self.settings.lr}"
@@ -196,6 +199,8 @@ class Trainer:
 
     def step(self, images: Tensor, targets: Tensor, tally: Tally, measure: bool) -> None:
         """Forward, backward, correct, step."""
+        # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
+        averages = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
@@ -216,6 +221,10 @@ class Trainer:
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
             self.scaler.step(self.optimizer)
+        else:
+            for buffer, before in averages:
+                buffer.copy_(before)
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.scaler.update()
         self.optimizer.zero_grad()
         tally.add(loss, logits, targets, finite)
@@ -234,10 +243,15 @@ def _optimizer_and_schedule(
         optimizer = create_optimizer_v2(
             model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
         )
-    except ValueError as error:
+    # timm asserts that CUDA, APEX or bitsandbytes is there for those optimizers that need it.
+    except (ValueError, AssertionError, ImportError) as error:
         raise RecipeError(
-            f"training.opt = {settings.opt} is no optimizer of timm ({error}); take sgd or adamw"
+            f"training.opt = {settings.opt} cannot be used ({error}); take sgd or adamw"
         ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise RecipeError(
+            f"training.opt = {settings.opt} needs second derivatives; take sgd or adamw"
+        )
     try:
         schedule, _ = create_scheduler_v2(
             optimizer,
@@ -248,9 +262,9 @@ def _optimizer_and_schedule(
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
         )
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         raise RecipeError(
-            f"training.sched = {settings.sched} is no schedule of timm ({error}); take cosine"
+            f"training.sched = {settings.sched} cannot be used ({error}); take cosine"
         ) from None
     if schedule is None:
         raise RecipeError(f"training.sched = {settings.sched} is no schedule of timm; take cosine")
@@ -265,12 +279,10 @@ class Tally:
     hits: Tensor = field(default_factory=lambda: torch.zeros(()))
     images: int = 0
     bad: int = 0
-    bad_in_a_row: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor, finite: bool) -> None:
         """Count a step; one without finite gradients only as bad."""
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.bad += not finite
         if finite:
             self.loss = self.loss.to(loss.device) + loss.detach() * len(targets)
@@ -369,7 +381,7 @@ def _save(
     """Write the epoch's results; the state last, since it is what says that the epoch is done."""
     done.best_top1 = max(done.best_top1, held.top1)
     if held.top1 >= done.best_top1 - _standard_error(done.best_top1, held.samples):
-        done.chosen_epoch = done.epoch
+        done.chosen_epoch, done.chosen_top1 = done.epoch, held.top1
         chosen = {**about, "epoch": done.epoch, "holdout_top1": held.top1}
         save_tensors(folder.best, trainer.model.state_dict(), chosen)
     write_csv(folder.summary, history.summary)
@@ -386,4 +398,5 @@ def _standard_error(percent: float, samples: int) -> float:
     the latest is taken (the one-standard-error rule of Breiman et al. 1984), since a schedule that
     ends near zero is meant to end well.
     """
-    return math.sqrt(percent * (100 - percent) / samples)
+    share = (percent / 100 * samples + 1) / (samples + 2)  # Laplace: no share is certain to be 100 %
+    return 100 * math.sqrt(share * (1 - share) / samples)

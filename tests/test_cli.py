@@ -186,9 +186,7 @@ def test_a_folder_without_validation_pictures(
     check_refusal(answer, 3, "val")
 
 
-def test_an_output_folder_that_is_not_ours(
-    ricciq: Callable[..., Answer], tmp_path: Path
-) -> None:
+def test_an_output_folder_that_is_not_ours(ricciq: Callable[..., Answer], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for flag in ([], ["--overwrite"], ["--resume"]):

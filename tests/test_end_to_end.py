@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from fashion import lay_out_fashion_mnist, needs_fashion
 from safetensors.torch import load_file, save_file
 
+from ricciq.cli import main
 from ricciq.inspection import inspect_onnx
 
 FILES = {
@@ -35,10 +38,12 @@ FILES = {
     "report.md",
     "log.txt",
 }
-SHORT = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "2", "--epochs", "3"]
+MAIN_JOB = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "2"]
+SHORT = [*MAIN_JOB, "--epochs", "3"]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Start a command in a process of its own, to be stopped by a signal."""
     return subprocess.Popen(
         [sys.executable, "-m", "ricciq", *arguments],
         stdout=subprocess.PIPE,
@@ -49,11 +54,12 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def ricciq(*arguments: str | Path, expect: int = 0) -> dict[str, Any]:
     """Run a command with --json; its stdout must be one JSON object and nothing else."""
-    process = start([*map(str, arguments), "--json"])
-    out, err = process.communicate()
-    assert process.returncode == expect, err
-    assert "Traceback" not in err
-    values: dict[str, Any] = json.loads(out) if out else {}
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        main([*map(str, arguments), "--json"])
+    assert (stop.value.code or 0) == expect, err.getvalue()
+    assert "Traceback" not in err.getvalue()
+    values: dict[str, Any] = json.loads(out.getvalue()) if out.getvalue() else {}
     return values
 
 
@@ -66,8 +72,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The README's main job, and its report."""
     folder = tmp_path_factory.mktemp("main") / "run"
-    arguments = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "2"]
-    return folder, ricciq(*arguments, "--output", folder)
+    return folder, ricciq(*MAIN_JOB, "--output", folder)
 
 
 def test_the_main_job_keeps_the_accuracy(run: tuple[Path, dict[str, Any]]) -> None:

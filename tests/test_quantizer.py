@@ -225,9 +225,7 @@ def test_calibration_is_close_to_the_best_of_all_steps(bits):
     quantizer = WeightQuantizer(12, bits)
     quantizer.calibrate(rows)
     top = rows.abs().amax(1) / quantizer.grid.high
-    tried = [
-        rounding_error(quantizer.grid, rows, top * f) for f in torch.linspace(1e-3, 1.5, 3000)
-    ]
+    tried = [rounding_error(quantizer.grid, rows, top * f) for f in torch.linspace(1e-3, 1.5, 3000)]
     best = torch.stack(tried).amin(0)
     found = rounding_error(quantizer.grid, rows, quantizer.scale)
     # On fine grids the error jitters with the step, and a search of 100 cannot catch the luckiest.

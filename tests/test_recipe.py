@@ -1,0 +1,215 @@
+"""Recipes: what wins over what, what is refused and how, and where the shipped ones are."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+import ricciq.models  # noqa: F401  registers the bundled nets with timm
+from ricciq.errors import RecipeError
+from ricciq.recipe import MAX_BYTES, Recipe, find_recipe, recipe_folder, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "mine.yaml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def refusal(values) -> str:
+    """The one sentence that says why values are no recipe."""
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_values(values)
+    assert caught.value.exit_code == 2
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe_file):
+    recipe = Recipe.load(recipe_file("training: {epochs: 3, lr: 0.5}\nseed: 4\n"))
+    merged = recipe.override({"training.lr": 0.25, "seed": None, "training.epochs": None})
+    defaults = Recipe()
+    assert (merged.training.lr, merged.training.epochs, merged.seed) == (0.25, 3, 4)
+    assert merged.training.opt == defaults.training.opt
+    assert merged.data == defaults.data
+    assert recipe.training.lr == 0.5  # the recipe itself is left as it was
+
+
+def test_a_flag_that_is_zero_or_false_or_deep_counts():
+    flags = {"training.distill": 0.0, "amp": False, "data.augmentation.hflip": 0.0}
+    merged = Recipe().override(flags)
+    assert (merged.training.distill, merged.amp, merged.data.augmentation.hflip) == (0.0, False, 0)
+
+
+def test_flags_are_checked_too():
+    with pytest.raises(RecipeError, match=r"command line .* quantization\.weight_bits = 9"):
+        Recipe().override({"quantization.weight_bits": 9})
+    with pytest.raises(RecipeError, match="unknown key trainin; did you mean training"):
+        Recipe().override({"trainin.lr": 1.0})
+
+
+def test_the_yaml_of_a_recipe_is_that_recipe(recipe_file):
+    recipe = Recipe().override(
+        {
+            "model.name": "resnet18.a1_in1k",
+            "model.checkpoint": Path("weights/füße.safetensors"),
+            "data.augmentation": {"scale": (0.1, 0.3), "auto_augment": "rand-m7-mstd0.5"},
+            "quantization.weight_bits": "ternary",
+            "method.block": 9,
+            "method.time": 1e-17,
+            "training.lr": 1e-5,
+            "seed": 2**63 - 1,
+            "amp": True,
+        }
+    )
+    assert Recipe.load(recipe_file(recipe.to_yaml())) == recipe
+    assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "hint"),
+    [
+        ({"trainin": {}}, "trainin", "training"),
+        ({"training": {"epoch": 3}}, "training.epoch", "epochs"),
+        ({"quantization": {"weight_bit": 3}}, "quantization.weight_bit", "weight_bits"),
+        ({"data": {"augmentation": {"hflp": 0.1}}}, "data.augmentation.hflp", "hflip"),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest(values, key, hint):
+    assert refusal(values) == f"the recipe has an unknown key {key}; did you mean {hint}"
+
+
+def test_a_key_like_no_other_is_to_be_removed():
+    assert refusal({"zzzz": 1}).endswith("unknown key zzzz; remove it")
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "value"),
+    [
+        ({"quantization": {"weight_bits": 9}}, "quantization.weight_bits", "9"),
+        ({"quantization": {"act_bits": "ternary"}}, "quantization.act_bits", "ternary"),
+        ({"quantization": 4}, "quantization", "4"),
+        ({"training": {"epochs": 2.5}}, "training.epochs", "2.5"),
+        ({"training": {"epochs": -1}}, "training.epochs", "-1"),
+        ({"training": {"lr": "fast"}}, "training.lr", "fast"),
+        ({"training": {"lr": float("inf")}}, "training.lr", "inf"),
+        ({"training": {"lr": float("nan")}}, "training.lr", "nan"),
+        ({"training": {"distill": 1.5}}, "training.distill", "1.5"),
+        ({"method": {"name": "rici"}}, "method.name", "rici"),
+        ({"method": {"block": 0}}, "method.block", "0"),
+        ({"method": {"block": "rows"}}, "method.block", "rows"),
+        ({"method": {"strength": float("nan")}}, "method.strength", "nan"),
+        ({"model": {"name": None}}, "model.name", "None"),
+        ({"data": {"batch_size": 0}}, "data.batch_size", "0"),
+        ({"seed": -1}, "seed", "-1"),
+        ({"seed": 2**63}, "seed", str(2**63)),
+        ({"device": "tpu\n"}, "device", "tpu"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(values, key, value):
+    assert refusal(values).startswith(f"the recipe does not hold at {key} = {value}: ")
+
+
+def test_a_warmup_that_leaves_no_epoch_is_refused():
+    sentence = refusal({"training": {"epochs": 3, "warmup_epochs": 3}})
+    assert "warmup_epochs 3 leaves no epoch of 3" in sentence
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "just words",
+        "- a\n- list\n",
+        "a: b: c",
+        "[" * 5000,
+        "seed: 2024-99-99",
+        "seed: 0x_",
+        "a: !!timestamp x",
+        "--- 1\n--- 2\n",
+        b"\x89PNG\r\n\x1a\n\xff\xfe\x00",
+        b"PK\x03\x04" + bytes(range(256)),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(recipe_file, text):
+    with pytest.raises(RecipeError, match=r"mine\.yaml"):
+        Recipe.load(recipe_file(text))
+
+
+def test_a_large_file_is_not_read(recipe_file):
+    with pytest.raises(RecipeError, match="larger than 1 MB"):
+        Recipe.load(recipe_file("# " + "x" * MAX_BYTES))
+
+
+@pytest.mark.parametrize("item", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_of_aliases_do_not_fill_the_memory(recipe_file, item):
+    lines = ["model: &a0 {x: 1}"]
+    lines += [f"b{i}: &a{i} {item.format(','.join([f'*a{i - 1}'] * 9))}" for i in range(1, 12)]
+    with pytest.raises(RecipeError, match="alias"):
+        Recipe.load(recipe_file("\n".join(lines)))
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir", "!!python/name:os"]
+)
+def test_python_tags_do_not_run(recipe_file, tmp_path, tag):
+    target = tmp_path / "made"
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(recipe_file(f"model: {tag} ['{target}']\n"))
+    assert not target.exists()
+
+
+def test_a_missing_recipe_suggests_names():
+    with pytest.raises(RecipeError, match="did you mean digits-float"):
+        find_recipe("digit-float")
+    with pytest.raises(RecipeError, match="no recipe qqqq; see `ricciq recipes ls`"):
+        find_recipe("qqqq")
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        Recipe.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_shipped_recipe_loads_and_names_a_known_model(name):
+    recipe = Recipe.load(name)
+    assert timm.is_model(recipe.model.name)
+    assert recipe.data.name
+    assert recipe == Recipe.load(ROOT / "recipes" / f"{name}.yaml")
+
+
+def test_recipes_are_found_in_a_clone():
+    assert recipe_folder() == ROOT / "recipes"
+    assert "digits-float" in shipped_recipes()
+
+
+def test_recipes_are_found_inside_a_wheel(tmp_path):
+    package = tmp_path / "site" / "ricciq"
+    shutil.copytree(ROOT / "ricciq", package, ignore=shutil.ignore_patterns("checkpoints", "__*__"))
+    shutil.copy(ROOT / "ricciq" / "__init__.py", package)
+    shutil.copytree(ROOT / "recipes", package / "recipes")
+    code = "import ricciq.recipe as r; print(r.__file__, *r.shipped_recipes())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file, *names = done.stdout.split()
+    assert file == str(package / "recipe.py")
+    assert names == sorted(shipped_recipes())

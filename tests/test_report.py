@@ -1,0 +1,138 @@
+"""Reports: plain values in, JSON and Markdown out, and back."""
+
+import json
+
+import pytest
+
+from ricciq.errors import InputError
+from ricciq.report import Report, load_report
+
+VALUES = {
+    "schema": 1,
+    "ricciq": "0.1.0",
+    "model": "digits_resnet8",
+    "data": "digits",
+    "method": "ricci",
+    "weight_bits": "ternary",
+    "act_bits": 2,
+    "seed": 7,
+    "float": {"top1": 97.21, "top5": 99.91, "loss": 0.1234, "samples": 360},
+    "quantized": {"top1": 94.32, "top5": 99.82, "loss": 0.2345, "samples": 360},
+    "onnx": {
+        "top1": 94.33,
+        "top5": 99.73,
+        "loss": 0.3456,
+        "samples": 360,
+        "agreement": 99.44,
+        "max_abs_diff": 0.125,
+        "agreement_unoptimized": 98.65,
+        "top1_unoptimized": 94.21,
+        "path": "model.onnx",
+    },
+    "size": {"float_bytes": 400123, "onnx_bytes": 100456, "ratio": 0.251},
+    "latency": {"float_ms": 2.51, "onnx_ms": 1.23, "speedup": 2.04, "threads": 1, "batch": 1},
+    "layers": [
+        {
+            "name": "layer1.0.conv1",
+            "kind": "QuantConv2d",
+            "weight_bits": "ternary",
+            "act_bits": 2,
+            "parameters": 2304,
+            "bytes": 461,
+            "fused": True,
+        }
+    ],
+    "kept": [
+        {"name": "head.norm", "kind": "LayerNorm", "why": "LayerNorm has no discrete counterpart"},
+        {"name": "attn", "kind": "matmul", "why": "products of two activations stay float"},
+    ],
+    "geometry": {
+        "perturbation_start": 0.345,
+        "perturbation_end": 0.0567,
+        "decay": 0.164,
+        "mismatch_cosine": 0.9876,
+    },
+    "training": {
+        "epochs": 3,
+        "steps": 63,
+        "seconds": 12.0,
+        "device": "cpu",
+        "images_per_second": 345.0,
+        "skipped_steps": 2,
+        "holdout_top1": 95.83,
+        "chosen_epoch": 2,
+    },
+    "messages": ["the head was replaced"],
+}
+# CONTRACT.md, report.json schema 1.
+CONTRACT = {
+    "": "schema ricciq model data method weight_bits act_bits seed float quantized onnx size "
+    "latency layers kept geometry training",
+    "float": "top1 top5 loss samples",
+    "quantized": "top1 top5 loss",
+    "onnx": "top1 top5 loss agreement max_abs_diff agreement_unoptimized path",
+    "size": "float_bytes onnx_bytes ratio",
+    "latency": "float_ms onnx_ms speedup threads batch",
+    "geometry": "perturbation_start perturbation_end decay mismatch_cosine",
+    "training": "epochs steps seconds device images_per_second",
+}
+
+
+@pytest.fixture
+def report() -> Report:
+    return Report.model_validate(VALUES)
+
+
+def test_the_keys_are_those_of_the_contract(report):
+    values = report.to_dict()
+    for part, keys in CONTRACT.items():
+        assert set(keys.split()) <= set(values[part] if part else values), part
+    layer, kept = values["layers"][0], values["kept"][0]
+    assert {"name", "kind", "weight_bits", "act_bits", "parameters", "bytes"} <= set(layer)
+    assert {"name", "kind", "why"} <= set(kept)
+
+
+def test_a_report_comes_back_from_its_file(report, tmp_path):
+    report.save(tmp_path / "report.json", tmp_path / "report.md")
+    assert load_report(tmp_path / "report.json") == report
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written == report.to_dict() == VALUES
+    assert (tmp_path / "report.md").read_text() == report.to_markdown()
+
+
+def test_a_report_without_training_comes_back_and_is_written(tmp_path):
+    training = {**VALUES["training"], "epochs": 0, "holdout_top1": None}
+    report = Report.model_validate({**VALUES, "geometry": {}, "training": training, "kept": []})
+    report.save(tmp_path / "report.json", tmp_path / "report.md")
+    assert load_report(tmp_path / "report.json") == report
+    assert "None" not in report.to_markdown()
+    assert "Nothing." in report.to_markdown()
+
+
+def test_the_page_has_the_figures_and_everything_that_was_kept(report):
+    page = report.to_markdown()
+    figures = "97.21 94.32 94.33 99.91 99.82 99.73 0.1234 0.2345 0.3456 99.44 98.65 0.12 360"
+    figures += " 400123 100456 0.251 2.51 1.23 2.04 0.345 0.0567 0.164 0.9876 95.83 63"
+    missing = [figure for figure in figures.split() if figure not in page]
+    assert not missing
+    for kept in report.kept:
+        assert f"| {kept.name} | {kept.kind} | {kept.why} |" in page
+    assert "| layer1.0.conv1 | QuantConv2d | ternary | 2 | 2304 | 461 | yes |" in page
+    assert "2 steps skipped" in page
+    assert "- the head was replaced" in page
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"schema": 1}', "null", "\x00"])
+def test_garbage_is_no_report(tmp_path, text):
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"report\.json is no report") as caught:
+        load_report(path)
+    assert caught.value.exit_code == 3
+
+
+def test_a_missing_or_binary_file_or_a_folder_is_no_report(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "none", tmp_path / "binary"):
+        with pytest.raises(InputError, match="is no report of a run"):
+            load_report(path)
