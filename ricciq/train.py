@@ -398,5 +398,6 @@ def _standard_error(percent: float, samples: int) -> float:
     the latest is taken (the one-standard-error rule of Breiman et al. 1984), since a schedule that
     ends near zero is meant to end well.
     """
-    share = (percent / 100 * samples + 1) / (samples + 2)  # Laplace: no share is certain to be 100 %
+    # Laplace's rule of succession: a share of 100 % on a few pictures is not certain either.
+    share = (percent / 100 * samples + 1) / (samples + 2)
     return 100 * math.sqrt(share * (1 - share) / samples)
