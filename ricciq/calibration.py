@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ricciq.errors import InputError
 from ricciq.quantizer import ActivationQuantizer
+from ricciq.recording import evaluating
 
 _OCTAVES = 48
 _PER_OCTAVE = 32
@@ -111,19 +112,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     histograms = [LogHistogram() for _ in quantizers]
-    was_training = model.training
-    model.eval()
+    seen = 0
     try:
         for quantizer, histogram in zip(quantizers, histograms, strict=True):
             quantizer.observer = histogram
-        seen = 0
-        for images in batches:
-            model(images)
-            seen += len(images)
+        with evaluating(model):
+            for images in batches:
+                model(images)
+                seen += len(images)
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
-        model.train(was_training)
     if not seen:
         raise InputError("no picture was given to calibrate on; give at least one batch")
     for quantizer, histogram in zip(quantizers, histograms, strict=True):

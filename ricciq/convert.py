@@ -259,7 +259,8 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
         else:
             assert isinstance(module, nn.Linear)
             quantized = QuantLinear.from_float(module, layer.weight_bits, layer.act_bits)
-        model.set_submodule(layer.name, quantized)
+        for name in _names_of(module, model):
+            model.set_submodule(name, quantized)
         if layer.norm:
             model.set_submodule(layer.norm, _rest_of(model.get_submodule(layer.norm)))
     device = next(model.parameters()).device
@@ -269,6 +270,12 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             quantizers[source] = ActivationQuantizer(POINT_BITS).to(device)
         quantize_output(model.get_submodule(name), quantizers[source])
     return model
+
+
+def _names_of(module: nn.Module, model: nn.Module) -> list[str]:
+    """Every name a module goes by; a layer that two parents share has two."""
+    named = model.named_modules(remove_duplicate=False)
+    return [name for name, other in named if other is module]
 
 
 def quantize(

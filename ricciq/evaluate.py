@@ -78,9 +78,10 @@ def evaluate(
     for images, targets in batches:
         logits = {name: predict(images).float().cpu() for name, predict in predictors.items()}
         classes = logits[reference].shape[1]
-        if int(targets.max()) >= classes:
+        low, high = (int(end) for end in targets.aminmax())
+        if low < 0 or high >= classes:
             raise DataError(
-                f"the data has class number {int(targets.max())} but the model knows {classes} "
+                f"the data has class number {low if low < 0 else high}, the model knows {classes} "
                 "classes; give the data the model was made for"
             )
         samples += len(targets)

@@ -328,10 +328,17 @@ def export_onnx(
     stored = {"preprocessing": preprocessing.to_dict(), **(metadata or {})}
     graph_model.metadata_props[METADATA_KEY] = json.dumps(stored)
     temporary = path.with_name(f".{path.name}.tmp")
-    ir.save(graph_model, temporary)
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(path)
+    try:
+        ir.save(graph_model, temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RicciqError(
+            f"cannot write {path} ({error}); free some space or choose another --output"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already, unless something above failed
     return path
 
 

@@ -142,14 +142,17 @@ class WeightQuantizer(nn.Module):
     def calibrate(self, weight: Tensor, candidates: int = 100) -> None:
         """Set each row's step to the candidate with the least squared rounding error.
 
+        A row of zeros takes the mean step of the others, so that training finds it in reach; at one
+        bit, where no code is zero, 1/64 of it, which keeps the row near zero.
+
         Args:
             weight: (rows, ...), on the quantizer's device.
             candidates: how many steps to try, evenly spaced up to the one that clips nothing.
         """
         rows = weight.flatten(1).float()
-        top = (
-            rows.abs().amax(1, keepdim=True).clamp_min(MIN_SCALE * self.grid.high) / self.grid.high
-        )
+        largest = rows.abs().amax(1, keepdim=True)
+        live = largest > 0
+        top = largest.clamp_min(MIN_SCALE) / self.grid.high
         best = torch.full_like(top, math.inf)
         chosen = top.clone()
         for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
@@ -157,6 +160,8 @@ class WeightQuantizer(nn.Module):
             error = (self.grid.round(rows / scale) * scale - rows).square().sum(1, keepdim=True)
             chosen = torch.where(error < best, scale, chosen)
             best = torch.minimum(error, best)
+        usual = chosen[live].mean() if live.any() else chosen.new_ones(())
+        chosen = torch.where(live, chosen, usual / 64 if self.bits == 1 else usual)
         self.log_scale.copy_(chosen.clamp_min(MIN_SCALE).log().squeeze(1))
 
     def forward(self, weight: Tensor) -> Tensor:

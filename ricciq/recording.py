@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class Recording:
     Attributes:
         calls: every childless module call and every function call between modules.
         readers: the calls that read a value.
-        returned_by: names of the modules that returned a value, innermost first.
+        returned_by: names of the modules that returned just this value, innermost first.
         times: how often each module ran.
         result: the values the model returned.
     """
@@ -98,6 +98,18 @@ class _FunctionRecorder(TorchFunctionMode):
         return result
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; afterwards every module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def record(model: nn.Module, example: Tensor) -> Recording:
     """Run ``model(example)`` once in evaluation mode and note what it did.
@@ -125,8 +137,8 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         name, whole, inputs = running.pop()
         outputs = tuple(_value(t) for t in _tensors(output))
         recording.times[name] += 1
-        for value in outputs:
-            recording.returned_by[value].append(name)
+        if isinstance(output, Tensor):  # a point can stand behind one tensor, not behind a tuple
+            recording.returned_by[outputs[0]].append(name)
         if whole and not any(outer for _, outer, _ in running):
             recording.add(Call(name, type(module).__name__, True, inputs, outputs))
 
@@ -138,9 +150,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         name = running[-1][0] if running else ""
         recording.add(Call(name, function, False, inputs, outputs))
 
-    was_training = model.training
-    model.eval()
-    with ExitStack() as hooks:
+    with evaluating(model), ExitStack() as hooks:
         for name, module in model.named_modules():
             whole = next(module.children(), None) is None
             before = module.register_forward_pre_hook(enter(name, whole), with_kwargs=True)
@@ -150,5 +160,4 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         with _FunctionRecorder(note):
             result = model(example)
     recording.result = tuple(_value(t) for t in _tensors(result))
-    model.train(was_training)
     return recording

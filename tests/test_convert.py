@@ -359,7 +359,6 @@ def test_a_shared_layer_is_converted_once_and_used_twice():
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)
 
 
-@pytest.mark.xfail(strict=True, reason="a layer under a second name stays float and is not listed")
 def test_a_layer_with_two_names_is_converted_under_both():
     shared = conv()
     model = Model(lambda m, x: m.d(m.c(m.b(m.a(x)))), a=conv(), b=shared, c=shared, d=conv())
@@ -368,7 +367,6 @@ def test_a_layer_with_two_names_is_converted_under_both():
     assert model.c is model.b
 
 
-@pytest.mark.xfail(strict=True, reason="a point behind a module that returns a tuple fails")
 def test_a_module_that_returns_a_tuple_can_feed_an_addition():
     def forward(m, x):
         x = m.a(x)

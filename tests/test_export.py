@@ -344,7 +344,6 @@ def test_an_interrupted_export_is_no_export(linear_export, tmp_path, monkeypatch
     assert (path.read_bytes() if path.exists() else None) == existing
 
 
-@pytest.mark.xfail(strict=True, reason="the temporary file stays behind")
 def test_an_interrupted_export_leaves_nothing_behind(linear_export, tmp_path, monkeypatch):
     monkeypatch.setattr(export.ir, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):

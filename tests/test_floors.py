@@ -21,8 +21,8 @@ FLOORS = {
     3.5: "train",
     3: "convert export",
     2: "layers data models runfolder report bench doctor",
-    1: "recipe calibration estimators evaluate inspection pictures recording checkpoint",
-    0.5: "packing preprocessing runtime",
+    1: "recipe calibration estimators evaluate inspection pictures checkpoint",
+    0.5: "packing preprocessing runtime recording",
     0: "errors quantizer ricci journal",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

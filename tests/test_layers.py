@@ -238,17 +238,3 @@ def test_a_point_quantizes_what_a_module_returns_and_survives_a_copy():
     torch.testing.assert_close(copied(x), torch.tensor([0.0, 0.0, 300.0]))
     assert module(x).tolist() == [0.0, 1.0, 255.0]
     assert "output_quantizer.log_scale" in module.state_dict()
-
-
-@pytest.mark.xfail(strict=True, reason="a point cannot stand behind a module that returns a tuple")
-def test_a_point_behind_several_results_quantizes_each():
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, 2 * x
-
-    module = Two()
-    point = ActivationQuantizer(8)
-    point.set_range(1.0, 0)
-    quantize_output(module, point)
-    first, second = module(torch.tensor([0.6]))
-    assert (first.item(), second.item()) == (1.0, 1.0)

@@ -263,13 +263,12 @@ def test_a_row_of_zeros_is_finite_everywhere(bits):
     for tensor in (quantizer.scale, y, weight.grad, quantizer.log_scale.grad, residual):
         assert tensor.isfinite().all()
     assert (quantizer.scale > 0).all()
-    assert y[0].abs().max() < 1e-9
-    assert quantizer.codes(weight)[0].abs().max() <= 1
+    if bits == 1:  # there is no zero among the codes
+        assert y[0].abs().max() <= y[1].abs().max() / 64 * 1.001
+    else:
+        assert y[0].abs().max() == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the step of a dead row is 1e-12, and its gradient is divided by that"
-)
 @widths
 def test_a_row_of_zeros_can_be_trained(bits):
     weight = normal(2, 9)

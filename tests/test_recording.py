@@ -170,7 +170,6 @@ def test_the_training_mode_and_statistics_are_left_as_they_were(training):
     assert model[1].num_batches_tracked == 0
 
 
-@pytest.mark.xfail(strict=True, reason="record puts every module into the model's own mode")
 def test_a_frozen_norm_stays_frozen():
     model = nn.Sequential(conv(), nn.BatchNorm2d(3)).train()
     model[1].eval()
@@ -197,7 +196,6 @@ def test_hooks_are_removed_after_a_failure():
     assert torch.relu(torch.tensor(-1.0)) == 0  # and no function mode is left behind
 
 
-@pytest.mark.xfail(strict=True, reason="a failing forward leaves the model in evaluation mode")
 def test_the_training_mode_is_restored_after_a_failure():
     model = nn.Sequential(conv(), nn.Linear(5, 2)).train()
     with pytest.raises(RuntimeError):
