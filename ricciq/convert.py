@@ -140,9 +140,18 @@ def _norms_behind(
             continue
         once = recording.times[call.name] == recording.times[readers[0].name] == 1
         is_conv = isinstance(modules[call.name], nn.Conv2d)
-        if once and is_conv and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+        if (
+            once
+            and is_conv
+            and type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
+            and _has_statistics(norm)
+        ):
             norms[call.name] = readers[0].name
     return norms
+
+
+def _has_statistics(norm: nn.Module) -> bool:
+    return getattr(norm, "running_mean", None) is not None
 
 
 def _place_points(

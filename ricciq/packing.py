@@ -55,6 +55,8 @@ def pack(codes: Tensor, bits: Bits) -> list[Plane]:
         ValueError: a code is not on the grid.
     """
     grid = Grid.for_weights(bits)
+    if not torch.equal(codes, codes.round()):
+        raise ValueError("codes that are not whole numbers cannot be packed")
     offsets = codes.flatten().long() - grid.low
     indices = offsets // grid.step
     if ((indices < 0) | (indices >= grid.size) | (offsets % grid.step != 0)).any():

@@ -65,7 +65,8 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor, log_scale: Tensor, zero_point: Tensor | None, grid: Grid, gain: float
     ) -> Tensor:
         del gain
-        return _codes(x / log_scale.exp(), zero_point, grid) * log_scale.exp()
+        scale = _scale(log_scale)
+        return _codes(x / scale, zero_point, grid) * scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
@@ -76,7 +77,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, log_scale, zero_point = ctx.saved_tensors
-        scale = log_scale.exp()
+        scale = _scale(log_scale)
         ratio = x / scale
         inside = _inside(ratio, zero_point, ctx.grid)
         grad_x = grad * inside
@@ -86,6 +87,11 @@ class _FakeQuantize(torch.autograd.Function):
         # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
         # relative change, so published learning rates keep their meaning.
         return grad_x, per_scale * ctx.gain / scale, None, None, None
+
+
+def _scale(log_scale: Tensor) -> Tensor:
+    """exp, kept between 2**-40 and 2**40: a far too high learning rate must not end in NaN."""
+    return log_scale.clamp(math.log(MIN_SCALE), -math.log(MIN_SCALE)).exp()
 
 
 def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
@@ -136,7 +142,7 @@ class WeightQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The steps, shape (rows,), positive."""
-        return self.log_scale.detach().exp()
+        return _scale(self.log_scale.detach())
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor, candidates: int = 100) -> None:
@@ -216,7 +222,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The step, a scalar tensor, positive."""
-        return self.log_scale.detach().exp()
+        return _scale(self.log_scale.detach())
 
     @torch.no_grad()
     def set_range(self, scale: float, zero_point: int) -> None:

@@ -16,6 +16,11 @@ from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
 PICTURE = torch.zeros(1, 3, 8, 8)
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 class Model(nn.Module):
     """Some layers and a forward given as a function of the model and its input."""
 

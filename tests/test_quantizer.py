@@ -191,6 +191,19 @@ def test_the_step_stays_positive_where_a_plain_one_would_not(optimizer, rate):
     assert went_negative
 
 
+def test_the_step_survives_a_far_too_high_learning_rate():
+    weight = normal(4, 50)
+    quantizer = WeightQuantizer(4, 2)
+    quantizer.calibrate(weight)
+    optimizer = torch.optim.SGD([quantizer.log_scale], lr=10.0)
+    for seed in range(200):
+        optimizer.zero_grad()
+        quantizer(weight).backward(normal(4, 50, seed=seed))
+        optimizer.step()
+    assert quantizer.scale.isfinite().all()
+    assert (quantizer.scale > 0).all()
+
+
 def test_activations_use_their_zero_point_and_lsq_gain():
     quantizer = ActivationQuantizer(2)
     quantizer.set_range(0.5, 1)
@@ -221,7 +234,8 @@ def rounding_error(grid: Grid, rows: Tensor, scale: Tensor) -> Tensor:
 
 @widths
 def test_calibration_is_close_to_the_best_of_all_steps(bits):
-    rows = torch.cat([normal(4, 200), torch.rand(4, 200) - 0.3, normal(4, 200, seed=1) ** 3])
+    uniform = torch.rand((4, 200), generator=torch.Generator().manual_seed(2)) - 0.3
+    rows = torch.cat([normal(4, 200), uniform, normal(4, 200, seed=1) ** 3])
     quantizer = WeightQuantizer(12, bits)
     quantizer.calibrate(rows)
     top = rows.abs().amax(1) / quantizer.grid.high
@@ -229,7 +243,7 @@ def test_calibration_is_close_to_the_best_of_all_steps(bits):
     best = torch.stack(tried).amin(0)
     found = rounding_error(quantizer.grid, rows, quantizer.scale)
     # On fine grids the error jitters with the step, and a search of 100 cannot catch the luckiest.
-    assert (found <= (1.03 if quantizer.grid.size <= 32 else 1.25) * best).all()
+    assert (found <= (1.05 if quantizer.grid.size <= 32 else 1.25) * best).all()
 
 
 def test_a_binary_step_is_the_mean_magnitude():
@@ -275,6 +289,22 @@ def test_a_row_of_zeros_can_be_trained(bits):
     weight[0] = 0
     weight.requires_grad_()
     quantizer = WeightQuantizer(2, bits)
+    quantizer.calibrate(weight.detach())
+    optimizer = torch.optim.SGD([weight, quantizer.log_scale], lr=0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (quantizer(weight) - 1).square().mean().backward()
+        optimizer.step()
+    assert weight.isfinite().all()
+    assert quantizer.scale.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-8, 1e-5])
+def test_a_nearly_dead_row_can_be_trained(size):
+    weight = normal(2, 9)
+    weight[0] *= size
+    weight.requires_grad_()
+    quantizer = WeightQuantizer(2, 2)
     quantizer.calibrate(weight.detach())
     optimizer = torch.optim.SGD([weight, quantizer.log_scale], lr=0.01)
     for _ in range(5):
