@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ricciq.errors import ModelError
 from ricciq.runtime import open_session
 
 WARM_UP = 3
@@ -44,7 +45,7 @@ def measure_latency(
         rounds: timed calls of each file.
 
     Raises:
-        ModelError: a file is missing or cannot be loaded.
+        ModelError: a file is missing, cannot be loaded, or takes no pictures.
     """
     random = np.random.default_rng(0)
     calls: dict[str, Callable[[], object]] = {}
@@ -54,6 +55,13 @@ def measure_latency(
         shape = [batch, *(n if isinstance(n, int) else 1 for n in entry.shape[1:])]
         feed = {entry.name: random.standard_normal(shape, dtype=np.float32)}
         calls[name] = partial(session.run, None, feed)
+        try:
+            calls[name]()
+        except Exception as error:  # onnxruntime's exceptions share no public base
+            reason = " ".join(str(error).split())[:160]
+            raise ModelError(
+                f"{path} takes no float pictures of shape {shape} ({reason}); give a vision model"
+            ) from None
     return interleave(calls, rounds=rounds)
 
 

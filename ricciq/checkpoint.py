@@ -100,8 +100,9 @@ def training_state(
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     stored = _without_tensors(optimizer.state_dict(), "optimizer", tensors)
     tensors["random.torch"] = torch.get_rng_state()
-    for number in range(torch.cuda.device_count()):
-        tensors[f"random.cuda.{number}"] = torch.cuda.get_rng_state(number)
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
     metadata = {
         "progress": dict(progress),
@@ -134,10 +135,9 @@ def restore_training_state(
         stored["state"] = {int(index): values for index, values in stored["state"].items()}
         optimizer.load_state_dict(stored)
         torch.set_rng_state(tensors["random.torch"])
-        for name, tensor in tensors.items():
-            part, _, number = name.rpartition(".")
-            if part == "random.cuda" and int(number) < torch.cuda.device_count():
-                torch.cuda.set_rng_state(tensor, int(number))
+        device = next(model.parameters()).device
+        if device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], device)
         version, words, gauss = metadata["random"]["python"]
         random.setstate((version, tuple(words), gauss))
         kind, keys, *rest = metadata["random"]["numpy"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +32,8 @@ Data = Annotated[
     str, typer.Option(help="Folder with train/ and val/, torch/NAME with --data-dir, or digits.")
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Root folder of a torch/NAME data set.")]
-Workers = Annotated[int | None, typer.Option(help="Processes that load pictures.")]
-BatchSize = Annotated[int | None, typer.Option(help="Pictures in a batch.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load pictures.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")]
 WIDTHS = "1 to 8, ternary, or 32 for float"
 
 
@@ -90,11 +91,10 @@ def quantize(
 
     messages: list[str] = []
     weights, activations = _widths(bits, weight_bits, act_bits, messages)
-    name, weights_file = _model_and_weights(model, checkpoint)
+    source = _model_and_weights(model, checkpoint)
     merged = (Recipe.load(recipe) if recipe else Recipe()).override(
         {
-            "model.name": name,
-            "model.checkpoint": weights_file,
+            **source,
             "data.name": data,
             "data.dir": data_dir,
             "data.batch_size": batch_size,
@@ -251,10 +251,11 @@ def _width(flag: str, text: str | None, ternary: bool = True) -> int | str | Non
     raise UsageError(f"{flag} {text} is not a width; give {allowed}")
 
 
-def _model_and_weights(model: str, checkpoint: Path | None) -> tuple[str, Path | None]:
+def _model_and_weights(model: str, checkpoint: Path | None) -> dict[str, Any]:
+    """What MODEL and --checkpoint put into the recipe."""
     path = Path(model)
     if not path.exists():
-        return model, checkpoint
+        return {"model.name": model, "model.checkpoint": checkpoint}
     if checkpoint is not None:
         raise UsageError(f"{model} has weights of its own; give either it or --checkpoint")
     from ricciq.trained import float_source
@@ -318,21 +319,24 @@ def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with the code `ricciq.errors` lists."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["--debug"]:
-        sys.exit(app(arguments, standalone_mode=False))
+    debug = "--debug" in arguments[:1]
     try:
         sys.exit(app(arguments, standalone_mode=False))
     except RicciqError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, debug)
     except CommandLineError as error:
-        _fail(" ".join(error.format_message().split()), UsageError.exit_code)
+        _fail(" ".join(error.format_message().split()), UsageError.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", InterruptedRunError.exit_code)
+        _fail("stopped", InterruptedRunError.exit_code, debug)
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        _fail(f"failed unexpectedly ({what}); `ricciq --debug` shows where", RicciqError.exit_code)
+        message = f"failed unexpectedly ({what}); `ricciq --debug` shows where"
+        _fail(message, RicciqError.exit_code, debug)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"ricciq: {message}", file=sys.stderr)
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    if message:  # a bare `ricciq` has shown its help and has nothing to add
+        print(f"ricciq: {message}", file=sys.stderr)
     sys.exit(code)

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ricciq.errors import ModelError
-from ricciq.layers import QuantConv2d, QuantLayer, QuantLinear, quantize_output
+from ricciq.layers import QuantConv2d, QuantLayer, QuantLinear, names_of, quantize_output
 from ricciq.quantizer import FLOAT_BITS, ActivationQuantizer, Bits
 from ricciq.recording import Call, Recording, Value, record
 
@@ -180,8 +180,13 @@ def _place_points(
                 kept.append(Kept(call.name, "addition", why))
         if call.is_module and call.name in discrete and isinstance(modules[call.name], nn.Conv2d):
             value = _behind(call, layers, recording, modules)
-            if not settled(value) and value not in recording.result and _owner(value, recording):
+            if settled(value) or value in recording.result:
+                continue
+            if _owner(value, recording):
                 wanted[value] = None
+            else:
+                why = "no module that runs once returns it, so its kernel stays float"
+                kept.append(Kept(call.name, "output", why))
     points = {}
     for value in wanted:
         name = _owner(value, recording)
@@ -268,7 +273,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
         else:
             assert isinstance(module, nn.Linear)
             quantized = QuantLinear.from_float(module, layer.weight_bits, layer.act_bits)
-        for name in _names_of(module, model):
+        for name in names_of(module, model):
             model.set_submodule(name, quantized)
         if layer.norm:
             model.set_submodule(layer.norm, _rest_of(model.get_submodule(layer.norm)))
@@ -279,12 +284,6 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             quantizers[source] = ActivationQuantizer(POINT_BITS).to(device)
         quantize_output(model.get_submodule(name), quantizers[source])
     return model
-
-
-def _names_of(module: nn.Module, model: nn.Module) -> list[str]:
-    """Every name a module goes by; a layer that two parents share has two."""
-    named = model.named_modules(remove_duplicate=False)
-    return [name for name, other in named if other is module]
 
 
 def quantize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ricciq.errors import DataError
+from ricciq.errors import DataError, RicciqError
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -71,6 +71,7 @@ def evaluate(
 
     Raises:
         DataError: there was no picture, or a target is not among the classes.
+        RicciqError: a model answers with NaN or infinite numbers.
     """
     reference = reference or next(iter(predictors))
     tallies = {name: _Tally() for name in predictors}
@@ -84,6 +85,12 @@ def evaluate(
                 f"the data has class number {low if low < 0 else high}, the model knows {classes} "
                 "classes; give the data the model was made for"
             )
+        for name, answers in logits.items():
+            if not answers.isfinite().all():
+                raise RicciqError(
+                    f"the {name} model answers with NaN or infinite numbers; check its checkpoint, "
+                    "or lower --lr if it was in training"
+                )
         samples += len(targets)
         for name, tally in tallies.items():
             tally.add(logits[name], targets.cpu(), logits[reference])

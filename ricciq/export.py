@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.errors import RicciqError
-from ricciq.layers import IntegerWeights, QuantConv2d, QuantLayer, QuantLinear, quantize_output
+from ricciq.layers import (
+    IntegerWeights,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    names_of,
+    quantize_output,
+)
 from ricciq.packing import Plane, pack, unpack
 from ricciq.preprocessing import Preprocessing
 from ricciq.quantizer import ActivationQuantizer, Bits
@@ -257,7 +264,7 @@ def deploy(model: nn.Module) -> nn.Module:
     """A copy of a converted model as it will run: packed, folded, in evaluation mode."""
     deployed = copy.deepcopy(model).eval()
     made: dict[nn.Module, nn.Module] = {}
-    for name, module in list(deployed.named_modules()):
+    for module in list(deployed.modules()):
         point: ActivationQuantizer | None = getattr(module, "output_quantizer", None)
         new: nn.Module | None = None
         if isinstance(module, QuantConv2d):
@@ -265,7 +272,8 @@ def deploy(model: nn.Module) -> nn.Module:
         elif isinstance(module, QuantLinear):
             new = DeployedLinear(module)
         if new is not None:
-            deployed.set_submodule(name, new)
+            for alias in names_of(module, deployed):
+                deployed.set_submodule(alias, new)
         if point is None:
             continue
         if point not in made:
@@ -291,7 +299,8 @@ def export_onnx(
     """Write a float or deployed model as one ONNX file with a dynamic batch.
 
     Args:
-        model: maps (B, C, H, W) float32 to (B, classes) logits.
+        model: maps (B, C, H, W) float32 to (B, classes) logits; a converted model that is not
+            deployed yet is deployed first, as a copy.
         path: the file to write; it appears only once it is complete.
         preprocessing: stored in the file, so that a deployer needs nothing else.
         metadata: what else to store in the file, as JSON.
@@ -302,6 +311,8 @@ def export_onnx(
     Raises:
         RicciqError: torch's exporter cannot express the model.
     """
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
+        model = deploy(model)
     device = next(iter([*model.parameters(), *model.buffers()])).device
     example = torch.zeros(2, *preprocessing.input_size, device=device)
     try:

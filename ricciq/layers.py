@@ -162,6 +162,12 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return factor, shift if norm.bias is None else shift + norm.bias.double()
 
 
+def names_of(module: nn.Module, model: nn.Module) -> list[str]:
+    """Every name a module goes by; a layer that two parents share has two."""
+    named = model.named_modules(remove_duplicate=False)
+    return [name for name, other in named if other is module]
+
+
 def quantize_output(module: nn.Module, quantizer: nn.Module) -> None:
     """Let everything ``module`` returns pass through ``quantizer``.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -70,6 +69,8 @@ def run(
         job = prepare(recipe, device, journal)
         reference = _check_validation(job, journal)
         with folder.locked():
+            # Again, now that nobody else can write: minutes have passed since the first look.
+            choose_run_folder(recipe, folder.path, resume=resume, overwrite=overwrite)
             if not resume:
                 folder.begin(recipe)
             journal.log_to(folder.log)
@@ -95,9 +96,13 @@ class Job(NamedTuple):
     plan: Plan
     messages: list[str]
 
-    def loader(self, split: Split, *, training: bool = False) -> DataLoader[Batch]:
-        """Batches of one split as the recipe wants them."""
+    def loader(
+        self, split: Split, *, training: bool = False, samples: int | None = None
+    ) -> DataLoader[Batch]:
+        """Batches of one split as the recipe wants them, or of so many samples of it."""
         settings = self.recipe.data
+        if samples is None and split == "fit":
+            samples = settings.train_samples
         return self.data.loader(
             split,
             self.preprocessing,
@@ -106,7 +111,7 @@ class Job(NamedTuple):
             training=training,
             seed=self.recipe.seed,
             augmentation=settings.augmentation if training else None,
-            train_samples=settings.train_samples if split == "fit" else None,
+            train_samples=samples,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -199,7 +204,8 @@ def _train(job: Job, folder: RunFolder, resume: bool, journal: Journal) -> Progr
     """Export the float model, then convert, calibrate and fine-tune it; leave the best in it."""
     recipe = job.recipe
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-    export_onnx(copy.deepcopy(teacher).cpu(), folder.float_onnx, job.preprocessing)
+    stored = stored_in_onnx(job.about)
+    export_onnx(copy.deepcopy(teacher).cpu(), folder.float_onnx, job.preprocessing, stored)
     convert(job.model, job.plan)
     journal.say(
         f"converted {len(job.plan.layers)} layers, placed {len(job.plan.points)} 8-bit points, "
@@ -229,8 +235,11 @@ def _train(job: Job, folder: RunFolder, resume: bool, journal: Journal) -> Progr
 
 
 def _first_images(job: Job) -> Iterator[Tensor]:
-    """The pictures to calibrate on, one batch in memory at a time."""
-    for images, _ in islice(job.loader("fit"), job.recipe.data.calibration_batches):
+    """The pictures to calibrate on, of every class alike, one batch in memory at a time."""
+    settings = job.recipe.data
+    wanted = settings.calibration_batches * settings.batch_size
+    there = len(job.loader("fit").dataset)  # type: ignore[arg-type]
+    for images, _ in job.loader("fit", samples=min(wanted, there)):
         yield images.to(job.device)
 
 
@@ -240,7 +249,10 @@ def _finish(
     """Export, evaluate what was written, and report."""
     journal.say("exporting")
     deployed = deploy(job.model).cpu()
-    export_onnx(deployed, folder.onnx, job.preprocessing, stored_in_onnx(job.about))
+    stored = stored_in_onnx(job.about)
+    export_onnx(deployed, folder.onnx, job.preprocessing, stored)
+    if not job.plan.layers:  # a float run: what it trained is the float model
+        export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
     predictors: dict[str, Predict] = {
         "quantized": deployed,
@@ -248,6 +260,8 @@ def _finish(
         "unoptimized": _onnx_predictor(folder.onnx, optimize=False),
     }
     metrics = evaluate(predictors, job.loader("val"))
+    if not job.plan.layers:
+        reference = metrics["quantized"]
     latency = measure_latency({"float": folder.float_onnx, "onnx": folder.onnx})
     inspection = inspect_onnx(folder.onnx)
     report = _report(job, folder, reference, metrics, latency, inspection, done)

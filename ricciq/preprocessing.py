@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from ricciq.errors import UsageError
 
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
     Transform = Callable[[Image.Image], Tensor]
 
 SMALL_INPUT = 64
+# Checked where a recipe is read; a plain dataclass does not check.
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Area = Annotated[float, Field(gt=0, le=1)]
+_Ratio = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,13 @@ class Augmentation:
     """
 
     no_aug: bool | None = None
-    scale: tuple[float, float] = (0.35, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.0
+    scale: tuple[_Area, _Area] = (0.35, 1.0)
+    ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
+    hflip: _Share = 0.5
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
     auto_augment: str | None = None
-    reprob: float = 0.0
-    pad_crop: int = 0
+    reprob: _Share = 0.0
+    pad_crop: Annotated[int, Field(ge=0)] = 0
 
     def transform(self, preprocessing: Preprocessing) -> Transform | None:
         """timm's random training transform, or None where nothing varies.

@@ -65,8 +65,8 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor, log_scale: Tensor, zero_point: Tensor | None, grid: Grid, gain: float
     ) -> Tensor:
         del gain
-        scale = _scale(log_scale)
-        return _codes(x / scale, zero_point, grid) * scale
+        scale = _scale(log_scale)  # float32, as are codes and steps under mixed precision
+        return (_codes(x.float() / scale, zero_point, grid) * scale).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
@@ -78,15 +78,16 @@ class _FakeQuantize(torch.autograd.Function):
         (grad,) = grads
         x, log_scale, zero_point = ctx.saved_tensors
         scale = _scale(log_scale)
-        ratio = x / scale
+        ratio = x.float() / scale
         inside = _inside(ratio, zero_point, ctx.grid)
+        grad = grad.float()
         grad_x = grad * inside
         codes = _codes(ratio, zero_point, ctx.grid)
         # d(scale * code)/d(scale) is code - ratio inside the range, code at its ends (LSQ, eq. 3).
         per_scale = (grad * codes - grad_x * ratio).sum_to_size(scale.shape)
         # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
         # relative change, so published learning rates keep their meaning.
-        return grad_x, per_scale * ctx.gain / scale, None, None, None
+        return grad_x.to(x.dtype), per_scale * ctx.gain / scale, None, None, None
 
 
 def _scale(log_scale: Tensor) -> Tensor:

@@ -73,6 +73,15 @@ class QuantizationSection(Section):
     act_bits: ActBits = 4
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
 
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.weight_bits == 32 and self.act_bits != 32:
+            raise ValueError(
+                f"float weights with {self.act_bits}-bit activations have no integer kernel; give "
+                "--bits 32, or fewer weight bits"
+            )
+        return self
+
 
 class MethodSection(Section):
     """The gradient estimator, and values that differ from what its name stands for."""
@@ -161,7 +170,7 @@ class Recipe(Section):
                 f"recipe {path} cannot be read ({reason}); correct the file"
             ) from None
         if not isinstance(values, dict):
-            raise RecipeError(f"recipe {path} holds no sections; see `ricciq recipes ls`")
+            raise RecipeError(f"recipe {path} holds no sections; write model:, data: and so on")
         return cls.from_values(values, f"recipe {path}")
 
     def override(self, flags: Mapping[str, Any]) -> Recipe:
@@ -206,7 +215,7 @@ def find_recipe(name_or_file: str | Path) -> Path:
     if path.is_file():
         return path
     near = difflib.get_close_matches(str(name_or_file), shipped, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}" if near else "see `ricciq recipes ls`"
+    hint = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(shipped)}"
     raise RecipeError(f"there is no recipe {name_or_file}; {hint}")
 
 

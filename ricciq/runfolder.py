@@ -119,7 +119,8 @@ def choose_run_folder(
         overwrite: allow a folder of ours that holds a run.
 
     Raises:
-        UsageError: the folder is not ours, holds a run, or has nothing to resume.
+        UsageError: the folder is not ours, holds a run or the run's own source, or has nothing
+            to resume.
     """
     if output is None:
         output = _newest_unfinished(recipe) if resume else default_folder(recipe, datetime.now())
@@ -136,6 +137,12 @@ def choose_run_folder(
     if occupied and not folder.is_ours:
         raise UsageError(
             f"--output {output} holds files that are not a run of ricciq; choose another folder"
+        )
+    source = recipe.model.checkpoint
+    if source is not None and source.resolve().is_relative_to(output.resolve()):
+        raise UsageError(
+            f"--output {output} holds the float weights {source} that the run starts from; choose "
+            "another folder"
         )
     if resume:
         _check_resumable(folder, recipe)

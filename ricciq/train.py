@@ -50,6 +50,7 @@ class Progressed:
         best_top1: the highest hold-out top-1 of an epoch, percent.
         chosen_epoch: the epoch whose weights were kept, counted from 1; 0 before the first.
         chosen_top1: its hold-out top-1, percent.
+        scaler: state of the loss scaler, empty unless training in float16.
     """
 
     epoch: int = 0
@@ -60,6 +61,7 @@ class Progressed:
     best_top1: float = 0.0
     chosen_epoch: int = 0
     chosen_top1: float = 0.0
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def loss_function(
@@ -129,6 +131,8 @@ def finetune(
     done, history = Progressed(), History()
     if resume and folder.last.is_file():
         done = Progressed(**restore_training_state(model, trainer.optimizer, folder.last))
+        if done.scaler:
+            trainer.scaler.load_state_dict(done.scaler)
         history = History.read(folder, done.epoch)
     codes = _Codes(trainer.weights)
     for epoch in range(done.epoch, recipe.training.epochs):
@@ -273,7 +277,7 @@ def _optimizer_and_schedule(
 
 @dataclass
 class Tally:
-    """Running sums over an epoch, kept on the device so that no step waits for them."""
+    """Running sums over an epoch, kept on the device."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     hits: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -384,6 +388,7 @@ def _save(
         done.chosen_epoch, done.chosen_top1 = done.epoch, held.top1
         chosen = {**about, "epoch": done.epoch, "holdout_top1": held.top1}
         save_tensors(folder.best, trainer.model.state_dict(), chosen)
+    done.scaler = trainer.scaler.state_dict()
     write_csv(folder.summary, history.summary)
     write_csv(folder.geometry, history.geometry)
     tensors, metadata = training_state(trainer.model, trainer.optimizer, vars(done))

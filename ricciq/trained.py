@@ -109,8 +109,8 @@ def open_target(path: Path) -> Target:
         ) from None
 
 
-def float_source(path: Path) -> tuple[str, Path]:
-    """The timm name and the weights of a float model that a run of ours trained.
+def float_source(path: Path) -> dict[str, Any]:
+    """Name, weights and input size of a float model that a run trained, as recipe values.
 
     Raises:
         CheckpointError: the run's model is discrete already.
@@ -118,7 +118,8 @@ def float_source(path: Path) -> tuple[str, Path]:
     file = RunFolder(path).best if path.is_dir() else path
     _, about = load_tensors(file)
     try:
-        name, layers = about["recipe"]["model"]["name"], about["plan"]["layers"]
+        recipe, layers = about["recipe"], about["plan"]["layers"]
+        name, size = str(recipe["model"]["name"]), recipe["data"]["input_size"]
     except (KeyError, TypeError):
         raise CheckpointError(
             f"{file} does not name its model; give the timm name and --checkpoint {file}"
@@ -127,7 +128,7 @@ def float_source(path: Path) -> tuple[str, Path]:
         raise CheckpointError(
             f"{path} holds a model that is discrete already; start from a float one (--bits 32)"
         )
-    return str(name), file
+    return {"model.name": name, "model.checkpoint": file, "data.input_size": size}
 
 
 def export_run(path: Path, output: Path | None = None, *, as_float: bool = False) -> Path:
@@ -175,10 +176,11 @@ def evaluate_target(
     """
     target = open_target(path)
     data = open_data(data_name, data_dir)
-    if len(target.class_names) != data.num_classes:
+    if target.class_names != data.class_names:
         raise DataError(
-            f"{data_name} has {data.num_classes} classes but {path} knows "
-            f"{len(target.class_names)}; give the data it was made for"
+            f"{data_name} has {data.num_classes} classes beginning with {data.class_names[:3]} but "
+            f"{path} knows {len(target.class_names)} beginning with {target.class_names[:3]}; "
+            "give the data it was made for"
         )
     predictors = {"target": target.predict}
     if reference is not None:

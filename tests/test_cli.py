@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ricciq import cli
+from ricciq import cli, pipeline
 from ricciq.checkpoint import save_tensors
+from ricciq.journal import Journal
+from ricciq.recipe import Recipe
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 
@@ -249,3 +251,41 @@ def test_debug_shows_the_traceback() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "x.onnx", "--data", "digits", "--batch-size", "-3"], ["--batch-size"]),
+        (["eval", "x.onnx", "--data", "digits", "--workers", "-1"], ["--workers"]),
+        ([*QUANTIZE, "--weight-bits", "32", "--act-bits", "4"], ["4-bit activations"]),
+        ([*QUANTIZE, "--recipe", "wild.yaml"], ["hflip", "5"]),
+    ],
+)
+def test_values_out_of_range_exit_2(
+    ricciq: Callable[..., Answer], tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    (tmp_path / "wild.yaml").write_text("data: {augmentation: {hflip: 5}}\n")
+    check_refusal(ricciq(*arguments), 2, *words)
+
+
+def test_calibration_sees_every_class_of_a_sorted_folder(picture_folder: Path) -> None:
+    values = {
+        "model": {"name": "digits_resnet8", "pretrained": False},
+        "data": {"name": str(picture_folder), "batch_size": 4, "calibration_batches": 1},
+    }
+    job = pipeline.prepare(Recipe.from_values(values), torch.device("cpu"), Journal())
+    (seen,) = pipeline._first_images(job)
+    brightness = sorted(float(picture.mean()) for picture in seen)
+    assert brightness[-1] - brightness[0] > 0.5  # the two classes lie 100 of 255 apart
+
+
+def test_a_run_does_not_overwrite_the_weights_it_starts_from(
+    ricciq: Callable[..., Answer], tmp_path: Path
+) -> None:
+    float_run = ["--bits", "32", "--epochs", "0", "--output", "base"]
+    assert ricciq(*QUANTIZE, *float_run).code == 0
+    before = (tmp_path / "base" / "best.safetensors").read_bytes()
+    command = ["quantize", "base", "--data", "digits", "--output", "base", "--overwrite"]
+    check_refusal(ricciq(*command), 2, "base")
+    assert (tmp_path / "base" / "best.safetensors").read_bytes() == before

@@ -8,14 +8,17 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import timm
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from ricciq import export
-from ricciq.convert import quantized_layers
+from ricciq.calibration import calibrate
+from ricciq.convert import quantize, quantized_layers
 from ricciq.errors import RicciqError
 from ricciq.export import DeployedActivation, DeployedWeight, deploy, export_onnx
+from ricciq.inspection import inspect_onnx
 from ricciq.layers import QuantLinear
 from ricciq.packing import unpack
 from ricciq.preprocessing import Preprocessing
@@ -358,3 +361,18 @@ def test_an_export_replaces_an_older_file(linear_export, tmp_path):
     assert linear_export(path) == path
     assert predict(path, torch.zeros(4, 3, 16, 16), optimize=True).shape == (4, 2)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_resnet18_at_two_bits_is_small_and_fused_throughout(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18").eval()
+    preprocessing = Preprocessing((3, 64, 64), (0.0,) * 3, (1.0,) * 3)
+    pictures = torch.randn(2, 3, 64, 64)
+    as_float = export.export_onnx(model, tmp_path / "float.onnx", preprocessing)
+    quantize(model, pictures, 2, 2)
+    calibrate(model, [pictures])
+    low = export.export_onnx(model, tmp_path / "low.onnx", preprocessing)  # deploys by itself
+    assert low.stat().st_size <= 0.08 * as_float.stat().st_size
+    inspection = inspect_onnx(low)
+    assert len(inspection.layers) == 21
+    assert all(layer.fused for layer in inspection.layers)

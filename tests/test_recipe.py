@@ -174,7 +174,9 @@ def test_python_tags_do_not_run(recipe_file, tmp_path, tag):
 def test_a_missing_recipe_suggests_names():
     with pytest.raises(RecipeError, match="did you mean digits-float"):
         find_recipe("digit-float")
-    with pytest.raises(RecipeError, match="no recipe qqqq; see `ricciq recipes ls`"):
+    with pytest.raises(
+        RecipeError, match="no recipe qqqq; there are digits-float, fashion-float, fashion-low"
+    ):
         find_recipe("qqqq")
 
 
