@@ -141,15 +141,18 @@ def export_run(path: Path, output: Path | None = None, *, as_float: bool = False
 
     Raises:
         CheckpointError: the run has no usable best.safetensors.
+        UsageError: the run's folder is in use.
     """
     trained = rebuild(path)
     model = deploy(trained.model)
     if as_float:
         in_float_operators(model)
-    if output is None:
-        folder = path if path.is_dir() else path.parent
-        output = folder / ("model-float.onnx" if as_float else "model.onnx")
-    return export_onnx(model, output, trained.preprocessing, stored_in_onnx(trained.about))
+    folder = RunFolder(path if path.is_dir() else path.parent)
+    if output is not None:
+        return export_onnx(model, output, trained.preprocessing, stored_in_onnx(trained.about))
+    with folder.locked():
+        written = folder.onnx_in_float if as_float else folder.onnx
+        return export_onnx(model, written, trained.preprocessing, stored_in_onnx(trained.about))
 
 
 def evaluate_target(

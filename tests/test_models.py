@@ -108,12 +108,12 @@ def test_pretrained_weights_that_do_not_exist_are_refused():
 
 def test_a_failed_download_names_the_model_and_the_remedy(monkeypatch):
     def offline(*_args, **_options):
-        raise ConnectionError("no route to huggingface.co.\nand more")
+        raise ConnectionError("no route to the hub.\nand more")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
     with pytest.raises(ModelError) as error:
         load("test_resnet.r160_in1k", pretrained=True)
-    one_sentence(error, "test_resnet.r160_in1k", "no route to huggingface.co", "--checkpoint")
+    one_sentence(error, "test_resnet.r160_in1k", "no route to the hub", "--checkpoint")
 
 
 def test_downloaded_weights_are_adapted_with_messages(monkeypatch):
