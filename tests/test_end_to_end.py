@@ -266,6 +266,6 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     assert second.returncode == 2
     assert "in use" in err
     assert first.poll() is None
-    first.send_signal(signal.SIGINT)
-    first.communicate()
+    first.terminate()  # SIGINT would be ignored where tests run in the background of a shell
+    first.communicate(timeout=120)
     assert first.returncode == 130

@@ -12,7 +12,7 @@ import yaml
 
 import ricciq.models  # noqa: F401  registers the bundled nets with timm
 from ricciq.errors import RecipeError
-from ricciq.recipe import MAX_BYTES, Recipe, find_recipe, recipe_folder, shipped_recipes
+from ricciq.recipe import MAX_BYTES, Recipe, find_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,25 +193,31 @@ def test_a_shipped_recipe_loads_and_names_a_known_model(name):
     assert recipe == Recipe.load(ROOT / "recipes" / f"{name}.yaml")
 
 
-def test_recipes_are_found_in_a_clone():
-    assert recipe_folder() == ROOT / "recipes"
-    assert "digits-float" in shipped_recipes()
+CODE = "from ricciq.recipe import *; print(recipe_folder()); print(*shipped_recipes())"
 
 
-def test_recipes_are_found_inside_a_wheel(tmp_path):
-    package = tmp_path / "site" / "ricciq"
-    shutil.copytree(ROOT / "ricciq", package, ignore=shutil.ignore_patterns("checkpoints", "__*__"))
-    shutil.copy(ROOT / "ricciq" / "__init__.py", package)
-    shutil.copytree(ROOT / "recipes", package / "recipes")
-    code = "import ricciq.recipe as r; print(r.__file__, *r.shipped_recipes())"
+def recipes_seen_from(package_parent: Path) -> list[str]:
+    """The folder and the names that the package lying there finds."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(package.parent)},
-        cwd=tmp_path,
+        [sys.executable, "-c", CODE],
+        env={**os.environ, "PYTHONPATH": str(package_parent)},
+        cwd=package_parent,
         capture_output=True,
         text=True,
         check=True,
     )
-    file, *names = done.stdout.split()
-    assert file == str(package / "recipe.py")
-    assert names == sorted(shipped_recipes())
+    return done.stdout.splitlines()
+
+
+def test_recipes_are_found_in_a_clone():
+    folder, names = recipes_seen_from(ROOT)
+    assert Path(folder) == ROOT / "recipes"
+    assert "digits-float" in names.split()
+
+
+def test_recipes_are_found_inside_a_wheel(tmp_path):
+    shutil.copytree(ROOT / "ricciq", tmp_path / "ricciq")
+    shutil.copytree(ROOT / "recipes", tmp_path / "ricciq" / "recipes")
+    folder, names = recipes_seen_from(tmp_path)
+    assert Path(folder) == tmp_path / "ricciq" / "recipes"
+    assert names.split() == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
