@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,18 @@ from ricciq.errors import CheckpointError, RicciqError
 METADATA_KEY = "ricciq"
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace a file by new content, or leave it as it was.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace a file by what a block writes to the path it is given, or leave it as it was.
 
     Raises:
         RicciqError: the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:
         raise RicciqError(
@@ -45,6 +45,12 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     finally:
         with suppress(OSError):  # gone already, unless something above failed
             temporary.unlink()
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace a file by new content, or leave it as it was; errors are those of `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

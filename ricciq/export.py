@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import copy
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ricciq.checkpoint import replacing
 from ricciq.errors import RicciqError
 from ricciq.layers import (
     IntegerWeights,
@@ -338,18 +338,8 @@ def export_onnx(
     graph_model = _tidy(program.model)
     stored = {"preprocessing": preprocessing.to_dict(), **(metadata or {})}
     graph_model.metadata_props[METADATA_KEY] = json.dumps(stored)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         ir.save(graph_model, temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise RicciqError(
-            f"cannot write {path} ({error}); free some space or choose another --output"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already, unless something above failed
     return path
 
 
