@@ -10,25 +10,42 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ricciq.errors import ModelError
-from ricciq.layers import QuantConv2d, QuantLayer, QuantLinear, names_of, quantize_output
+from ricciq.layers import (
+    CONVOLUTIONS,
+    LINEARS,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    QuantLinearWeight,
+    names_of,
+    quantize_input,
+    quantize_output,
+)
 from ricciq.quantizer import FLOAT_BITS, ActivationQuantizer, Bits
-from ricciq.recording import Call, Recording, Value, record
+from ricciq.recording import Call, Recording, Value, record, value_of
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
-_WEIGHTED_CALLS = {"conv2d", "linear"}
+_WEIGHTED_CALLS = {"conv1d", "conv2d", "conv3d", "linear"}
+_RECTIFIERS = {"ReLU", "relu", "relu_", "ReLU6", "relu6", "Hardtanh", "hardtanh", "hardtanh_"}
+"""What the runtime takes into a convolution's kernel, or the exporter into a quantizer's range."""
 POINT_BITS = 8
 """Width of the points at additions and where a convolution's output is not quantized anyway."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to convert: its dotted name, its widths and the BatchNorm it takes in."""
+    """One layer to convert: its dotted name, its widths and the BatchNorm it takes in.
+
+    Attributes:
+        parent: the module that hands the layer's weight to `F.linear` instead of calling it.
+    """
 
     name: str
     weight_bits: Bits
     act_bits: int
     norm: str | None
+    parent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +98,22 @@ def plan_conversion(
         )
     recording = record(model, example)
     modules = dict(model.named_modules())
-    runs = [c for c in recording.calls if c.is_module and _is_convertible(modules[c.name])]
-    names = list(dict.fromkeys(c.name for c in runs))
+    runs = [
+        call
+        for call in recording.calls
+        if call.is_module
+        and _is_convertible(modules[call.name])
+        and not recording.constants.issuperset(call.inputs)
+    ]
+    lent = _lent_weights(recording, modules)
+    called = {id(call) for call in runs}
+    names = list(
+        dict.fromkeys(
+            call.name if id(call) in called else lent[call]
+            for call in recording.calls
+            if id(call) in called or call in lent
+        )
+    )
     if not names:
         raise ModelError(
             f"the model {type(model).__name__} has no convolution or linear layer that can be "
@@ -90,20 +121,23 @@ def plan_conversion(
         )
     norms = _norms_behind(runs, recording, modules)
     layers = []
+    floats: list[Kept] = []
     for name in names:
         at_edge = name in (names[0], names[-1])
         # The ends of a network lose most and weigh least: 8 bits there is the field's convention.
         inputs = act_bits if act_bits == FLOAT_BITS or not at_edge else int(_widest(edge_bits))
+        parent = next((call.name for call, layer in lent.items() if layer == name), None)
+        if parent is not None and not _alone_reads_argument(parent, lent, recording):
+            floats.append(Kept(name, "input", f"{parent} reads its argument elsewhere, too"))
+            inputs = FLOAT_BITS
         layers.append(
-            LayerPlan(name, edge_bits if at_edge else weight_bits, inputs, norms.get(name))
+            LayerPlan(name, edge_bits if at_edge else weight_bits, inputs, norms.get(name), parent)
         )
     points: dict[str, str] = {}
-    floats: list[Kept] = []
     if act_bits != FLOAT_BITS:
-        points, floats = _place_points(layers, recording, modules)
-    kept = (
-        list(_kept_modules(layers, recording, modules)) + list(_kept_products(recording)) + floats
-    )
+        points, unquantized = _place_points(layers, recording, modules)
+        floats += unquantized
+    kept = [*_kept_modules(layers, recording, modules), *_kept_products(recording, lent), *floats]
     return Plan(layers, points, kept)
 
 
@@ -117,13 +151,38 @@ def _is_convertible(module: nn.Module) -> bool:
 
 def _why_not(module: nn.Module) -> str | None:
     """Why a layer with weights has no discrete counterpart, or None if it has one."""
-    if type(module) is nn.Linear:
+    if type(module) in LINEARS:
         return None
-    if type(module) is nn.Conv2d:
+    if type(module) in CONVOLUTIONS:
+        assert isinstance(module, nn.Conv2d)
         if module.padding_mode != "zeros":
             return f"{module.padding_mode} padding has no integer kernel"
         return None
     return f"{type(module).__name__} has no discrete counterpart"
+
+
+def _lent_weights(recording: Recording, modules: dict[str, nn.Module]) -> dict[Call, str]:
+    """Calls of `F.linear` on the weight of a linear layer that itself never runs, to its name."""
+    weights = {
+        value_of(module.weight): name
+        for name, module in modules.items()
+        if type(module) in LINEARS and isinstance(module, nn.Linear) and not recording.times[name]
+    }
+    lent = {}
+    for call in recording.calls:
+        if call.is_module or call.kind != "linear" or recording.times[call.name] != 1:
+            continue
+        for value in call.inputs:
+            if value in weights:
+                lent[call] = weights[value]
+    return lent
+
+
+def _alone_reads_argument(parent: str, lent: dict[Call, str], recording: Recording) -> bool:
+    """Whether a module uses its first argument for nothing but lent weights."""
+    value = recording.first_argument.get(parent)
+    readers = recording.readers[value] if value is not None else []
+    return bool(readers) and all(reader in lent and reader.name == parent for reader in readers)
 
 
 def _norms_behind(
@@ -179,11 +238,12 @@ def _place_points(
                 why = "an operand is not the output of a module that runs once"
                 kept.append(Kept(call.name, "addition", why))
         if call.is_module and call.name in discrete and isinstance(modules[call.name], nn.Conv2d):
-            value = _behind(call, layers, recording, modules)
-            if settled(value) or value in recording.result:
+            ends = _ends(call, layers, recording)
+            if settled(ends[0]) or ends[0] in recording.result:
                 continue
-            if _owner(value, recording):
-                wanted[value] = None
+            place = next((value for value in ends if _owner(value, recording)), None)
+            if place is not None:
+                wanted[place] = None
             else:
                 why = "no module that runs once returns it, so its kernel stays float"
                 kept.append(Kept(call.name, "output", why))
@@ -207,18 +267,16 @@ def _owner(value: Value, recording: Recording) -> str | None:
     return names[0] if names and recording.times[names[0]] == 1 else None
 
 
-def _behind(
-    call: Call, layers: list[LayerPlan], recording: Recording, modules: dict[str, nn.Module]
-) -> Value:
-    """The value a convolution ends in: behind its BatchNorm and a ReLU, where they follow alone."""
-    value = call.outputs[0]
+def _ends(call: Call, layers: list[LayerPlan], recording: Recording) -> list[Value]:
+    """What a convolution's kernel can end in: behind a rectifier or its BatchNorm, last first."""
+    ends = [call.outputs[0]]
     norm = next(layer.norm for layer in layers if layer.name == call.name)
     if norm is not None:
-        value = recording.readers[value][0].outputs[0]
-    readers = recording.readers[value]
-    if len(readers) == 1 and readers[0].is_module and type(modules[readers[0].name]) is nn.ReLU:
-        value = readers[0].outputs[0]
-    return value
+        ends = [recording.readers[ends[0]][0].outputs[0]]
+    readers = recording.readers[ends[0]]
+    if len(readers) == 1 and readers[0].kind in _RECTIFIERS:
+        ends.insert(0, readers[0].outputs[0])
+    return ends
 
 
 def _kept_modules(
@@ -235,15 +293,15 @@ def _kept_modules(
         elif isinstance(module, nn.BatchNorm2d):
             why = "it does not directly follow one convolution that it could be folded into"
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            why = _why_not(module) or "it is not called as a module"
+            why = _why_not(module) or "it works on constants, so the runtime computes it once"
         else:
             why = f"{kind} has no discrete counterpart"
         yield Kept(name, kind, why)
 
 
-def _kept_products(recording: Recording) -> Iterator[Kept]:
+def _kept_products(recording: Recording, lent: dict[Call, str]) -> Iterator[Kept]:
     for call in recording.calls:
-        if call.is_module:
+        if call.is_module or call in lent:
             continue
         if call.kind in _PRODUCTS:
             yield Kept(call.name, call.kind, "products of two activations stay float")
@@ -272,7 +330,10 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             )
         else:
             assert isinstance(module, nn.Linear)
-            quantized = QuantLinear.from_float(module, layer.weight_bits, layer.act_bits)
+            kind = QuantLinear if layer.parent is None else QuantLinearWeight
+            quantized = kind.from_float(module, layer.weight_bits, layer.act_bits)
+            if layer.parent is not None and quantized.input_quantizer is not None:
+                quantize_input(model.get_submodule(layer.parent), quantized.input_quantizer)
         for name in names_of(module, model):
             model.set_submodule(name, quantized)
         if layer.norm:
@@ -321,10 +382,6 @@ def _rest_of(norm: nn.Module) -> nn.Module:
     return nn.Identity()
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The discrete layers of a converted model by dotted name, in the order of registration."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantConv2d | QuantLinear):
-            found[name] = module
-    return found
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}

@@ -100,7 +100,7 @@ class Correction:
         residual, mask = quantizer.residual(weight)
         if flow.coordinate == "residual":
             return residual, mask
-        return weight.flatten(1) / quantizer.scale[:, None] * mask, mask
+        return quantizer.ratio(weight).flatten(1) * mask, mask
 
 
 def _kernel(weight: Tensor) -> int:

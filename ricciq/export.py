@@ -7,41 +7,39 @@ exported file is compared with, and describe themselves to the exporter as stand
 
 from __future__ import annotations
 
-import ast
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
-from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.checkpoint import replacing
 from ricciq.errors import RicciqError
+from ricciq.graph import tidy
 from ricciq.layers import (
     IntegerWeights,
     QuantConv2d,
     QuantLayer,
     QuantLinear,
+    QuantLinearWeight,
     names_of,
     quantize_output,
 )
+from ricciq.modelfile import read_model_file
 from ricciq.packing import Plane, pack, unpack
 from ricciq.preprocessing import Preprocessing
 from ricciq.quantizer import ActivationQuantizer, Bits
 from ricciq.runtime import METADATA_KEY
 
 OPSET = 18
-IR_VERSION = 10
-"""The newest that onnxruntime 1.20 reads."""
-
-_UNPACKING = {"Cast", "Gather", "Reshape", "Slice", "Add", "Mul", "DequantizeLinear"}
+LARGEST_FILE = 2**31 - 2**24
+"""Bytes of tensors in one file: protobuf's limit, less room for the graph. More go beside it."""
 
 
 def _node(
@@ -179,29 +177,34 @@ class _DeployedLayer(nn.Module):
     """What deployed layers share: quantized input, packed weight, integer bias."""
 
     bias: Tensor
-    bias_scale: Tensor | None
 
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
         weights = layer.integer_weights()
         quantizer = layer.input_quantizer
         self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
-        self.weight_quantizer: nn.Module = DeployedWeight(
-            weights, layer.weight_quantizer.bits, zero_points=isinstance(layer, QuantLinear)
+        self.weight_quantizer: DeployedWeight | _Constant = DeployedWeight(
+            weights, layer.weight_quantizer.bits, zero_points=not isinstance(layer, QuantConv2d)
         )
         self.register_buffer("bias", weights.bias)
-        self.register_buffer("bias_scale", weights.bias_scale)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
+        return x, self.weight_quantizer(), self._float_bias()
+
+    def _float_bias(self) -> Tensor:
         bias = self.bias
-        if self.bias_scale is not None and torch.onnx.is_in_onnx_export():
-            pair = [self.bias, self.bias_scale]
-            bias = _node("DequantizeLinear", pair, torch.float32, bias.shape, {"axis": 0})
-        elif self.bias_scale is not None:
-            bias = self.bias * self.bias_scale
-        return x, self.weight_quantizer(), bias
+        if bias.is_floating_point():
+            return bias
+        assert isinstance(self.input_quantizer, DeployedActivation)
+        assert isinstance(self.weight_quantizer, DeployedWeight)
+        steps = [self.input_quantizer.scale, self.weight_quantizer.scale]
+        if not torch.onnx.is_in_onnx_export():
+            return bias * (steps[0] * steps[1])
+        # onnxruntime multiplies the steps once, when it loads the file, which is smaller for it.
+        step = _node("Mul", steps, torch.float32, bias.shape)
+        return _node("DequantizeLinear", [bias, step], torch.float32, bias.shape, {"axis": 0})
 
 
 class DeployedConv2d(_DeployedLayer):
@@ -209,13 +212,25 @@ class DeployedConv2d(_DeployedLayer):
 
     def __init__(self, layer: QuantConv2d) -> None:
         super().__init__(layer)
-        self.stride, self.padding = layer.stride, layer.padding
-        self.dilation, self.groups = layer.dilation, layer.groups
+        self.window, self.groups = layer.window, layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, rows, H', W')."""
-        operands = self._operands(x)
-        return F.conv2d(*operands, self.stride, self.padding, self.dilation, self.groups)
+        x, weight, bias = self._operands(x)
+        window = self.window
+        left, right, top, bottom = edges = window.edges(x.shape[2:])
+        if not torch.onnx.is_in_onnx_export():
+            padded = F.pad(x, edges)
+            return F.conv2d(padded, weight, bias, window.stride, 0, window.dilation, self.groups)
+        # As one operator: a Pad in front of it would keep the kernel float.
+        attributes = {
+            "pads": [top, left, bottom, right],
+            "strides": list(window.stride),
+            "dilations": list(window.dilation),
+            "group": self.groups,
+        }
+        shape = [x.shape[0], len(weight), *window.output_size(x.shape[2:])]
+        return _node("Conv", [x, weight, bias], torch.float32, shape, attributes)
 
 
 class DeployedLinear(_DeployedLayer):
@@ -227,6 +242,19 @@ class DeployedLinear(_DeployedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return F.linear(*self._operands(x))
+
+
+class DeployedLinearWeight(_DeployedLayer):
+    """A QuantLinearWeight with packed weights, read by the parent's forward."""
+
+    def __init__(self, layer: QuantLinearWeight) -> None:
+        super().__init__(layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, (out_features, in_features)."""
+        weight: Tensor = self.weight_quantizer()
+        return weight
 
 
 class _Constant(nn.Module):
@@ -253,11 +281,16 @@ def in_float_operators(deployed: nn.Module) -> nn.Module:
         if isinstance(module, DeployedActivation):
             module.in_float = True
         elif isinstance(module, _DeployedLayer):
+            module.bias = module._float_bias()
             module.weight_quantizer = _Constant(module.weight_quantizer())
-            if module.bias_scale is not None:
-                module.bias = module.bias * module.bias_scale
-                module.bias_scale = None
     return deployed
+
+
+_DEPLOYED: dict[type[QuantLayer], Callable[[Any], nn.Module]] = {
+    QuantConv2d: DeployedConv2d,
+    QuantLinear: DeployedLinear,
+    QuantLinearWeight: DeployedLinearWeight,
+}
 
 
 def deploy(model: nn.Module) -> nn.Module:
@@ -265,29 +298,46 @@ def deploy(model: nn.Module) -> nn.Module:
     deployed = copy.deepcopy(model).eval()
     made: dict[nn.Module, nn.Module] = {}
     for module in list(deployed.modules()):
-        point: ActivationQuantizer | None = getattr(module, "output_quantizer", None)
-        new: nn.Module | None = None
-        if isinstance(module, QuantConv2d):
-            new = DeployedConv2d(module)
-        elif isinstance(module, QuantLinear):
-            new = DeployedLinear(module)
-        if new is not None:
-            for alias in names_of(module, deployed):
-                deployed.set_submodule(alias, new)
-        if point is None:
-            continue
-        if point not in made:
-            made[point] = DeployedActivation(point)
-        if new is not None:
+        for kind, deployed_kind in _DEPLOYED.items():
+            if isinstance(module, kind):
+                made[module] = deployed_kind(module)
+        if isinstance(module, ActivationQuantizer):
+            made[module] = DeployedActivation(module)
+    for old, new in made.items():
+        point = getattr(old, "output_quantizer", None)
+        if point is not None:
             quantize_output(new, made[point])
-        else:
-            module.output_quantizer = made[point]
+        for alias in names_of(old, deployed):
+            deployed.set_submodule(alias, new)
     return deployed
 
 
 def stored_in_onnx(about: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's description goes into its file: not the plan, which the graph shows."""
-    return {key: about[key] for key in ("ricciq", "recipe", "class_names")}
+    bits = about["recipe"]["quantization"]
+    return {
+        **{key: about[key] for key in ("ricciq", "recipe", "class_names")},
+        "bits": {"weights": bits["weight_bits"], "activations": bits["act_bits"]},
+    }
+
+
+def accuracy_in_onnx(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a file's metrics goes into it, once onnxruntime has been seen to reach them."""
+    return {"accuracy": {key: measured[key] for key in ("top1", "top5", "loss", "samples")}}
+
+
+def add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Store more in a file `export_onnx` wrote; its graph stays as it is.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+        RicciqError: the disk is full or the folder cannot be written.
+    """
+    model = read_model_file(path)
+    (entry,) = (entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+    entry.value = json.dumps(json.loads(entry.value) | metadata)
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
 
 
 def export_onnx(
@@ -301,7 +351,8 @@ def export_onnx(
     Args:
         model: maps (B, C, H, W) float32 to (B, classes) logits; a converted model that is not
             deployed yet is deployed first, as a copy.
-        path: the file to write; it appears only once it is complete.
+        path: the file to write; it appears only once it is complete. The tensors of a model over
+            2 GB stand beside it, in a file of the same name with ``.data`` behind.
         preprocessing: stored in the file, so that a deployer needs nothing else.
         metadata: what else to store in the file, as JSON.
 
@@ -335,40 +386,12 @@ def export_onnx(
             f"({str(error).splitlines()[0]}); export another model or report this"
         ) from error
     assert program is not None
-    graph_model = _tidy(program.model)
+    graph_model = tidy(program.model)
     stored = {"preprocessing": preprocessing.to_dict(), **(metadata or {})}
     graph_model.metadata_props[METADATA_KEY] = json.dumps(stored)
+    tensors = [value.const_value for value in graph_model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    beside = f"{path.name}.data" if size > LARGEST_FILE else None
     with replacing(path) as temporary:
-        ir.save(graph_model, temporary)
+        ir.save(graph_model, temporary, external_data=beside)
     return path
-
-
-def _scope(node: ir.Node) -> str:
-    """The module a node comes from, by torch's note of the modules it is nested in."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
-    return str(scopes[-2]) if len(scopes) > 1 else ""
-
-
-def _tidy(model: ir.Model) -> ir.Model:
-    """Fold what the exporter left computable, but never the unpacking of weights."""
-    optimizer.optimize_ir(
-        model, should_fold=lambda node: False if node.op_type in _UNPACKING else None
-    )
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.DeduplicateInitializersPass(size_limit=256 * 8)(model)  # the largest lookup table
-    passes.RemoveUnusedNodesPass()(model)
-    used: dict[str, int] = {}
-    for node in model.graph:
-        name = f"{_scope(node)}/{node.op_type}"
-        used[name] = used.get(name, 0) + 1
-        node.name = name if used[name] == 1 else f"{name}.{used[name]}"
-        node.metadata_props.clear()  # torch's notes on every node weigh more than a small net
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.ir_version = IR_VERSION
-    model.producer_name = "ricciq"
-    return model

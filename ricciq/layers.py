@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
+from timm.layers import (
+    Conv2dSame,
+    ScaledStdConv2d,
+    ScaledStdConv2dSame,
+    StdConv2d,
+    StdConv2dSame,
+    get_same_padding,
+)
+from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +23,13 @@ from ricciq.quantizer import FLOAT_BITS, MIN_SCALE, ActivationQuantizer, Bits, W
 
 BIAS_LIMIT = 2**30
 """Largest bias code: half of int32, so that the sum of the products still fits beside it."""
+
+
+STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame, *STANDARDIZED)
+"""The classes that `QuantConv2d` stands in for; a subclass may do anything, so it is kept."""
+LINEARS = (nn.Linear, TimmLinear)
+"""The classes that `QuantLinear` stands in for."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,66 @@ class IntegerWeights:
     bias_scale: Tensor | None
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a convolution's kernel moves over its input; pairs are (vertical, horizontal).
+
+    Attributes:
+        padding: zeros left, right, above and below.
+        same: whether instead the input's size decides, as in TensorFlow's "SAME".
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    same: bool
+
+    def edges(self, size: Sequence[int]) -> list[int]:
+        """Zeros left, right, above and below an input of (height, width)."""
+        if not self.same:
+            return list(self.padding)
+        edges: list[int] = []
+        for axis in (1, 0):
+            total = get_same_padding(
+                size[axis], self.kernel_size[axis], self.stride[axis], self.dilation[axis]
+            )
+            edges += [total // 2, total - total // 2]
+        return edges
+
+    def output_size(self, size: Sequence[int]) -> list[int]:
+        """The output's (height, width)."""
+        left, right, top, bottom = self.edges(size)
+        padded = (size[0] + top + bottom, size[1] + left + right)
+        moves = zip(padded, self.kernel_size, self.stride, self.dilation, strict=True)
+        return [(length - d * (k - 1) - 1) // s + 1 for length, k, s, d in moves]
+
+
+class Standardization(nn.Module):
+    """What timm's StdConv2d and ScaledStdConv2d do to their weight before each convolution.
+
+    Every row gets mean 0 and variance 1 (Qiao et al. 2019, arXiv 1903.10520), times a learned gain
+    and a constant in the networks without normalization (Brock et al. 2021, arXiv 2101.08692).
+    """
+
+    gain: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.eps = float(conv.eps)  # type: ignore[arg-type]
+        self.constant = float(getattr(conv, "scale", 1.0))
+        self.register_parameter("gain", getattr(conv, "gain", None))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The standardized weight, (rows, ...)."""
+        rows = weight.flatten(1)
+        variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
+        rows = (rows - mean) * (variance + self.eps).rsqrt() * self.constant
+        if self.gain is not None:
+            rows = rows * self.gain.view(-1, 1)
+        return rows.view_as(weight)
+
+
 class QuantLayer(nn.Module):
     """What the discrete layers share: quantizers for weight and input, and the BatchNorm behind.
 
@@ -42,20 +118,31 @@ class QuantLayer(nn.Module):
     rest of the model taking part.
     """
 
-    weight: Tensor
     bias: Tensor | None
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
     norm: nn.BatchNorm2d | None
 
-    def _discretize(self, weight_bits: Bits, act_bits: int, norm: nn.BatchNorm2d | None) -> None:
-        self.weight_quantizer = WeightQuantizer(self.weight.shape[0], weight_bits)
-        self.weight_quantizer.to(self.weight.device)
-        self.weight_quantizer.calibrate(self.weight)
+    @property
+    def latent(self) -> Tensor:
+        """The float weight that training changes, (rows, ...)."""
+        return cast(Tensor, self.weight)
+
+    def _discretize(
+        self,
+        weight_bits: Bits,
+        act_bits: int,
+        norm: nn.BatchNorm2d | None = None,
+        standardize: nn.Module | None = None,
+    ) -> None:
+        weight = self.latent
+        self.weight_quantizer = WeightQuantizer(len(weight), weight_bits, standardize)
+        self.weight_quantizer.to(weight.device)
+        self.weight_quantizer.calibrate(weight)
         float_inputs = act_bits == FLOAT_BITS
         self.input_quantizer = None if float_inputs else ActivationQuantizer(act_bits)
         if self.input_quantizer is not None:
-            self.input_quantizer.to(self.weight.device)
+            self.input_quantizer.to(weight.device)
         self.norm = norm
 
     @torch.no_grad()
@@ -66,7 +153,7 @@ class QuantLayer(nn.Module):
         fit its integer range (a BatchNorm weight of zero or nearly so) gets a larger step and is
         rounded again; such a row is, to that precision, a constant.
         """
-        codes = self.weight_quantizer.codes(self.weight)
+        codes = self.weight_quantizer.codes(self.latent)
         scale = self.weight_quantizer.scale.double()
         bias = scale.new_zeros(len(scale)) if self.bias is None else self.bias.double()
         flip = torch.zeros_like(scale, dtype=torch.bool)
@@ -92,7 +179,13 @@ class QuantLayer(nn.Module):
 
 
 class QuantConv2d(nn.Conv2d, QuantLayer):
-    """A convolution with discrete weights and inputs, followed by the BatchNorm it came with."""
+    """A convolution with discrete weights and inputs, followed by the BatchNorm it came with.
+
+    Attributes:
+        same: whether zeros are added around the input as its size demands, as TensorFlow does.
+    """
+
+    same = False
 
     @classmethod
     def from_float(
@@ -105,7 +198,7 @@ class QuantConv2d(nn.Conv2d, QuantLayer):
         """Take over a float convolution's parameters.
 
         Args:
-            conv: the float layer, with zero padding.
+            conv: the float layer, one of `CONVOLUTIONS`, with zero padding.
             weight_bits: 1 to 8 or ``"ternary"``.
             act_bits: 1 to 8, or 32 to leave the input float.
             norm: the BatchNorm that alone reads the convolution's output.
@@ -122,13 +215,28 @@ class QuantConv2d(nn.Conv2d, QuantLayer):
             device="meta",
         )
         layer.weight, layer.bias = conv.weight, conv.bias
-        layer._discretize(weight_bits, act_bits, norm)
+        layer.same = isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False) is True
+        standardize = Standardization(conv) if type(conv) in STANDARDIZED else None
+        layer._discretize(weight_bits, act_bits, norm, standardize)
         return layer.train(conv.training)
+
+    @property
+    def window(self) -> Window:
+        """How the kernel moves over the input."""
+        return Window(
+            tuple(self.kernel_size),
+            tuple(self.stride),
+            tuple(self.dilation),
+            tuple(self._reversed_padding_repeated_twice),
+            self.same,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, rows, H', W')."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
+        if self.same:
+            x = F.pad(x, self.window.edges(x.shape[-2:]))
         y: Tensor = self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
         return y if self.norm is None else self.norm(y)
 
@@ -141,7 +249,7 @@ class QuantLinear(nn.Linear, QuantLayer):  # type: ignore[misc]
         """Take over a float layer's parameters; arguments as for `QuantConv2d.from_float`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer._discretize(weight_bits, act_bits, None)
+        layer._discretize(weight_bits, act_bits)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,6 +257,37 @@ class QuantLinear(nn.Linear, QuantLayer):  # type: ignore[misc]
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantLinearWeight(QuantLayer):
+    """A linear layer that is never called: its parent hands ``weight`` to `F.linear` itself.
+
+    Reading ``weight`` gives the discrete one; the parent's input passes through the quantizer.
+    """
+
+    latent_weight: Tensor
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, weight_bits: Bits, act_bits: int) -> Self:
+        """Take over a float layer's parameters; arguments as for `QuantConv2d.from_float`."""
+        layer = cls()
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.latent_weight, layer.bias = linear.weight, linear.bias
+        layer._discretize(weight_bits, act_bits)
+        return layer.train(linear.training)
+
+    @property
+    def latent(self) -> Tensor:
+        """The float weight that training changes, (out_features, in_features)."""
+        return self.latent_weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The discrete weight, (out_features, in_features)."""
+        weight: Tensor = self.weight_quantizer(self.latent_weight)
+        return weight
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -176,6 +315,17 @@ def quantize_output(module: nn.Module, quantizer: nn.Module) -> None:
     """
     module.add_module("output_quantizer", quantizer)
     module.register_forward_hook(_quantize_output)
+
+
+def quantize_input(module: nn.Module, quantizer: nn.Module) -> None:
+    """Let the first argument of ``module`` pass through ``quantizer``."""
+    module.add_module("input_quantizer", quantizer)
+    module.register_forward_pre_hook(_quantize_input)
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    point: Callable[[Tensor], Tensor] = module.input_quantizer  # type: ignore[assignment]
+    return (point(args[0]), *args[1:])
 
 
 def _quantize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001

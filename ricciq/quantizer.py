@@ -132,12 +132,15 @@ class WeightQuantizer(nn.Module):
     Args:
         rows: output channels.
         bits: 1 to 8 or ``"ternary"``.
+        standardize: what the layer does to its weight before using it, done before rounding; the
+            methods take the weight as the layer stores it.
     """
 
-    def __init__(self, rows: int, bits: Bits) -> None:
+    def __init__(self, rows: int, bits: Bits, standardize: nn.Module | None = None) -> None:
         super().__init__()
         self.bits = bits
         self.grid = Grid.for_weights(bits)
+        self.standardize = standardize or nn.Identity()
         self.log_scale = nn.Parameter(torch.zeros(rows))
 
     @property
@@ -156,7 +159,7 @@ class WeightQuantizer(nn.Module):
             weight: (rows, ...), on the quantizer's device.
             candidates: how many steps to try, evenly spaced up to the one that clips nothing.
         """
-        rows = weight.flatten(1).float()
+        rows = self.standardize(weight).flatten(1).float()
         largest = rows.abs().amax(1, keepdim=True)
         live = largest > 0
         top = largest.clamp_min(MIN_SCALE) / self.grid.high
@@ -174,12 +177,19 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The discretized weight, same shape as ``weight``."""
         gain = 1 / math.sqrt(weight[0].numel() * self.grid.high)
-        return fake_quantize(weight, self._columns(self.log_scale, weight), self.grid, gain=gain)
+        log_scale = self._columns(self.log_scale, weight)
+        return fake_quantize(self.standardize(weight), log_scale, self.grid, gain=gain)
+
+    @torch.no_grad()
+    def ratio(self, weight: Tensor) -> Tensor:
+        """The standardized weight in units of its row's step, same shape."""
+        ratio: Tensor = self.standardize(weight) / self._columns(self.scale, weight)
+        return ratio
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """The integer codes of ``weight``, int8, same shape."""
-        return self.grid.round(weight / self._columns(self.scale, weight)).to(torch.int8)
+        return self.grid.round(self.ratio(weight)).to(torch.int8)
 
     @torch.no_grad()
     def residual(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +199,7 @@ class WeightQuantizer(nn.Module):
             (rows, n) residual in [-1, 1], zero at the level and ±1 at a decision threshold, set to
             zero where the straight-through estimator masks; and the (rows, n) mask, true where not.
         """
-        ratio = (weight / self._columns(self.scale, weight)).flatten(1)
+        ratio = self.ratio(weight).flatten(1)
         half_cell = self.grid.step / 2
         inside = _inside(ratio, None, self.grid)
         residual = ((ratio - self.grid.round(ratio)) / half_cell).clamp(-1, 1)

@@ -49,20 +49,26 @@ class Recording:
         readers: the calls that read a value.
         returned_by: names of the modules that returned just this value, innermost first.
         times: how often each module ran.
+        first_argument: what each module was last called with, if that was a tensor.
         result: the values the model returned.
+        constants: parameters, buffers and what was computed from nothing else.
     """
 
     calls: list[Call] = field(default_factory=list)
     readers: dict[Value, list[Call]] = field(default_factory=lambda: defaultdict(list))
     returned_by: dict[Value, list[str]] = field(default_factory=lambda: defaultdict(list))
     times: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    first_argument: dict[str, Value] = field(default_factory=dict)
     result: tuple[Value, ...] = ()
+    constants: set[Value] = field(default_factory=set)
 
     def add(self, call: Call) -> None:
         """Append a call, unless it only handed its input on, as Identity and idle dropout do."""
         if set(call.outputs) <= set(call.inputs):
             return
         self.calls.append(call)
+        if self.constants.issuperset(call.inputs):
+            self.constants.update(call.outputs)
         for value in dict.fromkeys(call.inputs):
             self.readers[value].append(call)
 
@@ -77,7 +83,8 @@ def _tensors(*trees: Any) -> Iterator[Tensor]:
             yield leaf
 
 
-def _value(tensor: Tensor) -> Value:
+def value_of(tensor: Tensor) -> Value:
+    """What identifies a tensor at this moment."""
     return (id(tensor), tensor._version)
 
 
@@ -92,7 +99,7 @@ class _FunctionRecorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = tuple(_value(t) for t in _tensors(args, kwargs))
+        inputs = tuple(value_of(t) for t in _tensors(args, kwargs))
         result = func(*args, **kwargs)
         self.report(getattr(func, "__name__", str(func)), inputs, result)
         return result
@@ -121,21 +128,23 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     Returns:
         The recording; a function that makes no tensor is left out.
     """
-    recording = Recording()
+    recording = Recording(constants={value_of(t) for t in [*model.parameters(), *model.buffers()]})
     alive: list[Any] = []  # identities are unique only as long as nothing recorded is freed
     running: list[tuple[str, bool, tuple[Value, ...]]] = []
 
     def enter(name: str, whole: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001
             alive.append((args, kwargs))
-            running.append((name, whole, tuple(_value(t) for t in _tensors(args, kwargs))))
+            if args and isinstance(args[0], Tensor):
+                recording.first_argument[name] = value_of(args[0])
+            running.append((name, whole, tuple(value_of(t) for t in _tensors(args, kwargs))))
 
         return hook
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
         alive.append(output)
         name, whole, inputs = running.pop()
-        outputs = tuple(_value(t) for t in _tensors(output))
+        outputs = tuple(value_of(t) for t in _tensors(output))
         recording.times[name] += 1
         if isinstance(output, Tensor):  # a point can stand behind one tensor, not behind a tuple
             recording.returned_by[outputs[0]].append(name)
@@ -143,7 +152,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
             recording.add(Call(name, type(module).__name__, True, inputs, outputs))
 
     def note(function: str, inputs: tuple[Value, ...], result: Any) -> None:
-        outputs = tuple(_value(t) for t in _tensors(result))
+        outputs = tuple(value_of(t) for t in _tensors(result))
         if not inputs or not outputs or any(whole for _, whole, _ in running):
             return
         alive.append(result)
@@ -159,5 +168,5 @@ def record(model: nn.Module, example: Tensor) -> Recording:
             hooks.callback(after.remove)
         with _FunctionRecorder(note):
             result = model(example)
-    recording.result = tuple(_value(t) for t in _tensors(result))
+    recording.result = tuple(value_of(t) for t in _tensors(result))
     return recording

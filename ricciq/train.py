@@ -165,7 +165,7 @@ class Trainer:
         self.model, self.teacher, self.device = model, teacher, device
         self.settings, self.correction = recipe.training, correction
         self.weights = [
-            DiscreteWeight(name, layer.weight, layer.weight_quantizer)
+            DiscreteWeight(name, layer.latent, layer.weight_quantizer)
             for name, layer in quantized_layers(model).items()
         ]
         self.optimizer, self.schedule = _optimizer_and_schedule(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ricciq.calibration import calibrate
 from ricciq.convert import LayerPlan, convert, plan_conversion, quantize, quantized_layers
 from ricciq.errors import ModelError
-from ricciq.layers import QuantConv2d, QuantLinear
+from ricciq.layers import QuantConv2d, QuantLinear, QuantLinearWeight
 from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
 
 PICTURE = torch.zeros(1, 3, 8, 8)
@@ -404,3 +404,87 @@ def test_the_training_mode_is_kept(training):
     quantize(model, PICTURE, 2, 2)
     assert all(m.training is training for m in quantized_layers(model).values())
     assert model[0].norm.training is training
+
+
+# Weights that are read rather than layers that are called
+
+
+class Lending(nn.Module):
+    """An attention's projection as BEiT writes it."""
+
+    def __init__(self, reads_twice: bool = False) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 8, bias=False)
+        self.own_bias = nn.Parameter(torch.randn(8))
+        self.reads_twice = reads_twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, weight=self.qkv.weight, bias=self.own_bias)
+        return y * x if self.reads_twice else y
+
+
+def lending_model(**options) -> Model:
+    layers = {"first": nn.Linear(8, 8), "attn": Lending(**options), "last": nn.Linear(8, 4)}
+    return Model(lambda m, x: m.last(m.attn(m.first(x).tanh())), **layers)
+
+
+def test_a_linear_layer_whose_weight_is_lent_becomes_discrete():
+    model = lending_model()
+    x = torch.randn(16, 8)
+    float_logits = model(x)
+    plan = quantize(model, x, 2, 4)
+    assert [(layer.name, layer.parent) for layer in plan.layers] == [
+        ("first", None),
+        ("attn.qkv", "attn"),
+        ("last", None),
+    ]
+    assert "linear" not in {kept.kind for kept in plan.kept}
+    assert isinstance(model.attn.qkv, QuantLinearWeight)
+    calibrate(model, [x])
+    seen = []
+    model.attn.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    logits = model(x)
+    assert len(seen[0].unique()) <= 16
+    assert (logits - float_logits).abs().mean() < float_logits.std()
+    logits.sum().backward()
+    assert model.attn.qkv.latent.grad.abs().sum() > 0
+    assert model.attn.qkv.input_quantizer.log_scale.grad.abs() > 0
+
+
+def test_the_input_of_a_lent_weight_stays_float_if_its_parent_needs_it_otherwise():
+    model = lending_model(reads_twice=True)
+    plan = plan_conversion(model, torch.randn(4, 8), 2, 4)
+    assert [layer.act_bits for layer in plan.layers] == [8, 32, 8]
+    assert "elsewhere" in reasons(plan)["attn.qkv"]
+
+
+def test_a_layer_that_works_on_constants_stays_float():
+    table = nn.Linear(2, 3)
+
+    def forward(model, x):
+        return model.last(model.conv(x).mean((2, 3)) + model.table(model.coordinates).sum(0))
+
+    model = Model(forward, conv=conv(), table=table, last=nn.Linear(3, 2))
+    model.register_buffer("coordinates", torch.randn(5, 2))
+    plan = plan_conversion(model, PICTURE, 2, 2)
+    assert [layer.name for layer in plan.layers] == ["conv", "last"]
+    assert "constants" in reasons(plan)["table"]
+
+
+# Rectifiers
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), F.relu, F.relu6])
+def test_a_rectifier_between_two_layers_needs_no_point(act):
+    model = Model(lambda m, x: m.conv2(act(m.conv1(x))), conv1=conv(), conv2=conv())
+    assert plan_conversion(model, PICTURE, 2, 2).points == {}
+
+
+def test_where_no_module_returns_what_a_rectifier_gives_the_point_stands_before_it():
+    def forward(model, x):
+        x = F.relu(model.conv1(x))
+        return model.conv2(x) + model.conv3(x)
+
+    model = Model(forward, conv1=conv(), conv2=conv(), conv3=conv())
+    plan = plan_conversion(model, PICTURE, 2, 2)
+    assert "conv1" in plan.points

@@ -4,10 +4,24 @@ import copy
 
 import pytest
 import torch
+from timm.layers import (
+    Conv2dSame,
+    ScaledStdConv2d,
+    ScaledStdConv2dSame,
+    StdConv2d,
+    StdConv2dSame,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.layers import BIAS_LIMIT, QuantConv2d, QuantLinear, quantize_output
+from ricciq.layers import (
+    BIAS_LIMIT,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    QuantLinearWeight,
+    quantize_output,
+)
 from ricciq.quantizer import ActivationQuantizer
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
@@ -238,3 +252,58 @@ def test_a_point_quantizes_what_a_module_returns_and_survives_a_copy():
     torch.testing.assert_close(copied(x), torch.tensor([0.0, 0.0, 300.0]))
     assert module(x).tolist() == [0.0, 1.0, 255.0]
     assert "output_quantizer.log_scale" in module.state_dict()
+
+
+# timm's own layers
+
+
+@pytest.mark.parametrize("size", [(7, 8), (9, 12)])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv2dSame(4, 6, 3, 2),
+        Conv2dSame(4, 6, (2, 5), (1, 3), dilation=(2, 1), groups=2, bias=False),
+        StdConv2d(4, 6, 3, 2),
+        StdConv2dSame(4, 6, 3, 2),
+        ScaledStdConv2d(4, 6, 3, groups=2),
+        ScaledStdConv2dSame(4, 6, 3, 2, gamma=1.7),
+        nn.Conv2d(4, 6, (2, 3), padding="same"),
+        nn.Conv2d(4, 6, (2, 3), (2, 1), (1, 2)),
+    ],
+    ids=lambda conv: type(conv).__name__,
+)
+def test_a_layer_of_timm_keeps_its_padding_and_its_standardization(conv, size):
+    if hasattr(conv, "gain"):
+        nn.init.uniform_(conv.gain, -2, 2)
+    x = torch.randn(2, 4, *size)
+    expected = conv(x)
+    layer = QuantConv2d.from_float(conv, 8, 32)
+    assert layer.window.output_size(size) == list(expected.shape[2:])
+    # 8-bit codes of a row are within half a step of the weight, so outputs are close.
+    assert (layer(x) - expected).abs().mean() < 0.01 * expected.std()
+    if hasattr(conv, "eps"):
+        rows = layer.weight_quantizer.standardize(layer.weight).flatten(1)
+        assert rows.mean(1).abs().max() < 1e-6
+        assert (layer.weight.flatten(1).mean(1).abs() > 1e-3).any()  # what is stored is not
+
+
+def test_gradients_reach_the_weight_and_the_gain_through_the_standardization():
+    conv = ScaledStdConv2d(4, 6, 3)
+    layer = QuantConv2d.from_float(conv, 2, 2)
+    layer.input_quantizer.set_range(0.5, 1)
+    layer(torch.randn(2, 4, 5, 5)).square().sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    assert layer.weight_quantizer.standardize.gain is conv.gain
+    assert conv.gain.grad.abs().min() > 0
+
+
+def test_a_weight_that_is_lent_is_discrete_when_read():
+    linear = nn.Linear(8, 5)
+    layer = QuantLinearWeight.from_float(linear, 2, 4)
+    assert isinstance(layer, QuantLayer)
+    assert layer.latent is linear.weight
+    assert len(layer.weight.unique()) <= 4 * 5
+    twin = QuantLinear.from_float(linear, 2, 4)
+    assert torch.equal(layer.weight, twin.weight_quantizer(twin.weight))
+    layer.weight.sum().backward()
+    assert linear.weight.grad is not None

@@ -1,0 +1,92 @@
+"""Passes over an exported ONNX graph: fold, move clips into the quantizers, name, strip."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+from onnxscript.rewriter.rules.common import successive_clip_relu_rule, successive_clip_rule
+
+IR_VERSION = 10
+"""The newest that onnxruntime 1.20 reads."""
+
+_UNPACKING = {"Cast", "Gather", "Reshape", "Slice", "Add", "Mul", "DequantizeLinear"}
+_LARGEST_TABLE = 256 * 8
+
+
+def tidy(model: ir.Model) -> ir.Model:
+    """Make an exported graph as small, fast and readable as it can be, in place.
+
+    What the exporter left computable is folded, but never the unpacking of weights. A node is named
+    after the module it comes from.
+    """
+    optimizer.optimize_ir(
+        model, should_fold=lambda node: False if node.op_type in _UNPACKING else None
+    )
+    _clips_behind_quantizers.apply_to_model(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass(size_limit=_LARGEST_TABLE)(model)
+    passes.RemoveUnusedNodesPass()(model)
+    used: dict[str, int] = {}
+    for node in model.graph:
+        name = f"{_scope(node)}/{node.op_type}"
+        used[name] = used.get(name, 0) + 1
+        node.name = name if used[name] == 1 else f"{name}.{used[name]}"
+        node.metadata_props.clear()  # torch's notes on every node weigh more than a small net
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.ir_version = IR_VERSION
+    model.producer_name = "ricciq"
+    return model
+
+
+def _scope(node: ir.Node) -> str:
+    """The module a node comes from, by torch's note of the modules it is nested in."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _clip_then_quantize(op: Any, x: Any, low: Any, high: Any, scale: Any, zero_point: Any) -> Any:
+    return op.QuantizeLinear(op.Clip(x, low, high), scale, zero_point)
+
+
+def _quantize_then_clip(
+    op: Any, x: ir.Value, low: ir.Value, high: ir.Value, scale: ir.Value, zero_point: ir.Value
+) -> Any:
+    """The same codes, since rounding is monotone: what the kernels of a ReLU6 need.
+
+    A float Clip between a convolution and its quantizer would keep the convolution float.
+    """
+    codes = op.QuantizeLinear(x, scale, zero_point)
+    codes.dtype, codes.shape = zero_point.dtype, x.shape  # the next rule asks for the type
+    ends = [np.rint(_number(end) / _number(scale)) + _number(zero_point) for end in (low, high)]
+    bounds = [ir.tensor(end.clip(0, 255).astype(np.uint8)) for end in ends]
+    return op.Clip(codes, *(op.Constant(value=bound) for bound in bounds))
+
+
+def _are_constants(context: Any, **values: ir.Value) -> bool:  # noqa: ARG001
+    return all(ir.convenience.get_const_tensor(v) for k, v in values.items() if k != "x")
+
+
+def _number(value: ir.Value) -> Any:
+    tensor = ir.convenience.get_const_tensor(value)
+    assert tensor is not None
+    return tensor.numpy()
+
+
+_clips_behind_quantizers = RewriteRuleSet(
+    [
+        successive_clip_relu_rule,
+        RewriteRule(_clip_then_quantize, _quantize_then_clip, _are_constants),
+        successive_clip_rule,
+    ]
+)
