@@ -34,7 +34,7 @@ from ricciq.layers import (
 from ricciq.modelfile import read_model_file
 from ricciq.packing import Plane, pack, unpack
 from ricciq.preprocessing import Preprocessing
-from ricciq.quantizer import ActivationQuantizer, Bits
+from ricciq.quantizer import ActivationQuantizer, Bits, Grid
 from ricciq.runtime import METADATA_KEY
 
 OPSET = 18
@@ -91,47 +91,58 @@ class DeployedWeight(nn.Module):
     """Packed codes -> table lookup -> reshape -> DequantizeLinear for each output channel.
 
     onnxruntime computes all but the last step once, when it loads the file.
+
+    Args:
+        weights: what to hold.
+        bits: 1 to 8 or ``"ternary"``.
+        axis: which axis output channels take: 0, or 1 for the transpose of a linear layer's weight.
+        zero_points: whether to spell out that they are zero, as onnxruntime wants for a Gemm.
     """
 
     scale: Tensor
     zero_point: Tensor | None
     sign: Tensor | None
 
-    def __init__(self, weights: IntegerWeights, bits: Bits, zero_points: bool = False) -> None:
+    def __init__(
+        self, weights: IntegerWeights, bits: Bits, axis: int = 0, zero_points: bool = False
+    ) -> None:
         super().__init__()
-        self.shape = list(weights.codes.shape)
+        codes, flip = weights.codes, weights.flip.view(-1, *[1] * (weights.codes.dim() - 1))
+        grid = Grid.for_weights(bits)
+        if grid.low == -grid.high:  # a row that a negative BatchNorm weight turns around
+            codes, flip = torch.where(flip, -codes, codes), torch.zeros_like(flip)
+        if axis == 1:
+            codes, flip = codes.t().contiguous(), flip.t()
+        self.axis, self.shape = axis, list(codes.shape)
         self.register_buffer("scale", weights.scale)
-        # onnxruntime makes a Gemm integer only if the weight's zero points are spelled out.
         zeros = torch.zeros_like(weights.scale, dtype=torch.int8) if zero_points else None
         self.register_buffer("zero_point", zeros)
-        flip = weights.flip.view(-1, *[1] * (len(self.shape) - 1))
+        self.register_buffer("sign", 1 - 2 * flip.to(torch.int32) if flip.any() else None)
         self.planes = 0
         if bits == 8:
-            codes = torch.where(flip, -weights.codes, weights.codes)
             self.register_buffer("codes", codes)
-            self.register_buffer("sign", None)
             return
-        for plane in pack(weights.codes.cpu(), bits):
+        for plane in pack(codes.cpu(), bits):
             self.register_buffer(f"packed{self.planes}", plane.data)
-            self.register_buffer(f"table{self.planes}", plane.table)
+            self.register_buffer(f"table{self.planes}", plane.table * weights.stretch)
             self.planes += 1
-        # A negative BatchNorm weight turns a row around, and the grid need not be symmetric.
-        self.register_buffer("sign", 1 - 2 * flip.to(torch.int32) if flip.any() else None)
-        self.to(weights.codes.device)
+        self.to(codes.device)
         if self.planes == 1 and self.sign is None:
             self.register_buffer("table0", self.get_buffer("table0").to(torch.int8))
 
     def forward(self) -> Tensor:
-        """The dequantized weight, (rows, ...)."""
+        """The dequantized weight."""
         if torch.onnx.is_in_onnx_export():
             operands = [self._unpacking_nodes(), self.scale]
             if self.zero_point is not None:
                 operands.append(self.zero_point)
-            return _node("DequantizeLinear", operands, torch.float32, self.shape, {"axis": 0})
-        return self.integer_codes() * self.scale.view(-1, *[1] * (len(self.shape) - 1))
+            axis = {"axis": self.axis}
+            return _node("DequantizeLinear", operands, torch.float32, self.shape, axis)
+        behind = len(self.shape) - 1 - self.axis
+        return self.integer_codes() * self.scale.view(-1, *[1] * behind)
 
     def integer_codes(self) -> Tensor:
-        """The codes as the file holds them, signs applied, (rows, ...)."""
+        """The codes that the kernels see: stretched, signs applied."""
         if not self.planes:
             return self.get_buffer("codes")
         codes = unpack(self._plane_list(), _count(self.shape)).view(self.shape)
@@ -178,13 +189,13 @@ class _DeployedLayer(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, layer: QuantLayer) -> None:
+    def __init__(self, layer: QuantLayer, axis: int = 0, zero_points: bool = False) -> None:
         super().__init__()
         weights = layer.integer_weights()
         quantizer = layer.input_quantizer
         self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
         self.weight_quantizer: DeployedWeight | _Constant = DeployedWeight(
-            weights, layer.weight_quantizer.bits, zero_points=not isinstance(layer, QuantConv2d)
+            weights, layer.weight_quantizer.bits, axis, zero_points
         )
         self.register_buffer("bias", weights.bias)
 
@@ -234,21 +245,29 @@ class DeployedConv2d(_DeployedLayer):
 
 
 class DeployedLinear(_DeployedLayer):
-    """A QuantLinear with packed weights and an integer bias."""
+    """A QuantLinear with packed weights, stored as (in_features, out_features), and biases."""
 
     def __init__(self, layer: QuantLinear) -> None:
-        super().__init__(layer)
+        # Transposed already: onnxruntime would do it in float, and hold on to that memory.
+        super().__init__(layer, axis=1, zero_points=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return F.linear(*self._operands(x))
+        x, weight, bias = self._operands(x)
+        shape = [*x.shape[:-1], len(bias)]
+        if not torch.onnx.is_in_onnx_export():
+            return F.linear(x, weight.t(), bias)
+        if x.dim() == 2:
+            return _node("Gemm", [x, weight, bias], torch.float32, shape)
+        product = _node("MatMul", [x, weight], torch.float32, shape)
+        return product + bias
 
 
 class DeployedLinearWeight(_DeployedLayer):
     """A QuantLinearWeight with packed weights, read by the parent's forward."""
 
     def __init__(self, layer: QuantLinearWeight) -> None:
-        super().__init__(layer)
+        super().__init__(layer, zero_points=True)
 
     @property
     def weight(self) -> Tensor:

@@ -28,7 +28,7 @@ def tidy(model: ir.Model) -> ir.Model:
     optimizer.optimize_ir(
         model, should_fold=lambda node: False if node.op_type in _UNPACKING else None
     )
-    _clips_behind_quantizers.apply_to_model(model)
+    _rules.apply_to_model(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass(size_limit=_LARGEST_TABLE)(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -83,10 +83,22 @@ def _number(value: ir.Value) -> Any:
     return tensor.numpy()
 
 
-_clips_behind_quantizers = RewriteRuleSet(
+def _gelu_of_torch(op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
+    return op.Mul(x, op.Mul(half, op.Add(op.Erf(op.Div(x, root)), one)))
+
+
+def _gelu_of_onnxruntime(
+    op: Any, x: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value
+) -> Any:
+    """The same to the bit, since halving is exact, in the order that onnxruntime fuses to Gelu."""
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
+
+
+_rules = RewriteRuleSet(
     [
         successive_clip_relu_rule,
         RewriteRule(_clip_then_quantize, _quantize_then_clip, _are_constants),
         successive_clip_rule,
+        RewriteRule(_gelu_of_torch, _gelu_of_onnxruntime),
     ]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -23,6 +24,9 @@ from ricciq.quantizer import FLOAT_BITS, MIN_SCALE, ActivationQuantizer, Bits, W
 
 BIAS_LIMIT = 2**30
 """Largest bias code: half of int32, so that the sum of the products still fits beside it."""
+LARGEST_CODE = 64
+"""Largest code after stretching: two products with a uint8 add up to less than 2**15, the most that
+x86 without VNNI can hold between instructions."""
 
 
 STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
@@ -38,13 +42,16 @@ class IntegerWeights:
 
     Attributes:
         codes: weight codes on the grid, int8, (rows, ...).
+        stretch: the power of two that codes are multiplied by in the kernel. Bias codes count the
+            step of stretched codes, so that few-bit layers do not round their bias coarsely.
         flip: (rows,) true where the code's sign is reversed, for negative BatchNorm weights.
-        scale: (rows,) weight steps.
+        scale: (rows,) steps of the stretched codes.
         bias: (rows,) int32 in units of ``bias_scale``, or float where activations are float.
         bias_scale: (rows,) input step times weight step, or None where activations are float.
     """
 
     codes: Tensor
+    stretch: int
     flip: Tensor
     scale: Tensor
     bias: Tensor
@@ -153,8 +160,10 @@ class QuantLayer(nn.Module):
         fit its integer range (a BatchNorm weight of zero or nearly so) gets a larger step and is
         rounded again; such a row is, to that precision, a constant.
         """
+        grid = self.weight_quantizer.grid
+        stretch = max(1, 2 ** int(math.log2(LARGEST_CODE / max(-grid.low, grid.high))))
         codes = self.weight_quantizer.codes(self.latent)
-        scale = self.weight_quantizer.scale.double()
+        scale = self.weight_quantizer.scale.double() / stretch
         bias = scale.new_zeros(len(scale)) if self.bias is None else self.bias.double()
         flip = torch.zeros_like(scale, dtype=torch.bool)
         if self.norm is not None:
@@ -163,19 +172,16 @@ class QuantLayer(nn.Module):
             scale = scale * factor.abs()
             bias = bias * factor + shift
         if self.input_quantizer is None:
-            return IntegerWeights(codes, flip, scale.float(), bias.float(), None)
+            return IntegerWeights(codes, stretch, flip, scale.float(), bias.float(), None)
         input_scale = self.input_quantizer.scale.double()
         fitting = torch.maximum(scale, bias.abs() / (input_scale * BIAS_LIMIT)).clamp_min(MIN_SCALE)
         shrink = (scale / fitting).view(-1, *[1] * (codes.dim() - 1))
-        codes = torch.where(shrink < 1, self._on_grid(codes * shrink), codes).to(torch.int8)
+        codes = torch.where(shrink < 1, grid.round(codes * shrink), codes).to(torch.int8)
         # The steps a file holds are float32: round them first, so that the bias is counted in them.
         weight_scale = fitting.float()
         bias_scale = weight_scale * self.input_quantizer.scale
         bias_codes = (bias / bias_scale.double()).round().to(torch.int32)
-        return IntegerWeights(codes, flip, weight_scale, bias_codes, bias_scale)
-
-    def _on_grid(self, codes: Tensor) -> Tensor:
-        return self.weight_quantizer.grid.round(codes)
+        return IntegerWeights(codes, stretch, flip, weight_scale, bias_codes, bias_scale)
 
 
 class QuantConv2d(nn.Conv2d, QuantLayer):
@@ -215,6 +221,8 @@ class QuantConv2d(nn.Conv2d, QuantLayer):
             device="meta",
         )
         layer.weight, layer.bias = conv.weight, conv.bias
+        if norm is not None:
+            _turn_negative_rows(layer, norm)
         layer.same = isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False) is True
         standardize = Standardization(conv) if type(conv) in STANDARDIZED else None
         layer._discretize(weight_bits, act_bits, norm, standardize)
@@ -288,6 +296,22 @@ class QuantLinearWeight(QuantLayer):
         """The discrete weight, (out_features, in_features)."""
         weight: Tensor = self.weight_quantizer(self.latent_weight)
         return weight
+
+
+@torch.no_grad()
+def _turn_negative_rows(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Negate the rows that a negative BatchNorm weight would negate; what comes out is the same.
+
+    Folding such a weight turns codes around, which a two's complement grid cannot hold: the file
+    would need a sign for each row.
+    """
+    if norm.weight is None or norm.running_mean is None:
+        return
+    sign = torch.where(norm.weight < 0, -1.0, 1.0)
+    conv.weight.mul_(sign.view(-1, 1, 1, 1))
+    for vector in (conv.bias, norm.weight, norm.running_mean):
+        if vector is not None:
+            vector.mul_(sign)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

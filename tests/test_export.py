@@ -177,8 +177,10 @@ def test_the_file_holds_the_codes_of_torch(exported, weight_bits, act_bits):
     codes = codes_in_file(made.path, names(made))
     for name, layer in quantized_layers(made.model).items():
         weights = layer.integer_weights()
-        expected = weights.codes.int()
+        expected = weights.codes.int() * weights.stretch
         expected[weights.flip] *= -1
+        if isinstance(layer, QuantLinear):
+            expected = expected.t()
         assert codes[name].dtype == np.int8
         assert torch.equal(torch.tensor(codes[name]).int(), expected)
         deployed = made.deployed.get_submodule(name).weight_quantizer
@@ -192,6 +194,9 @@ def test_ordinary_rows_keep_the_codes_of_training(exported, weight_bits, act_bit
     for name, layer in quantized_layers(made.model).items():
         codes = made.deployed.get_submodule(name).weight_quantizer.integer_codes().int()
         trained = layer.weight_quantizer.codes(layer.weight).int()
+        trained *= layer.integer_weights().stretch
+        if isinstance(layer, QuantLinear):
+            trained = trained.t()
         if layer.norm is not None:
             trained[layer.norm.weight < 0] *= -1
             flipped += int((layer.norm.weight < 0).sum())
@@ -308,7 +313,7 @@ def test_a_deployed_weight_is_codes_times_steps(bits):
     held = DeployedWeight(weights, bits)
     torch.testing.assert_close(held(), layer.weight_quantizer(layer.weight).detach())
     planes = held._plane_list()
-    assert torch.equal(unpack(planes, 35).view(5, 7), weights.codes.int())
+    assert torch.equal(unpack(planes, 35).view(5, 7), weights.codes.int() * weights.stretch)
 
 
 # What may go wrong
@@ -331,7 +336,7 @@ def test_a_missing_folder_gets_no_file(linear_export, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def interrupt(model, path) -> None:  # noqa: ARG001
+def interrupt(model, path, **options) -> None:  # noqa: ARG001
     """Stands in for writing a file: half of it, then the user stops the program."""
     path.write_bytes(b"half a file")
     raise KeyboardInterrupt

@@ -49,6 +49,7 @@ def normed_conv(weight_bits, act_bits: int, bias: bool, bias_scale: float = 1.0)
     layer = QuantConv2d.from_float(
         conv, weight_bits, act_bits, norm_with(NORM_WEIGHTS, bias_scale)
     ).eval()
+    layer.norm.weight.data = torch.tensor(NORM_WEIGHTS)  # negative ones as if from training
     if layer.input_quantizer is not None:
         layer.input_quantizer.set_range(0.11, 3 if act_bits > 1 else 1)
     return layer
@@ -58,7 +59,7 @@ def from_integers(layer: QuantConv2d, x: Tensor) -> Tensor:
     """The layer as an integer kernel computes it."""
     w = layer.integer_weights()
     sign = torch.where(w.flip, -1, 1).view(-1, 1, 1, 1)
-    weight = (w.codes * sign).double() * w.scale.double().view(-1, 1, 1, 1)
+    weight = (w.codes * sign * w.stretch).double() * w.scale.double().view(-1, 1, 1, 1)
     bias = w.bias.double() if w.bias_scale is None else w.bias.double() * w.bias_scale.double()
     if layer.input_quantizer is not None:
         x = layer.input_quantizer(x)
@@ -181,7 +182,8 @@ def test_folding_leaves_codes_of_ordinary_rows_alone_and_notes_the_sign(weight_b
     ordinary = [0, 1, 5]
     assert torch.equal(w.codes[ordinary], codes[ordinary])
     factor = layer.norm.weight / (layer.norm.running_var + layer.norm.eps).sqrt()
-    expected = layer.weight_quantizer.scale * factor.abs()
+    expected = layer.weight_quantizer.scale * factor.abs() / w.stretch
+    assert 32 < w.stretch * w.codes.abs().max() <= (127 if weight_bits == 8 else 64)
     torch.testing.assert_close(w.scale[ordinary], expected[ordinary].detach())
 
 
@@ -252,6 +254,21 @@ def test_a_point_quantizes_what_a_module_returns_and_survives_a_copy():
     torch.testing.assert_close(copied(x), torch.tensor([0.0, 0.0, 300.0]))
     assert module(x).tolist() == [0.0, 1.0, 255.0]
     assert "output_quantizer.log_scale" in module.state_dict()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_conversion_turns_rows_around_where_the_norm_is_negative(bias):
+    conv = nn.Conv2d(4, ROWS, 3, bias=bias).eval()
+    norm = norm_with(NORM_WEIGHTS)
+    x = torch.randn(2, 4, 7, 7)
+    before, held, rows = norm(conv(x)), norm.weight, conv.weight.clone()
+    layer = QuantConv2d.from_float(conv, 2, 32, norm)
+    torch.testing.assert_close(norm(conv(x)), before)
+    assert layer.norm.weight is held
+    assert layer.norm.weight.tolist() == pytest.approx([abs(weight) for weight in NORM_WEIGHTS])
+    assert not layer.integer_weights().flip.any()
+    turned = (conv.weight == -rows).flatten(1).all(1)
+    assert turned.tolist() == [weight < 0 for weight in NORM_WEIGHTS]
 
 
 # timm's own layers

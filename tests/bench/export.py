@@ -1,4 +1,4 @@
-"""Size, fusion and speed of exported timm models against their float ONNX: prints, asserts nothing.
+"""Size, fusion, speed and memory of exported timm models against their float ONNX: only prints.
 
     python tests/bench/export.py resnet18 --bits 2
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,34 @@ from ricciq.bench import measure_latency
 from ricciq.export import deploy
 from ricciq.inspection import inspect_onnx
 from ricciq.preprocessing import Preprocessing
+
+
+LOAD = """
+import os, sys
+import numpy as np, onnxruntime as ort
+
+def resident():
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+options = ort.SessionOptions()
+options.intra_op_num_threads = 1
+options.log_severity_level = 3
+before = resident()
+session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+shape = [1, *session.get_inputs()[0].shape[1:]]
+loaded = resident() - before
+session.run(None, {"input": np.zeros(shape, np.float32)})
+print(loaded, resident() - before)
+"""
+"""What a process of its own grows by: once the session is there, and after one picture."""
+
+
+def memory(path: Path) -> list[int]:
+    """Bytes a file takes once loaded, and after it has run."""
+    command = [sys.executable, "-c", LOAD, str(path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [int(number) for number in printed.split()]
 
 
 def measure(name: str, bits: int, threads: int, folder: Path) -> dict[str, object]:
@@ -37,6 +67,7 @@ def measure(name: str, bits: int, threads: int, folder: Path) -> dict[str, objec
     inspection = inspect_onnx(files["quantized"])
     latency = measure_latency(files, threads=threads)
     sizes = {key: path.stat().st_size for key, path in files.items()}
+    grown = {key: memory(path) for key, path in files.items()}
     return {
         "model": name,
         "bits": bits,
@@ -45,6 +76,8 @@ def measure(name: str, bits: int, threads: int, folder: Path) -> dict[str, objec
         "float_bytes": sizes["float"],
         "bytes": sizes["quantized"],
         "size_ratio": sizes["quantized"] / sizes["float"],
+        "loaded_ratio": grown["quantized"][0] / grown["float"][0],
+        "memory_ratio": grown["quantized"][1] / grown["float"][1],
         "float_ms": latency["float"].median,
         "ms": latency["quantized"].median,
         "speedup": latency["float"].median / latency["quantized"].median,
