@@ -24,7 +24,6 @@ from ricciq.export import deploy
 from ricciq.inspection import inspect_onnx
 from ricciq.preprocessing import Preprocessing
 
-
 LOAD = """
 import os, sys
 import numpy as np, onnxruntime as ort
