@@ -247,17 +247,14 @@ def _place_points(
             else:
                 why = "no module that runs once returns it, so its kernel stays float"
                 kept.append(Kept(call.name, "output", why))
-    points = {}
-    for value in wanted:
-        name = _owner(value, recording)
-        assert name is not None
-        maker = recording.producer(value)
-        pooled = (
-            _owner(maker.inputs[0], recording)
-            if maker is not None and maker.kind == "MaxPool2d" and maker.inputs[0] in wanted
-            else None
-        )
-        points[name] = pooled or name  # the maximum of 8-bit values is one of them: same grid
+    owners = [_owner(value, recording) for value in wanted]
+    points = {name: name for name in owners if name is not None}
+    for call in recording.calls:
+        # The maximum of 8-bit values is one of them: the same grid, and the pooling stays integer.
+        if call.kind == "MaxPool2d" and (pooled := _owner(call.outputs[0], recording)):
+            source = points.get(_owner(call.inputs[0], recording) or "")
+            if source is not None:
+                points[pooled] = source
     return points, kept
 
 
