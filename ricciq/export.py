@@ -191,6 +191,7 @@ class _DeployedLayer(nn.Module):
 
     def __init__(self, layer: QuantLayer, axis: int = 0, zero_points: bool = False) -> None:
         super().__init__()
+        self.axis = axis
         weights = layer.integer_weights()
         quantizer = layer.input_quantizer
         self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
@@ -198,6 +199,12 @@ class _DeployedLayer(nn.Module):
             weights, layer.weight_quantizer.bits, axis, zero_points
         )
         self.register_buffer("bias", weights.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, (rows, ...): some models read it, if only for its device."""
+        weight: Tensor = self.weight_quantizer()
+        return weight.t() if self.axis == 1 else weight
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.input_quantizer is not None:
@@ -268,12 +275,6 @@ class DeployedLinearWeight(_DeployedLayer):
 
     def __init__(self, layer: QuantLinearWeight) -> None:
         super().__init__(layer, zero_points=True)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, (out_features, in_features)."""
-        weight: Tensor = self.weight_quantizer()
-        return weight
 
 
 class _Constant(nn.Module):
