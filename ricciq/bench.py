@@ -1,8 +1,8 @@
-"""Latency of ONNX files on this machine: interleaved rounds, medians, and their ratio."""
+"""Latency of ONNX files on this machine: interleaved rounds, medians, their ratio and spread."""
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ricciq.errors import ModelError
-from ricciq.runtime import open_session
+from ricciq.errors import UsageError
+from ricciq.runtime import open_session, picture_input, run_session
 
 WARM_UP = 3
+_LARGEST_BATCH = 2**31
+"""Numbers in a batch: 8 GiB."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,25 @@ class Latency:
     """Times of one file, in milliseconds a batch.
 
     Attributes:
-        median: middle of the rounds.
-        low: first quartile.
-        high: third quartile.
+        rounds: in the order they were taken; round i of all files was timed at about one moment.
     """
 
-    median: float
-    low: float
-    high: float
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Middle of the rounds."""
+        return float(np.median(self.rounds))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the rounds."""
+        return _quartiles(self.rounds)
+
+
+def _quartiles(values: tuple[float, ...]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.25, 0.75])
+    return float(low), float(high)
 
 
 def measure_latency(
@@ -46,22 +59,18 @@ def measure_latency(
 
     Raises:
         ModelError: a file is missing, cannot be loaded, or takes no pictures.
+        UsageError: the batch is too large for any machine.
     """
     random = np.random.default_rng(0)
     calls: dict[str, Callable[[], object]] = {}
     for name, path in files.items():
         session = open_session(path, threads=threads)
-        entry = session.get_inputs()[0]
-        shape = [batch, *(n if isinstance(n, int) else 1 for n in entry.shape[1:])]
-        feed = {entry.name: random.standard_normal(shape, dtype=np.float32)}
-        calls[name] = partial(session.run, None, feed)
-        try:
-            calls[name]()
-        except Exception as error:  # onnxruntime's exceptions share no public base
-            reason = " ".join(str(error).split())[:160]
-            raise ModelError(
-                f"{path} takes no float pictures of shape {shape} ({reason}); give a vision model"
-            ) from None
+        entry = picture_input(session, path)
+        if batch * math.prod(entry.size) > _LARGEST_BATCH:
+            raise UsageError(f"--batch {batch} is too large for pictures of {path}; give a smaller")
+        pictures = random.standard_normal((batch, *entry.size), dtype=np.float32)
+        run_session(session, entry.name, pictures, path)
+        calls[name] = partial(session.run, None, {entry.name: pictures})
     return interleave(calls, rounds=rounds)
 
 
@@ -81,19 +90,19 @@ def interleave(
             call()
             if round_number >= 0:
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {
-        name: Latency(
-            statistics.median(t), float(np.quantile(t, 0.25)), float(np.quantile(t, 0.75))
-        )
-        for name, t in times.items()
-    }
+    return {name: Latency(tuple(t)) for name, t in times.items()}
 
 
 def bench_files(file: Path, against: Path | None, *, batch: int, threads: int) -> dict[str, Any]:
-    """Latencies of one or two files as plain values; ``ratio`` says how much faster ``file`` is.
+    """Latencies of one or two files as plain values.
+
+    Returns:
+        Medians and quartiles of the rounds. ``ratio``, of the medians, says how many times faster
+        ``file`` is than ``against``; ``ratio_quartiles`` how far single rounds are from that.
 
     Raises:
-        ModelError: a file is missing or cannot be loaded.
+        ModelError: a file is missing, cannot be loaded, or takes no pictures.
+        UsageError: the batch is too large for any machine.
     """
     files = {"file": file} if against is None else {"file": file, "against": against}
     latency = measure_latency(files, batch=batch, threads=threads)
@@ -102,7 +111,9 @@ def bench_files(file: Path, against: Path | None, *, batch: int, threads: int) -
         times = latency[name]
         result[name] = str(path)
         result[f"{name}_ms"] = times.median
-        result[f"{name}_quartiles_ms"] = [times.low, times.high]
+        result[f"{name}_quartiles_ms"] = list(times.quartiles)
     if against is not None:
+        pairs = zip(latency["against"].rounds, latency["file"].rounds, strict=True)
         result["ratio"] = latency["against"].median / latency["file"].median
+        result["ratio_quartiles"] = list(_quartiles(tuple(slow / fast for slow, fast in pairs)))
     return result

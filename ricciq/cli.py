@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
 from ricciq import __version__
@@ -35,6 +36,8 @@ DataDir = Annotated[Path | None, typer.Option(help="Root folder of a torch/NAME 
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load pictures.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")]
 WIDTHS = "1 to 8, ternary, or 32 for float"
+_ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
+"""What `inspect` shows of a file's metadata; --json has all of it."""
 
 
 def _version(asked: bool) -> None:
@@ -200,13 +203,13 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="ONNX file.")],
     as_json: Json = False,
 ) -> None:
-    """Show the layers of an ONNX FILE: operator, shape, bits, bytes, and what the runtime fused.
+    """Show the layers of an ONNX FILE, what onnxruntime fused, bytes, accuracy, preprocessing.
 
     Example: ricciq inspect model.onnx
     """
     from ricciq.inspection import inspect_onnx
 
-    _print(inspect_onnx(file).to_dict(), as_json, _layer_table)
+    _print(inspect_onnx(file).to_dict(), as_json, _inspection_tables)
 
 
 @app.command()
@@ -273,27 +276,50 @@ def _print(values: dict[str, Any], as_json: bool, table: Any = None) -> None:
 def _value_table(values: dict[str, Any]) -> Table:
     table = Table(show_header=False)
     for key, value in values.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(key, _shown(_text(value)))
     return table
 
 
-def _layer_table(values: dict[str, Any]) -> Table:
-    table = Table(caption=", ".join(f"{k}: {v}" for k, v in values["totals"].items()))
+def _text(value: Any, depth: int = 2) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if depth and isinstance(value, list):
+        return ", ".join(_text(part, depth - 1) for part in value)
+    if depth and isinstance(value, dict):
+        return "; ".join(f"{key} {_text(part, depth - 1)}" for key, part in value.items())
+    return str(value)
+
+
+def _shown(text: str) -> str:
+    """Text out of a file, as a table shows it."""
+    return escape(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """Text with what could steer the terminal taken out."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _inspection_tables(values: dict[str, Any]) -> Group:
+    layers = Table()
     headings = ("layer", "operator", "shape", "weight bits", "activation bits", "bytes", "integer")
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        layers.add_column(heading, overflow="fold")
     for row in values["layers"]:
-        shape = "x".join(str(n) for n in row["shape"])
-        table.add_row(
-            row["name"],
+        layers.add_row(
+            _shown(row["name"]),
             row["operator"],
-            shape,
+            "x".join(str(n) for n in row["shape"]),
             str(row["weight_bits"]),
             str(row["act_bits"]),
             str(row["bytes"]),
             "yes" if row["fused"] else "no",
         )
-    return table
+    stored = values["metadata"] or {"ricciq": "wrote no metadata into this file"}
+    about = {key: stored[key] for key in _ABOUT if key in stored}
+    if isinstance(names := stored.get("class_names"), list):
+        about["classes"] = len(names)
+    return Group(layers, _value_table(values["totals"]), _value_table(about))
 
 
 def _plan_table(values: dict[str, Any]) -> Table:
@@ -338,5 +364,5 @@ def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     if message:  # a bare `ricciq` has shown its help and has nothing to add
-        print(f"ricciq: {message}", file=sys.stderr)
+        print(f"ricciq: {_printable(message)}", file=sys.stderr)
     sys.exit(code)

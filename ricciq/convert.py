@@ -98,28 +98,19 @@ def plan_conversion(
         )
     recording = record(model, example)
     modules = dict(model.named_modules())
-    runs = [
-        call
-        for call in recording.calls
-        if call.is_module
-        and _is_convertible(modules[call.name])
-        and not recording.constants.issuperset(call.inputs)
-    ]
     lent = _lent_weights(recording, modules)
-    called = {id(call) for call in runs}
-    names = list(
-        dict.fromkeys(
-            call.name if id(call) in called else lent[call]
-            for call in recording.calls
-            if id(call) in called or call in lent
-        )
-    )
+    layer_of = {
+        call: name
+        for call in recording.calls
+        if (name := lent.get(call) or _called_layer(call, recording, modules))
+    }
+    names = list(dict.fromkeys(layer_of.values()))
     if not names:
         raise ModelError(
             f"the model {type(model).__name__} has no convolution or linear layer that can be "
             "converted; choose another model"
         )
-    norms = _norms_behind(runs, recording, modules)
+    norms = _norms_behind(list(layer_of), recording, modules)
     layers = []
     floats: list[Kept] = []
     for name in names:
@@ -145,8 +136,12 @@ def _widest(bits: Bits) -> int:
     return 2 if bits == "ternary" else bits
 
 
-def _is_convertible(module: nn.Module) -> bool:
-    return _why_not(module) is None
+def _called_layer(call: Call, recording: Recording, modules: dict[str, nn.Module]) -> str | None:
+    """The layer that a call runs, if it can be converted and its input depends on the picture."""
+    constant = recording.constants.issuperset(call.inputs)
+    if not call.is_module or constant or _why_not(modules[call.name]):
+        return None
+    return call.name
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -186,11 +181,11 @@ def _alone_reads_argument(parent: str, lent: dict[Call, str], recording: Recordi
 
 
 def _norms_behind(
-    runs: list[Call], recording: Recording, modules: dict[str, nn.Module]
+    calls: list[Call], recording: Recording, modules: dict[str, nn.Module]
 ) -> dict[str, str]:
     """The BatchNorm that each convolution can take in: it alone reads the convolution's output."""
     norms = {}
-    for call in runs:
+    for call in calls:
         readers = recording.readers[call.outputs[0]]
         if len(readers) != 1 or call.outputs[0] in recording.result:
             continue

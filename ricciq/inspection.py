@@ -1,18 +1,22 @@
-"""What an ONNX file holds, layer by layer, and what the runtime made of it."""
+"""What an ONNX file holds, layer by layer and byte by byte, and what the runtime made of it."""
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ricciq.errors import ModelError
-from ricciq.runtime import open_session
+from ricciq.modelfile import size_with_external_data
+from ricciq.quantizer import FLOAT_BITS
+from ricciq.runtime import open_session, session_metadata
 
 _WEIGHTED = {"Conv", "Gemm", "MatMul"}
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"}
@@ -30,7 +34,7 @@ class LayerRow:
         shape: of the weight.
         weight_bits: 1 to 8, ``"ternary"``, or 32 for float.
         act_bits: width of the input's codes, or 32 for float.
-        bytes: what the file spends on weight, steps and bias.
+        bytes: what the file spends on weight, steps and bias of this layer alone.
         fused: whether onnxruntime runs it in integers.
     """
 
@@ -45,25 +49,42 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An ONNX file's layers and totals, and the operators onnxruntime runs."""
+    """An ONNX file's layers and totals, and the operators onnxruntime runs.
+
+    Attributes:
+        layers: in the order of the graph.
+        file_bytes: with external data; the sum of the layers' bytes and the three below.
+        shared_bytes: constants that several layers use, such as the tables that unpack weights.
+        other_bytes: constants no layer counts as its own, such as the steps of activations.
+        graph_bytes: everything but constants: operators, names and metadata.
+        runtime_operators: how often each operator is in the graph onnxruntime runs.
+        metadata: what ricciq says of the file in it, or None.
+    """
 
     layers: list[LayerRow]
     file_bytes: int
+    shared_bytes: int
+    other_bytes: int
+    graph_bytes: int
     runtime_operators: dict[str, int]
+    metadata: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Rows and totals as plain values."""
-        packed = sum(layer.bytes for layer in self.layers)
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "totals": {
                 "file bytes": self.file_bytes,
-                "layer bytes": packed,
+                "layer bytes": sum(layer.bytes for layer in self.layers),
+                "shared bytes": self.shared_bytes,
+                "other bytes": self.other_bytes,
+                "graph bytes": self.graph_bytes,
                 "layers": len(self.layers),
                 "integer layers": sum(layer.fused for layer in self.layers),
                 "integer convolutions, percent": self.fused_share(),
             },
             "runtime_operators": self.runtime_operators,
+            "metadata": self.metadata,
         }
 
     def fused_share(self, operator: str = "Conv") -> float:
@@ -76,30 +97,52 @@ def inspect_onnx(path: Path) -> Inspection:
     """Read a file's layers, and load it to see which of them onnxruntime fuses.
 
     Raises:
-        ModelError: the file is missing, damaged or refused by onnxruntime.
+        ModelError: the file is missing, damaged, unsafe or refused by onnxruntime.
     """
     with tempfile.TemporaryDirectory() as scratch:
         optimized_path = Path(scratch) / "optimized.onnx"
-        open_session(path, save_optimized=optimized_path)
-        # What onnxruntime writes has external data for large models; both stay in the folder.
+        session = open_session(path, save_optimized=optimized_path)
         optimized = _load(optimized_path)
         runs = [(node.name or "", node.op_type) for node in optimized.graph]
+    try:
+        metadata = session_metadata(session, path)
+    except ModelError:  # a file from elsewhere is inspected all the same
+        metadata = None
     integer = {_original(name) for name, operator in runs if operator in _INTEGER}
-    operators: dict[str, int] = {}
-    for _, operator in runs:
-        operators[operator] = operators.get(operator, 0) + 1
-    rows = list(_rows(_load(path), integer))
-    return Inspection(rows, path.stat().st_size, dict(sorted(operators.items())))
+    model = _load(path)
+    layers = [(node, found) for node in model.graph if (found := _layer_constants(node))]
+    users = Counter(value for _, constants in layers for value in constants)
+    rows = [
+        _row(node, sum(_bytes(value) for value in constants if users[value] == 1), integer)
+        for node, constants in layers
+    ]
+    own = sum(row.bytes for row in rows)
+    shared = sum(_bytes(value) for value, count in users.items() if count > 1)
+    total = sum(_bytes(value) for value in model.graph.initializers.values())
+    file_bytes = size_with_external_data(path)
+    operators = Counter(operator for _, operator in runs)
+    return Inspection(
+        layers=rows,
+        file_bytes=file_bytes,
+        shared_bytes=shared,
+        other_bytes=total - own - shared,
+        graph_bytes=file_bytes - total,
+        runtime_operators=dict(sorted(operators.items())),
+        metadata=metadata,
+    )
 
 
 def _load(path: Path) -> ir.Model:
+    """A file's graph, its constants all made initializers."""
     try:
-        return ir.load(path)
+        model = ir.load(path)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     except Exception as error:  # protobuf and onnx_ir raise many kinds
         reason = " ".join(str(error).split())[:160]
         raise ModelError(
             f"{path} is no readable ONNX file ({reason}); give an intact one"
         ) from None
+    return model
 
 
 def _original(name: str) -> str:
@@ -107,74 +150,86 @@ def _original(name: str) -> str:
     return re.sub(r"_token_\d+$", "", name)
 
 
-def _rows(model: ir.Model, integer: set[str]) -> Iterator[LayerRow]:
-    for node in model.graph:
-        if node.op_type not in _WEIGHTED or len(node.inputs) < 2:
-            continue
-        data, weight, *bias = node.inputs
-        if weight is None or data is None or not (sources := _constants(weight)):
-            continue
-        constants = sources | {k: v for b in bias if b for k, v in (_constants(b) or {}).items()}
-        bits = _weight_bits(sources)
-        yield LayerRow(
-            name=(node.name or "").removesuffix(f"/{node.op_type}"),
-            operator=node.op_type,
-            shape=_shape(weight),
-            weight_bits=bits,
-            act_bits=_act_bits(data),
-            bytes=sum(
-                value.const_value.nbytes for value in constants.values() if value.const_value
-            ),
-            fused=(node.name or "") in integer,
-        )
+def _bytes(constant: ir.Value) -> int:
+    return constant.const_value.nbytes if constant.const_value is not None else 0
 
 
-def _constants(value: ir.Value) -> dict[str, ir.Value] | None:
-    """The initializers a value is computed from, or None if an input of the model takes part."""
-    if value.const_value is not None:
-        return {value.name or "": value}
-    producer = value.producer()
-    if producer is None:
-        return None
-    found: dict[str, ir.Value] = {}
-    for source in producer.inputs:
-        if source is None:
+def _layer_constants(node: ir.Node) -> set[ir.Value]:
+    """The constants a layer computes with; none if its weight is no constant."""
+    if node.op_type not in _WEIGHTED or len(node.inputs) < 2 or node.inputs[0] is None:
+        return set()
+    _, weight, *bias = node.inputs
+    constants = _constants(weight)
+    return constants.union(*map(_constants, bias)) if constants else constants
+
+
+def _constants(value: ir.Value | None) -> set[ir.Value]:
+    """The constants a value is computed from; none if an input of the model takes part."""
+    found: set[ir.Value] = set()
+    seen: set[ir.Value] = set()
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if value is None or value in seen:
             continue
-        below = _constants(source)
-        if below is None:
-            return None
-        found |= below
+        seen.add(value)
+        producer = value.producer()
+        if value.const_value is not None:
+            found.add(value)
+        elif producer is None:
+            return set()
+        else:
+            waiting.extend(producer.inputs)
     return found
 
 
-def _weight_bits(sources: dict[str, ir.Value]) -> int | str:
-    tables = [v for v in sources.values() if v.shape is not None and v.shape[0:1] == (256,)]
-    tables = [v for v in tables if len(v.shape or ()) == 2 and v.dtype != ir.DataType.FLOAT]
-    packed = any(v.dtype == ir.DataType.UINT8 for v in sources.values())
-    if packed and tables:
-        widths = [v.shape.numpy()[1] for v in tables if v.shape is not None]
-        if widths == [_TERNARY_PER_BYTE]:
-            return "ternary"
+def _row(node: ir.Node, own_bytes: int, integer: set[str]) -> LayerRow:
+    data, weight = node.inputs[:2]
+    assert data is not None
+    assert weight is not None
+    name = node.name or ""
+    return LayerRow(
+        name=name.removesuffix(f"/{node.op_type}"),
+        operator=node.op_type,
+        shape=_shape(weight),
+        weight_bits=_weight_bits(_constants(weight)),
+        act_bits=_act_bits(data),
+        bytes=own_bytes,
+        fused=name != "" and name in integer,
+    )
+
+
+def _weight_bits(constants: set[ir.Value]) -> int | str:
+    looked_up = [c for c in constants if any(use.node.op_type == "Gather" for use in c.uses())]
+    tables = [c.shape.dims for c in looked_up if c.shape and len(c.shape) == 2]
+    widths = [width for rows, width in tables if rows == 256 and isinstance(width, int)]
+    if widths == [_TERNARY_PER_BYTE]:
+        return "ternary"
+    if widths and _PER_BYTE_BITS.keys() >= set(widths):
         return sum(_PER_BYTE_BITS[width] for width in widths)
-    return 8 if any(v.dtype == ir.DataType.INT8 for v in sources.values()) else 32
+    codes = max(constants, key=lambda c: (math.prod(_shape(c)), c.dtype != ir.DataType.FLOAT))
+    return int(codes.dtype.bitwidth) if codes.dtype is not None else FLOAT_BITS
 
 
 def _shape(value: ir.Value) -> list[int]:
     """The shape of a weight, through the operators that unpack it."""
-    if value.shape is not None:
-        return list(value.shape.numpy())
-    producer = value.producer()
-    return _shape(producer.inputs[0]) if producer and producer.inputs[0] else []
+    while value.shape is None or not value.shape.is_static():
+        producer = value.producer()
+        if producer is None or not producer.inputs or producer.inputs[0] is None:
+            return []
+        value = producer.inputs[0]
+    return list(value.shape.numpy())
 
 
 def _act_bits(value: ir.Value) -> int:
-    producer = value.producer()
-    if producer is None or producer.op_type != "DequantizeLinear" or producer.inputs[0] is None:
-        return 32
-    codes = producer.inputs[0].producer()
-    if codes is None or codes.op_type != "Clip":
-        return 8
-    highest = codes.inputs[2]
-    if highest is None or highest.const_value is None:
-        return 8
-    return int(highest.const_value.numpy()).bit_length()
+    """Width of the codes between a Clip and a DequantizeLinear."""
+    dequantizing = value.producer()
+    if dequantizing is None or dequantizing.op_type != "DequantizeLinear":
+        return FLOAT_BITS
+    clip = dequantizing.inputs[0].producer() if dequantizing.inputs[0] else None
+    if clip is not None and clip.op_type == "Clip" and len(clip.inputs) == 3:
+        ends = [end.const_value for end in clip.inputs[1:] if end is not None]
+        if all(end is not None and end.size == 1 for end in ends) and len(ends) == 2:
+            low, high = (int(end.numpy().item()) for end in ends if end is not None)
+            return (high - low).bit_length()
+    return 8

@@ -22,9 +22,10 @@ from ricciq.data import Batch, PictureData, Split, open_data
 from ricciq.errors import InterruptedRunError, UsageError
 from ricciq.estimators import Correction, named_flow
 from ricciq.evaluate import Metrics, Predict, evaluate
-from ricciq.export import deploy, export_onnx, stored_in_onnx
+from ricciq.export import accuracy_in_onnx, add_metadata, deploy, export_onnx, stored_in_onnx
 from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.journal import Journal
+from ricciq.modelfile import size_with_external_data
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
 from ricciq.quantizer import FLOAT_BITS
@@ -204,7 +205,8 @@ def _train(job: Job, folder: RunFolder, resume: bool, journal: Journal) -> Progr
     """Export the float model, then convert, calibrate and fine-tune it; leave the best in it."""
     recipe = job.recipe
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-    stored = stored_in_onnx(job.about)
+    in_float = {"bits": {"weights": FLOAT_BITS, "activations": FLOAT_BITS}}
+    stored = stored_in_onnx(job.about) | in_float
     export_onnx(copy.deepcopy(teacher).cpu(), folder.float_onnx, job.preprocessing, stored)
     convert(job.model, job.plan)
     journal.say(
@@ -246,7 +248,7 @@ def _first_images(job: Job) -> Iterator[Tensor]:
 def _finish(
     job: Job, folder: RunFolder, reference: Metrics, done: Progressed, journal: Journal
 ) -> Report:
-    """Export, evaluate what was written, and report."""
+    """Export, evaluate what was written, store the outcome in it, and report."""
     journal.say("exporting")
     deployed = deploy(job.model).cpu()
     stored = stored_in_onnx(job.about)
@@ -260,8 +262,11 @@ def _finish(
         "unoptimized": _onnx_predictor(folder.onnx, optimize=False),
     }
     metrics = evaluate(predictors, job.loader("val"))
+    measured = accuracy_in_onnx(asdict(metrics["onnx"]))
+    add_metadata(folder.onnx, measured)
     if not job.plan.layers:
         reference = metrics["quantized"]
+        add_metadata(folder.float_onnx, measured)
     latency = measure_latency({"float": folder.float_onnx, "onnx": folder.onnx})
     inspection = inspect_onnx(folder.onnx)
     report = _report(job, folder, reference, metrics, latency, inspection, done)
@@ -285,7 +290,8 @@ def _report(
 ) -> Report:
     recipe = job.recipe
     onnx, unoptimized = metrics["onnx"], metrics["unoptimized"]
-    float_bytes, onnx_bytes = folder.float_onnx.stat().st_size, folder.onnx.stat().st_size
+    float_bytes = size_with_external_data(folder.float_onnx)
+    onnx_bytes = size_with_external_data(folder.onnx)
     in_file = {layer.name: layer for layer in inspection.layers}
     layers = []
     for layer in job.plan.layers:

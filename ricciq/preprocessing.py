@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     Transform = Callable[[Image.Image], Tensor]
 
 SMALL_INPUT = 64
+_INTERPOLATIONS = {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"}
+_CROP_MODES = {"center", "squash", "border"}
 # Checked where a recipe is read; a plain dataclass does not check.
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Area = Annotated[float, Field(gt=0, le=1)]
@@ -45,15 +48,36 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Build from a plain mapping (JSON or timm's data config); unknown keys are ignored."""
-        return cls(
-            input_size=tuple(int(n) for n in values["input_size"]),  # type: ignore[arg-type]
-            mean=tuple(float(x) for x in values["mean"]),
-            std=tuple(float(x) for x in values["std"]),
-            interpolation=str(values.get("interpolation", "bilinear")),
-            crop_pct=float(values.get("crop_pct", 1.0)),
-            crop_mode=str(values.get("crop_mode", "center")),
-        )
+        """Build from a plain mapping (JSON or timm's data config); unknown keys are ignored.
+
+        Raises:
+            ValueError: something is missing, of another type, or out of all proportion.
+        """
+        try:
+            made = cls(
+                input_size=tuple(int(n) for n in values["input_size"]),  # type: ignore[arg-type]
+                mean=tuple(float(x) for x in values["mean"]),
+                std=tuple(float(x) for x in values["std"]),
+                interpolation=str(values.get("interpolation", "bilinear")),
+                crop_pct=float(values.get("crop_pct", 1.0)),
+                crop_mode=str(values.get("crop_mode", "center")),
+            )
+            channels, height, width = made.input_size
+        except KeyError as error:
+            raise ValueError(f"preprocessing without {error}") from None
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise ValueError(f"preprocessing that holds something else: {error}") from None
+        for name, good in {
+            "input_size": channels in (1, 3) and all(0 < n < 8192 for n in (height, width)),
+            "mean": len(made.mean) == channels and all(map(math.isfinite, made.mean)),
+            "std": len(made.std) == channels and all(0 < x < math.inf for x in made.std),
+            "interpolation": made.interpolation in _INTERPOLATIONS,
+            "crop_pct": 0.1 <= made.crop_pct <= 2,
+            "crop_mode": made.crop_mode in _CROP_MODES,
+        }.items():
+            if not good:
+                raise ValueError(f"preprocessing whose {name} is {getattr(made, name)!r}")
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """A plain mapping that JSON can hold."""

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from ricciq.errors import ModelError
+from ricciq.modelfile import read_model_file
 
 METADATA_KEY = "ricciq"
 """The key of the JSON a ricciq file carries in its metadata."""
+
+_SILENT = 4
+"""Severity of fatal errors: whatever else onnxruntime has to say, it also raises."""
+_LARGEST_PICTURE = 2**26
+"""Numbers in a picture; one of 4096 x 4096 pixels has fewer."""
 
 
 def open_session(
@@ -26,26 +35,33 @@ def open_session(
         path: the file.
         optimize: False switches every graph optimization off.
         threads: threads inside an operator; 0 leaves the choice to onnxruntime.
-        save_optimized: where to write the graph onnxruntime runs after its optimizations.
+        save_optimized: where to write the graph onnxruntime runs after its optimizations; its
+            weights go to a file beside it.
 
     Raises:
-        ModelError: the file is missing or onnxruntime does not accept it.
+        ModelError: the file is missing, unsafe, or onnxruntime does not accept it.
     """
-    if not path.is_file():
-        raise ModelError(f"there is no model file {path}; check the path")
+    read_model_file(path)
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # its warnings concern graphs saved for other machines
+    options.log_severity_level = _SILENT
     options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_optimized is not None:
         options.optimized_model_filepath = str(save_optimized)
+        # Beyond 2 GiB they would not fit into the file.
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{save_optimized.name}.data"
+        )
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # A fallback would try the same again, and say so on stdout.
+        return ort.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     except Exception as error:  # onnxruntime's exceptions share no public base
-        reason = " ".join(str(error).split())[:160]
         raise ModelError(
-            f"onnxruntime cannot load {path} ({reason}); give an intact ONNX file"
+            f"onnxruntime {ort.__version__} cannot load {path} ({_reason(error)}); give an intact "
+            "file of operators, opset and IR version that it knows"
         ) from None
 
 
@@ -55,10 +71,10 @@ def session_metadata(session: ort.InferenceSession, path: Path) -> dict[str, Any
     Raises:
         ModelError: there is nothing of the kind in it.
     """
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     try:
-        stored = json.loads(text or "")
-    except ValueError:
+        stored = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+        json.dumps(stored, allow_nan=False)
+    except (KeyError, ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict) or "preprocessing" not in stored:
         raise ModelError(
@@ -68,23 +84,94 @@ def session_metadata(session: ort.InferenceSession, path: Path) -> dict[str, Any
     return stored
 
 
+class PictureInput(NamedTuple):
+    """The one input of a vision model.
+
+    Attributes:
+        name: what the file calls it.
+        size: (channels, height, width).
+    """
+
+    name: str
+    size: tuple[int, int, int]
+
+
+def picture_input(session: ort.InferenceSession, path: Path) -> PictureInput:
+    """The input a file takes its pictures by.
+
+    Raises:
+        ModelError: it takes something else than float pictures of a fixed size.
+    """
+    entries = [(entry.name, entry.type, entry.shape) for entry in session.get_inputs()]
+    for name, kind, shape in entries:
+        size = tuple(shape[1:])
+        if (
+            (len(entries), kind, len(size)) == (1, "tensor(float)", 3)
+            and all(isinstance(n, int) and n > 0 for n in size)
+            and math.prod(size) <= _LARGEST_PICTURE
+        ):
+            return PictureInput(name, size)
+    found = ", ".join(f"{kind} {shape}" for _, kind, shape in entries) or "nothing"
+    raise ModelError(
+        f"{path} takes {_shortened(found)}; give a vision model with one float input of shape "
+        "(batch, channels, height, width), all but the batch fixed"
+    )
+
+
 def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Tensor], Tensor]:
     """A function from (B, C, H, W) pictures to (B, classes) logits, both on the CPU.
 
     Raises:
-        ModelError: when called with pictures of a shape the file does not take.
+        ModelError: the file takes no pictures or answers with something else than logits; or,
+            later, it is called with pictures of a shape the file does not take.
     """
-    name = session.get_inputs()[0].name
+    name, _ = picture_input(session, path)
+    kinds = [entry.type for entry in session.get_outputs()]
+    if kinds != ["tensor(float)"]:
+        raise ModelError(
+            f"{path} answers with {_shortened(', '.join(kinds))}; give a classifier whose only "
+            "output is float logits"
+        )
 
     def predict(images: Tensor) -> Tensor:
-        try:
-            (logits,) = session.run(None, {name: images.cpu().numpy()})
-        except Exception as error:  # onnxruntime's exceptions share no public base
-            reason = " ".join(str(error).split())[:160]
+        logits = run_session(session, name, images.cpu().numpy(), path)[0]
+        if logits.ndim != 2 or len(logits) != len(images):
             raise ModelError(
-                f"{path} does not take pictures of shape {tuple(images.shape)} ({reason}); "
-                "give the data it was made for"
-            ) from None
+                f"{path} answers {len(images)} pictures with numbers of shape {logits.shape}; "
+                "give a classifier, with a row of logits for each picture"
+            )
         return torch.from_numpy(logits)
 
     return predict
+
+
+def run_session(
+    session: ort.InferenceSession, name: str, pictures: np.ndarray[Any, Any], path: Path
+) -> list[Any]:
+    """Everything a session answers to a batch of pictures.
+
+    Raises:
+        ModelError: the file does not take them.
+    """
+    options = ort.RunOptions()
+    options.log_severity_level = _SILENT
+    try:
+        answers: list[Any] = session.run(None, {name: pictures}, options)
+    except Exception as error:  # onnxruntime's exceptions share no public base
+        raise ModelError(
+            f"{path} does not take pictures of shape {pictures.shape} ({_reason(error)}); "
+            "give pictures of the shape it was made for"
+        ) from None
+    return answers
+
+
+def _reason(error: Exception) -> str:
+    """What onnxruntime says, without where in its sources it says so."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from .*? failed:", "", text)
+    return _shortened(re.sub(r"/onnxruntime_src/\S+ .*?\) ", "", text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 160 else text[:159] + "…"

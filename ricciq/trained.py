@@ -13,15 +13,22 @@ from torch import nn
 from ricciq.bench import interleave
 from ricciq.checkpoint import load_model_state, load_tensors
 from ricciq.convert import Kept, LayerPlan, Plan, convert
-from ricciq.data import open_data
+from ricciq.data import PictureData, open_data
 from ricciq.errors import CheckpointError, DataError, ModelError
 from ricciq.evaluate import Predict, evaluate
-from ricciq.export import deploy, export_onnx, in_float_operators, stored_in_onnx
+from ricciq.export import (
+    accuracy_in_onnx,
+    deploy,
+    export_onnx,
+    in_float_operators,
+    stored_in_onnx,
+)
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
+from ricciq.report import load_report
 from ricciq.runfolder import RunFolder
-from ricciq.runtime import open_session, session_metadata, session_predictor
+from ricciq.runtime import open_session, picture_input, session_metadata, session_predictor
 
 
 class Rebuilt(NamedTuple):
@@ -50,7 +57,7 @@ def rebuild(path: Path) -> Rebuilt:
     try:
         recipe = Recipe.from_values(about["recipe"], f"the recipe in {file}")
         preprocessing = Preprocessing.from_dict(about["preprocessing"])
-        stored, classes = about["plan"], len(about["class_names"])
+        stored, classes = about["plan"], len(_class_names(about))
         layers = [LayerPlan(**layer) for layer in stored["layers"]]
         plan = Plan(layers, stored["points"], [Kept(**kept) for kept in stored["kept"]])
     except (KeyError, TypeError, ValueError) as error:
@@ -93,20 +100,40 @@ def open_target(path: Path) -> Target:
     """
     if not path.exists():
         raise ModelError(f"there is no {path}; give an .onnx file, a run folder or a checkpoint")
-    if path.suffix == ".onnx":
-        session = open_session(path)
-        about: Mapping[str, Any] = session_metadata(session, path)
-        predict, preprocessing = session_predictor(session, path), about["preprocessing"]
-    else:
+    if path.is_dir() or path.suffix != ".onnx":
         trained = rebuild(path)
-        about, predict = trained.about, deploy(trained.model)
-        preprocessing = about["preprocessing"]
+        return Target(deploy(trained.model), trained.preprocessing, trained.about["class_names"])
+    session = open_session(path)
+    about = session_metadata(session, path)
+    predict = session_predictor(session, path)
     try:
-        return Target(predict, Preprocessing.from_dict(preprocessing), list(about["class_names"]))
-    except (KeyError, TypeError, ValueError) as error:
+        preprocessing = Preprocessing.from_dict(about["preprocessing"])
+        names = _class_names(about)
+    except ValueError as error:
         raise ModelError(
             f"{path} has damaged ricciq metadata ({error}); export it again with `ricciq export`"
         ) from None
+    size, answer = picture_input(session, path).size, None
+    if size == preprocessing.input_size:
+        answer = predict(torch.zeros(1, *size))
+    if answer is None or answer.shape[1] != len(names):
+        raise ModelError(
+            f"{path} has metadata of another model, with pictures of {preprocessing.input_size} "
+            f"and {len(names)} classes; export it again with `ricciq export`"
+        )
+    return Target(predict, preprocessing, names)
+
+
+def _class_names(about: Mapping[str, Any]) -> list[str]:
+    """The class names in a file's metadata.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = about.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names that are no list of names")
+    return names
 
 
 def float_source(path: Path) -> dict[str, Any]:
@@ -132,7 +159,7 @@ def float_source(path: Path) -> dict[str, Any]:
 
 
 def export_run(path: Path, output: Path | None = None, *, as_float: bool = False) -> Path:
-    """Write the ONNX file of a run again.
+    """Write the ONNX file of a run again, with the accuracy its report tells of it.
 
     Args:
         path: a run folder or a checkpoint file a run wrote.
@@ -141,18 +168,38 @@ def export_run(path: Path, output: Path | None = None, *, as_float: bool = False
 
     Raises:
         CheckpointError: the run has no usable best.safetensors.
+        InputError: its report.json is damaged.
         UsageError: the run's folder is in use.
     """
     trained = rebuild(path)
     model = deploy(trained.model)
+    folder = RunFolder(path if path.is_dir() else path.parent)
+    stored = stored_in_onnx(trained.about)
     if as_float:
         in_float_operators(model)
-    folder = RunFolder(path if path.is_dir() else path.parent)
+    elif folder.is_finished and path in (folder.path, folder.best):
+        stored |= accuracy_in_onnx(load_report(folder.report).onnx.model_dump())
     if output is not None:
-        return export_onnx(model, output, trained.preprocessing, stored_in_onnx(trained.about))
+        return export_onnx(model, output, trained.preprocessing, stored)
     with folder.locked():
         written = folder.onnx_in_float if as_float else folder.onnx
-        return export_onnx(model, written, trained.preprocessing, stored_in_onnx(trained.about))
+        return export_onnx(model, written, trained.preprocessing, stored)
+
+
+def _check_classes(target: Target, path: Path, data: PictureData) -> None:
+    """Refuse data whose classes a target does not know.
+
+    Raises:
+        DataError: their number or a name differs.
+    """
+    known, given = target.class_names, data.class_names
+    if known == given:
+        return
+    difference = f"{len(given)} classes but {path} knows {len(known)}"
+    if len(known) == len(given):
+        at = next(i for i, pair in enumerate(zip(given, known, strict=True)) if len(set(pair)) > 1)
+        difference = f"{given[at]!r} as class {at} but {path} knows {known[at]!r}"
+    raise DataError(f"data {data.name} has {difference}; give the data it was made for")
 
 
 def evaluate_target(
@@ -179,15 +226,11 @@ def evaluate_target(
     """
     target = open_target(path)
     data = open_data(data_name, data_dir)
-    if target.class_names != data.class_names:
-        raise DataError(
-            f"{data_name} has {data.num_classes} classes beginning with {data.class_names[:3]} but "
-            f"{path} knows {len(target.class_names)} beginning with {target.class_names[:3]}; "
-            "give the data it was made for"
-        )
+    _check_classes(target, path, data)
     predictors = {"target": target.predict}
     if reference is not None:
         other = open_target(reference)
+        _check_classes(other, reference, data)
         if other.preprocessing != target.preprocessing:
             raise ModelError(
                 f"{reference} prepares its pictures unlike {path}; compare targets of one model"

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ricciq import cli, pipeline
+from ricciq import __version__, cli, pipeline
 from ricciq.checkpoint import save_tensors
 from ricciq.journal import Journal
 from ricciq.recipe import Recipe
+from ricciq.runtime import open_session, session_metadata
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 
@@ -289,3 +291,63 @@ def test_a_run_does_not_overwrite_the_weights_it_starts_from(
     command = ["quantize", "base", "--data", "digits", "--output", "base", "--overwrite"]
     check_refusal(ricciq(*command), 2, "base")
     assert (tmp_path / "base" / "best.safetensors").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two bits without training."""
+    folder = tmp_path_factory.mktemp("calibrated") / "run"
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*QUANTIZE, "--bits", "2", "--epochs", "0", "--output", str(folder)])
+    assert not stop.value.code
+    return folder
+
+
+def stored_in(path: Path) -> dict[str, Any]:
+    return session_metadata(open_session(path), path)
+
+
+def test_a_file_says_all_that_a_deployer_needs(calibrated: Path) -> None:
+    report = json.loads((calibrated / "report.json").read_text())
+    stored = stored_in(calibrated / "model.onnx")
+    assert stored["ricciq"] == __version__
+    assert stored["bits"] == {"weights": 2, "activations": 2}
+    assert stored["class_names"] == [str(number) for number in range(10)]
+    assert stored["recipe"]["model"]["name"] == "digits_resnet8"
+    assert stored["preprocessing"].keys() == {
+        "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"
+    }  # fmt: skip
+    assert stored["accuracy"] == {
+        key: report["onnx"][key] for key in ("top1", "top5", "loss", "samples")
+    }
+    assert stored["accuracy"]["samples"] == 360
+    assert report["size"]["onnx_bytes"] == (calibrated / "model.onnx").stat().st_size
+    assert report["size"]["float_bytes"] == (calibrated / "float.onnx").stat().st_size
+    of_float = stored_in(calibrated / "float.onnx")
+    assert of_float["bits"] == {"weights": 32, "activations": 32}
+    assert "accuracy" not in of_float  # onnxruntime has not measured it
+
+
+def test_export_carries_the_accuracy_along(
+    ricciq: Callable[..., Answer], calibrated: Path, tmp_path: Path
+) -> None:
+    assert ricciq("export", calibrated / "best.safetensors", "--output", "again.onnx").code == 0
+    assert (tmp_path / "again.onnx").read_bytes() == (calibrated / "model.onnx").read_bytes()
+    (tmp_path / "alone.safetensors").write_bytes((calibrated / "best.safetensors").read_bytes())
+    assert ricciq("export", "alone.safetensors").code == 0
+    assert "accuracy" not in stored_in(tmp_path / "model.onnx")
+    shutil.copytree(calibrated, tmp_path / "copy")
+    (tmp_path / "copy" / "report.json").write_text("{}")
+    check_refusal(ricciq("export", "copy", "--output", "x.onnx"), 3, "report.json")
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_inspect_shows_what_the_file_says_of_itself(
+    ricciq: Callable[..., Answer], calibrated: Path
+) -> None:
+    shown = json.loads(ricciq("inspect", calibrated / "model.onnx", "--json").out)
+    assert shown["metadata"] == stored_in(calibrated / "model.onnx")
+    answer = ricciq("inspect", calibrated / "model.onnx")
+    top1 = shown["metadata"]["accuracy"]["top1"]
+    for words in (__version__, "weights 2; activations 2", f"top1 {top1:.4g}", "input_size 1, 8"):
+        assert words in answer.out

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq.bench import WARM_UP, bench_files, interleave, measure_latency
-from ricciq.errors import DataError, ModelError
+from ricciq.bench import WARM_UP, Latency, bench_files, interleave, measure_latency
+from ricciq.errors import DataError, ModelError, UsageError
 from ricciq.evaluate import evaluate
 from ricciq.inspection import inspect_onnx
 from ricciq.runtime import METADATA_KEY, open_session, session_metadata, session_predictor
@@ -201,7 +201,7 @@ def test_calls_take_turns():
     found = interleave(calls, rounds=5)
     assert order == list("abc") * (WARM_UP + 5)
     assert list(found) == list("abc")
-    assert all(0 <= t.low <= t.median <= t.high for t in found.values())
+    assert all(len(t.rounds) == 5 for t in found.values())
 
 
 def test_times_are_milliseconds_of_the_timed_rounds(monkeypatch):
@@ -215,7 +215,9 @@ def test_times_are_milliseconds_of_the_timed_rounds(monkeypatch):
 
     monkeypatch.setattr("ricciq.bench.time.perf_counter", lambda: now)
     found = interleave({"a": call}, rounds=5)["a"]
-    assert (found.low, found.median, found.high) == pytest.approx((2.0, 3.0, 4.0))
+    assert found.rounds == pytest.approx((1.0, 2.0, 3.0, 4.0, 5.0))
+    assert found.median == pytest.approx(3.0)
+    assert found.quartiles == pytest.approx((2.0, 4.0))
 
 
 def test_files_are_timed_on_inputs_of_their_own_shape(exported, file):
@@ -224,11 +226,28 @@ def test_files_are_timed_on_inputs_of_their_own_shape(exported, file):
     assert all(latency.median > 0 for latency in found.values())
 
 
-def test_the_ratio_says_how_much_faster_the_file_is(exported, file):
-    found = bench_files(file, exported(32, 32).path, batch=1, threads=1)
-    assert found["file"] == str(file)
-    assert found["ratio"] == found["against_ms"] / found["file_ms"]
-    assert "against" not in bench_files(file, None, batch=1, threads=1)
+def test_the_ratio_says_how_much_faster_the_file_is(exported, file, monkeypatch):
+    rounds = {"file": (1.0, 2.0, 2.0), "against": (4.0, 4.0, 6.0)}
+    taken = {name: Latency(times) for name, times in rounds.items()}
+    monkeypatch.setattr("ricciq.bench.measure_latency", lambda *_, **__: taken)
+    against = exported(32, 32).path
+    found = bench_files(file, against, batch=4, threads=2)
+    assert (found["file"], found["against"]) == (str(file), str(against))
+    assert (found["batch"], found["threads"]) == (4, 2)
+    assert (found["file_ms"], found["against_ms"], found["ratio"]) == (2.0, 4.0, 2.0)
+    assert found["ratio_quartiles"] == [2.5, 3.5]  # of the rounds' own ratios: 4, 2 and 3
+    assert found["against_quartiles_ms"] == [4.0, 5.0]
+
+
+def test_one_file_has_no_ratio(file):
+    found = bench_files(file, None, batch=1, threads=1)
+    assert found.keys() == {"file", "file_ms", "file_quartiles_ms", "batch", "threads"}
+
+
+def test_a_batch_no_machine_holds_is_refused(file):
+    with pytest.raises(UsageError) as error:
+        bench_files(file, None, batch=10**9, threads=1)
+    one_sentence(error, "--batch 1000000000")
 
 
 def test_a_missing_file_is_not_timed(tmp_path):
