@@ -215,29 +215,37 @@ def _place_points(
 
     A convolution runs in integers only if its output, possibly behind a ReLU, is quantized at one
     place. One discrete layer that alone reads it does that; additions, several readers, pooling and
-    other activations need a point. An addition's operands all need one.
+    other activations need a point. All operands of an addition need one if one of them comes from
+    a convolution or such an addition; what linear layers give is float in any case.
     """
     discrete = {layer.name for layer in layers}
     wanted: dict[Value, None] = {}
     kept = []
+    integer: set[Value] = set()  # what kernels give that run in integers
 
     def settled(value: Value) -> bool:
         readers = recording.readers[value]
         return len(readers) == 1 and readers[0].is_module and readers[0].name in discrete
 
     for call in recording.calls:
-        if call.kind in _ADDITIONS and not call.is_module and len(call.inputs) > 1:
+        if call.kind in _ADDITIONS and not call.is_module and integer & set(call.inputs):
             if all(_owner(value, recording) for value in call.inputs):
                 wanted.update(dict.fromkeys(call.inputs))
+                integer.update(_rectified(call.outputs[0], recording))
             else:
                 why = "an operand is not the output of a module that runs once"
                 kept.append(Kept(call.name, "addition", why))
         if call.is_module and call.name in discrete and isinstance(modules[call.name], nn.Conv2d):
             ends = _ends(call, layers, recording)
+            integer.update(ends)
             if settled(ends[0]) or ends[0] in recording.result:
                 continue
             place = next((value for value in ends if _owner(value, recording)), None)
-            if place is not None:
+            if {reader.kind for reader in recording.readers[ends[0]]} == {"flatten"}:
+                # OpenVINO 2026.4 adds the first channel's bias to all channels of such a kernel.
+                why = "it makes tokens, which OpenVINO computes wrongly with an integer kernel"
+                kept.append(Kept(call.name, "output", why))
+            elif place is not None:
                 wanted[place] = None
             else:
                 why = "no module that runs once returns it, so its kernel stays float"
@@ -265,10 +273,15 @@ def _ends(call: Call, layers: list[LayerPlan], recording: Recording) -> list[Val
     norm = next(layer.norm for layer in layers if layer.name == call.name)
     if norm is not None:
         ends = [recording.readers[ends[0]][0].outputs[0]]
-    readers = recording.readers[ends[0]]
+    return _rectified(ends[0], recording)
+
+
+def _rectified(value: Value, recording: Recording) -> list[Value]:
+    """A value and, before it, what a rectifier makes of it that alone reads it."""
+    readers = recording.readers[value]
     if len(readers) == 1 and readers[0].kind in _RECTIFIERS:
-        ends.insert(0, readers[0].outputs[0])
-    return ends
+        return [readers[0].outputs[0], value]
+    return [value]
 
 
 def _kept_modules(

@@ -293,7 +293,7 @@ def test_a_block_of_plain_layers_needs_no_point():
     )
     plan = quantize(model, PICTURE, 2, 2)
     assert plan.kept == []
-    assert plan.points == {"5": "5"}  # read by Flatten
+    assert plan.points == {"5": "5"}  # read by Flatten, which is a module
 
 
 def test_every_operand_of_a_chain_of_additions_gets_a_point():
@@ -308,6 +308,26 @@ def test_every_operand_of_a_chain_of_additions_gets_a_point():
     # The sum of the first addition belongs to no module, so the next additions cannot be integer.
     assert {"start", "one"} <= set(plan.points)
     assert {kept.name for kept in plan.kept} == {"", "two"}
+
+
+def test_a_convolution_that_makes_tokens_stays_float():
+    layers = {"embed": nn.Conv2d(3, 8, 4, 4), "head": nn.Linear(8, 2)}
+    model = Model(lambda m, x: m.head(m.embed(x).flatten(2).transpose(1, 2)), **layers)
+    plan = quantize(model, PICTURE, 2, 2)
+    assert plan.points == {}
+    assert "tokens" in reasons(plan)["embed"]
+
+
+def test_a_sum_of_integer_sums_is_integer():
+    block = {name: Model(lambda m, x: m.a(x) + x, a=conv()) for name in ("one", "two")}
+
+    def forward(m, x):
+        x = m.start(x)
+        return m.end(m.one(x) + m.two(x))
+
+    plan = quantize(Model(forward, start=conv(), **block, end=conv()), PICTURE, 2, 2)
+    assert {"one", "two"} <= set(plan.points)
+    assert plan.kept == []
 
 
 # Widths
@@ -386,7 +406,7 @@ def test_a_module_that_returns_a_tuple_can_feed_an_addition():
     assert model(tokens).isfinite().all()
 
 
-def test_linear_layers_and_their_additions_are_converted():
+def test_linear_layers_are_converted_and_their_additions_stay_float():
     def forward(m, x):
         x = m.a(x)
         return m.c(m.b(x) + x)
@@ -395,7 +415,7 @@ def test_linear_layers_and_their_additions_are_converted():
     model = Model(forward, **layers)
     plan = quantize(model, torch.randn(1, 5, 8), 4, 4)
     assert all(isinstance(m, QuantLinear) for m in quantized_layers(model).values())
-    assert plan.points == {"a": "a", "b": "b"}
+    assert plan.points == {}
 
 
 @pytest.mark.parametrize("training", [True, False])
