@@ -19,10 +19,11 @@ from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
 from ricciq.convert import Plan, convert, plan_conversion
 from ricciq.data import Batch, PictureData, Split, open_data
+from ricciq.deployment import deploy
 from ricciq.errors import InterruptedRunError, UsageError
 from ricciq.estimators import Correction, named_flow
 from ricciq.evaluate import Metrics, Predict, evaluate
-from ricciq.export import accuracy_in_onnx, add_metadata, deploy, export_onnx, stored_in_onnx
+from ricciq.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
 from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.journal import Journal
 from ricciq.modelfile import size_with_external_data

@@ -14,15 +14,10 @@ from ricciq.bench import interleave
 from ricciq.checkpoint import load_model_state, load_tensors
 from ricciq.convert import Kept, LayerPlan, Plan, convert
 from ricciq.data import PictureData, open_data
+from ricciq.deployment import deploy, in_float_operators
 from ricciq.errors import CheckpointError, DataError, ModelError
 from ricciq.evaluate import Predict, evaluate
-from ricciq.export import (
-    accuracy_in_onnx,
-    deploy,
-    export_onnx,
-    in_float_operators,
-    stored_in_onnx,
-)
+from ricciq.export import accuracy_in_onnx, export_onnx, stored_in_onnx
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ricciq.calibration import calibrate
 from ricciq.convert import Plan, quantize, quantized_layers
-from ricciq.export import deploy, export_onnx
+from ricciq.deployment import deploy
+from ricciq.export import export_onnx
 from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.preprocessing import Preprocessing
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ricciq import export
 from ricciq.calibration import calibrate
 from ricciq.convert import quantize, quantized_layers
+from ricciq.deployment import DeployedActivation, DeployedWeight, deploy
 from ricciq.errors import RicciqError
-from ricciq.export import DeployedActivation, DeployedWeight, deploy, export_onnx
+from ricciq.export import export_onnx
 from ricciq.inspection import inspect_onnx
 from ricciq.layers import QuantLinear
 from ricciq.packing import unpack

@@ -20,6 +20,7 @@ FLOORS = {
     4: "pipeline trained",
     3.5: "train",
     3: "convert export",
+    2.5: "deployment",
     2: "layers data models runfolder report bench doctor",
     1: "recipe calibration estimators evaluate inspection pictures checkpoint",
     0.5: "graph packing preprocessing runtime recording",

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from ricciq import export
 from ricciq.calibration import calibrate
 from ricciq.convert import quantize
-from ricciq.export import deploy, export_onnx
+from ricciq.deployment import deploy
+from ricciq.export import export_onnx
 from ricciq.inspection import inspect_onnx
 from ricciq.preprocessing import Preprocessing
 from ricciq.runtime import open_session, session_predictor

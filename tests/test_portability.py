@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from ricciq.calibration import calibrate
 from ricciq.convert import quantize
 from ricciq.data import open_data
-from ricciq.export import deploy, export_onnx
+from ricciq.deployment import deploy
+from ricciq.export import export_onnx
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
 from ricciq.runtime import open_session, session_predictor

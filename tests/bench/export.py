@@ -20,7 +20,7 @@ import torch
 import ricciq.models  # noqa: F401  registers the bundled nets with timm
 from ricciq import calibrate, export_onnx, quantize
 from ricciq.bench import measure_latency
-from ricciq.export import deploy
+from ricciq.deployment import deploy
 from ricciq.inspection import inspect_onnx
 from ricciq.preprocessing import Preprocessing
 
