@@ -117,7 +117,9 @@ def export_onnx(
             "export another model or report this"
         ) from error
     assert program is not None
-    graph_model = tidy(program.model)
+    first_names = {module: name for name, module in model.named_modules()}
+    every_name = model.named_modules(remove_duplicate=False)
+    graph_model = tidy(program.model, {name: first_names[module] for name, module in every_name})
     stored = {"preprocessing": preprocessing.to_dict(), **(metadata or {})}
     graph_model.metadata_props[METADATA_KEY] = json.dumps(stored)
     tensors = [value.const_value for value in graph_model.graph.initializers.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,18 @@ IR_VERSION = 10
 
 _UNPACKING = {"Cast", "Gather", "Reshape", "Slice", "Add", "Mul", "DequantizeLinear"}
 _LARGEST_TABLE = 256 * 8
+_WEIGHT = ".weight_quantizer"
 
 
-def tidy(model: ir.Model) -> ir.Model:
+def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
     """Make an exported graph as small, fast and readable as it can be, in place.
 
     What the exporter left computable is folded, but never the unpacking of weights. A node is named
-    after the module it comes from.
+    after the module it comes from, or the one whose weight it uses.
+
+    Args:
+        model: as torch's exporter made it.
+        names: every name of a module, mapped to the one it is to go by.
     """
     optimizer.optimize_ir(
         model, should_fold=lambda node: False if node.op_type in _UNPACKING else None
@@ -33,8 +39,10 @@ def tidy(model: ir.Model) -> ir.Model:
     passes.DeduplicateInitializersPass(size_limit=_LARGEST_TABLE)(model)
     passes.RemoveUnusedNodesPass()(model)
     used: dict[str, int] = {}
+    scopes = {node: _scope(node) for node in model.graph}
     for node in model.graph:
-        name = f"{_scope(node)}/{node.op_type}"
+        scope = _lender(node, scopes) or scopes[node]
+        name = f"{names.get(scope, scope)}/{node.op_type}"
         used[name] = used.get(name, 0) + 1
         node.name = name if used[name] == 1 else f"{name}.{used[name]}"
         node.metadata_props.clear()  # torch's notes on every node weigh more than a small net
@@ -53,6 +61,15 @@ def _scope(node: ir.Node) -> str:
     """The module a node comes from, by torch's note of the modules it is nested in."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _lender(node: ir.Node, scopes: Mapping[ir.Node, str]) -> str | None:
+    """The module whose packed weight a node reads, perhaps transposed."""
+    weight = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] else None
+    if weight is not None and weight.op_type == "Transpose" and weight.inputs[0] is not None:
+        weight = weight.inputs[0].producer()
+    scope = "" if weight is None else scopes[weight]
+    return scope.removesuffix(_WEIGHT) if scope.endswith(_WEIGHT) else None
 
 
 def _clip_then_quantize(op: Any, x: Any, low: Any, high: Any, scale: Any, zero_point: Any) -> Any:

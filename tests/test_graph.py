@@ -1,6 +1,6 @@
 """The passes over the exported graph: what stands between a kernel and its quantizer is gone."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import onnx
@@ -113,9 +113,20 @@ def test_clips_before_a_quantizer_became_clips_of_its_codes(awkward):
 
 def test_every_layer_of_it_runs_in_integers(awkward):
     rows = {row.name: row for row in inspect_onnx(awkward[1]).layers}
-    assert set(rows) == {"stem", "depthwise", "point", "attn", "head"}
+    assert set(rows) == {"stem", "depthwise", "point", "attn.qkv", "head"}
     assert rows["depthwise"].fused
-    assert rows["attn"].fused
+    assert rows["attn.qkv"].fused
+
+
+def test_a_layer_that_two_parents_share_goes_by_one_name(preprocessing, tmp_path):
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    blocks = [nn.Sequential(OrderedDict(proj=shared, act=nn.ReLU())) for _ in range(2)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(3 * 15 * 15, 2))
+    plan = quantize(model, torch.zeros(1, *SIZE), 2, 2)
+    path = export_onnx(model, tmp_path / "model.onnx", preprocessing)
+    assert [layer.name for layer in plan.layers] == ["0.proj", "3"]
+    names = [row.name for row in inspect_onnx(path).layers]
+    assert names == ["0.proj", "0.proj/Conv.2", "3"]
 
 
 def test_a_model_too_large_for_one_file_keeps_its_tensors_beside_it(
