@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from ricciq.layers import (
     names_of,
     quantize_input,
     quantize_output,
+    turn_negative_rows,
 )
 from ricciq.quantizer import FLOAT_BITS, ActivationQuantizer, Bits
 from ricciq.recording import Call, Recording, Value, record, value_of
@@ -324,12 +325,15 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     Returns:
         The same model, with float activations until it is calibrated.
     """
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
         quantized: QuantLayer
         if isinstance(module, nn.Conv2d):
             norm = model.get_submodule(layer.norm) if layer.norm else None
             assert norm is None or isinstance(norm, nn.BatchNorm2d)
+            if norm is not None and owners[id(module.weight)] == 1:
+                turn_negative_rows(module, norm)
             quantized = QuantConv2d.from_float(
                 module, layer.weight_bits, layer.act_bits, _plain(norm)
             )

@@ -44,10 +44,17 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
         scope = _lender(node, scopes) or scopes[node]
         name = f"{names.get(scope, scope)}/{node.op_type}"
         used[name] = used.get(name, 0) + 1
-        node.name = name if used[name] == 1 else f"{name}.{used[name]}"
+        unpacks = _WEIGHT in scope and node.op_type != "DequantizeLinear"
+        node.name = None if unpacks else name if used[name] == 1 else f"{name}.{used[name]}"
         node.metadata_props.clear()  # torch's notes on every node weigh more than a small net
-        for value in node.outputs:
-            value.metadata_props.clear()
+    # So do the names and shapes of what flows between nodes; runtimes infer the shapes.
+    between = [
+        value for node in model.graph for value in node.outputs if not value.is_graph_output()
+    ]
+    for number, value in enumerate(between):
+        value.name = f"_{number}"
+        value.type = value.shape = None
+        value.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
     model.metadata_props.clear()

@@ -217,6 +217,10 @@ def _shape(value: ir.Value) -> list[int]:
         producer = value.producer()
         if producer is None or not producer.inputs or producer.inputs[0] is None:
             return []
+        if producer.op_type == "Reshape" and len(producer.inputs) == 2 and producer.inputs[1]:
+            target = producer.inputs[1].const_value
+            if target is not None and (target.numpy() > 0).all():
+                return [int(n) for n in target.numpy()]
         value = producer.inputs[0]
     return list(value.shape.numpy())
 

@@ -176,7 +176,8 @@ class QuantLayer(nn.Module):
         input_scale = self.input_quantizer.scale.double()
         fitting = torch.maximum(scale, bias.abs() / (input_scale * BIAS_LIMIT)).clamp_min(MIN_SCALE)
         shrink = (scale / fitting).view(-1, *[1] * (codes.dim() - 1))
-        codes = torch.where(shrink < 1, grid.round(codes * shrink), codes).to(torch.int8)
+        if grid.step == 1:  # where no code is zero, rounding would make all of them alike
+            codes = torch.where(shrink < 1, grid.round(codes * shrink), codes).to(torch.int8)
         # The steps a file holds are float32: round them first, so that the bias is counted in them.
         weight_scale = fitting.float()
         bias_scale = weight_scale * self.input_quantizer.scale
@@ -221,8 +222,6 @@ class QuantConv2d(nn.Conv2d, QuantLayer):
             device="meta",
         )
         layer.weight, layer.bias = conv.weight, conv.bias
-        if norm is not None:
-            _turn_negative_rows(layer, norm)
         layer.same = isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False) is True
         standardize = Standardization(conv) if type(conv) in STANDARDIZED else None
         layer._discretize(weight_bits, act_bits, norm, standardize)
@@ -299,7 +298,7 @@ class QuantLinearWeight(QuantLayer):
 
 
 @torch.no_grad()
-def _turn_negative_rows(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+def turn_negative_rows(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Negate the rows that a negative BatchNorm weight would negate; what comes out is the same.
 
     Folding such a weight turns codes around, which a two's complement grid cannot hold: the file

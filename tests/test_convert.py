@@ -491,6 +491,19 @@ def test_a_layer_that_works_on_constants_stays_float():
     assert "constants" in reasons(plan)["table"]
 
 
+def test_convolutions_that_share_a_weight_keep_it_as_it_is():
+    layers = {name: nn.Conv2d(3, 4, 1, bias=False) for name in ("a", "b")}
+    layers["b"].weight = layers["a"].weight
+    norms = {name: nn.BatchNorm2d(4) for name in ("norm_a", "norm_b")}
+    norms["norm_a"].weight.data = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    norms["norm_b"].weight.data = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    model = Model(lambda m, x: m.norm_a(m.a(x)) + m.norm_b(m.b(x)), **layers, **norms).eval()
+    x = torch.randn(4, 3, 8, 8)
+    expected = model(x)
+    quantize(model, x, 8, 32)
+    assert (model(x) - expected).abs().max() < 0.05 * expected.std()
+
+
 # Rectifiers
 
 

@@ -21,6 +21,7 @@ from ricciq.layers import (
     QuantLinear,
     QuantLinearWeight,
     quantize_output,
+    turn_negative_rows,
 )
 from ricciq.quantizer import ActivationQuantizer
 
@@ -262,6 +263,7 @@ def test_conversion_turns_rows_around_where_the_norm_is_negative(bias):
     norm = norm_with(NORM_WEIGHTS)
     x = torch.randn(2, 4, 7, 7)
     before, held, rows = norm(conv(x)), norm.weight, conv.weight.clone()
+    turn_negative_rows(conv, norm)
     layer = QuantConv2d.from_float(conv, 2, 32, norm)
     torch.testing.assert_close(norm(conv(x)), before)
     assert layer.norm.weight is held
@@ -269,6 +271,15 @@ def test_conversion_turns_rows_around_where_the_norm_is_negative(bias):
     assert not layer.integer_weights().flip.any()
     turned = (conv.weight == -rows).flatten(1).all(1)
     assert turned.tolist() == [weight < 0 for weight in NORM_WEIGHTS]
+
+
+def test_a_dead_row_at_one_bit_keeps_its_codes_apart():
+    """No code is zero there, so its weights must go on cancelling each other."""
+    norm = norm_with([0.0] * 8)
+    layer = QuantConv2d.from_float(nn.Conv2d(512, 8, 3, padding=1, bias=False), 1, 8, norm).eval()
+    layer.input_quantizer.set_range(1 / 255, 0)
+    x = torch.rand(1, 512, 8, 8)
+    assert (from_integers(layer, x) - layer(x)).abs().max() < 0.01 * norm.bias.abs().max()
 
 
 # timm's own layers
