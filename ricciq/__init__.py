@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from ricciq.convert import quantize
     from ricciq.errors import RicciqError
     from ricciq.export import export_onnx
+    from ricciq.flow import RicciFlow
     from ricciq.pipeline import run
     from ricciq.recipe import Recipe
-    from ricciq.ricci import RicciFlow
     from ricciq.train import finetune
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOMES = {
     "quantize": "convert",
     "calibrate": "calibration",
     "finetune": "train",
-    "RicciFlow": "ricci",
+    "RicciFlow": "flow",
     "export_onnx": "export",
     "RicciqError": "errors",
 }

@@ -1,108 +1,175 @@
-"""Gradient estimators by name, and the seam between the training loop and the geometry.
+"""Gradient estimators by name: what becomes of a gradient taken at discrete values.
 
-The straight-through estimator hands the weights the gradient taken at their rounded values. The
-other methods correct that gradient with the metric of `ricciq.ricci` before the optimizer sees it.
+The straight-through estimator hands it to the continuous values as it is. Every other one changes
+it by where those values stand in their quantization cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ricciq.errors import RecipeError
-from ricciq.quantizer import WeightQuantizer
-from ricciq.ricci import Geometry, RicciFlow
-
-METHODS: dict[str, RicciFlow | None] = {
-    "ricci": RicciFlow(),
-    "ste": None,
-    "lne": RicciFlow(flow="none", correction="natural"),
-    "project": RicciFlow(correction="project"),
-}
-"""What each method name stands for; None leaves the straight-through gradient as it is."""
+from ricciq.flow import Coordinate, RicciFlow
 
 
-class DiscreteWeight(NamedTuple):
-    """A weight under training and the quantizer it goes through."""
+class Estimator(Protocol):
+    """Changes gradients; `ricciq.flow.RicciFlow` is one."""
 
-    name: str
-    weight: Tensor
-    quantizer: WeightQuantizer
+    @property
+    def coordinate(self) -> Coordinate:
+        """What it takes as xi: the place in the quantization cell, or the value in steps."""
 
+    def correct(
+        self,
+        gradient: Tensor,
+        xi: Tensor,
+        kernel: int = 1,
+        mask: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Tensor:
+        """A gradient, (rows, n), taken at discrete values, as the continuous ones shall have it.
 
-def named_flow(name: str, changes: Mapping[str, Any]) -> RicciFlow | None:
-    """The flow a method name stands for, with some of its values changed.
-
-    Raises:
-        RecipeError: the values do not hold, or the method has none to change.
-    """
-    flow = METHODS[name]
-    if not changes:
-        return flow
-    if flow is None:
-        keys = ", ".join(changes)
-        raise RecipeError(f"method {name} has no {keys}; remove it or choose another method")
-    values = {field: getattr(flow, field) for field in flow.__dataclass_fields__}
-    try:
-        return RicciFlow(**{**values, **changes})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"method {name} does not hold: {error}") from None
+        Args:
+            gradient: (rows, n).
+            xi: (rows, n), 0 where the gradient is masked; a residual is 0 at a level and 1 or -1 at
+                the threshold above or below it.
+            kernel: how many neighbours in a row make a kernel.
+            mask: bool, (rows, n), True where the gradient is active; elsewhere 0 is returned.
+            progress: share of the training that is done, from 0 to 1.
+        """
 
 
 @dataclass(frozen=True)
-class Correction:
-    """Applies a flow to the gradients of discrete weights, in place.
+class StraightThrough:
+    """The gradient as it is (Bengio et al. 2013, arXiv 1308.3432)."""
+
+    coordinate: ClassVar[Coordinate] = "residual"
+
+    def correct(
+        self,
+        gradient: Tensor,
+        xi: Tensor,  # noqa: ARG002
+        kernel: int = 1,  # noqa: ARG002
+        mask: Tensor | None = None,
+        progress: float = 0.0,  # noqa: ARG002
+    ) -> Tensor:
+        """See `Estimator.correct`."""
+        return gradient if mask is None else gradient.where(mask, 0)
+
+
+class _Elementwise:
+    """Multiplies every entry of a gradient by a factor of its own."""
+
+    coordinate: ClassVar[Coordinate] = "residual"
+
+    def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:
+        """Of the shape of both."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def correct(
+        self,
+        gradient: Tensor,
+        xi: Tensor,
+        kernel: int = 1,  # noqa: ARG002
+        mask: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Tensor:
+        """See `Estimator.correct`."""
+        corrected = gradient * self.factor(gradient, xi, progress)
+        return corrected if mask is None else corrected.where(mask, 0)
+
+
+@dataclass(frozen=True)
+class ElementwiseScaling(_Elementwise):
+    """EWGS: steps grow that lead back to the level (Lee, Kim, Ham 2021, arXiv 2104.00903, eq. 4).
 
     Attributes:
-        flow: what to apply, or None for the plain straight-through estimator.
+        delta: strength. The error x - Q(x) counts in steps; the paper counts it in ranges.
     """
 
-    flow: RicciFlow | None
+    delta: float = 0.2
 
-    @torch.no_grad()
-    def __call__(self, weights: Iterable[DiscreteWeight]) -> None:
-        """Correct every weight that has a gradient; call after backward and before clipping."""
-        if self.flow is None:
-            return
-        for _, weight, quantizer in weights:
-            if weight.grad is not None:
-                xi, mask = self._coordinate(self.flow, weight, quantizer)
-                gradient = weight.grad.flatten(1)
-                corrected = self.flow.correct(gradient, xi, mask=mask, kernel=_kernel(weight))
-                weight.grad.copy_(corrected.view_as(weight))
+    def __post_init__(self) -> None:
+        """Raise ValueError for a strength that could turn gradients around."""
+        if not 0 <= self.delta <= 2:
+            raise ValueError(f"delta is {self.delta!r}; give a number from 0 to 2.")
 
-    @torch.no_grad()
-    def measure(self, weights: Iterable[DiscreteWeight]) -> dict[str, Geometry]:
-        """The geometry of each weight's uncorrected gradient; call where the correction would be.
-
-        The plain straight-through estimator is measured with the default flow, uncorrected.
-        """
-        flow = self.flow or RicciFlow()
-        rows = {}
-        for name, weight, quantizer in weights:
-            if weight.grad is not None:
-                xi, mask = self._coordinate(flow, weight, quantizer)
-                gradient, kernel = weight.grad.flatten(1), _kernel(weight)
-                corrected = gradient
-                if self.flow is not None:
-                    corrected = flow.correct(gradient, xi, mask=mask, kernel=kernel)
-                rows[name] = flow.measure(gradient, xi, corrected, kernel=kernel)
-        return rows
-
-    @staticmethod
-    def _coordinate(
-        flow: RicciFlow, weight: Tensor, quantizer: WeightQuantizer
-    ) -> tuple[Tensor, Tensor]:
-        residual, mask = quantizer.residual(weight)
-        if flow.coordinate == "residual":
-            return residual, mask
-        return quantizer.ratio(weight).flatten(1) * mask, mask
+    def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:  # noqa: ARG002
+        """1 + delta sign(G) (x - Q(x))."""
+        return 1 + self.delta * gradient.sign() * residual / 2
 
 
-def _kernel(weight: Tensor) -> int:
-    """How many weights make a kernel: one input channel's, or one weight of a linear layer."""
-    return weight[0, 0].numel()
+@dataclass(frozen=True)
+class SoftQuantization(_Elementwise):
+    """DSQ: the slope of a staircase of tanh (Gong et al. 2019, arXiv 1908.05033, eq. 4 to 8).
+
+    Attributes:
+        alpha: its distance from the true staircase: near 0 all slope is at the thresholds.
+    """
+
+    alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an alpha no staircase has."""
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha is {self.alpha!r}; give a number between 0 and 1.")
+
+    def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:  # noqa: ARG002
+        """Largest at the thresholds, 1 in the mean over a cell."""
+        k = math.log(2 / self.alpha - 1)
+        from_threshold = (1 - residual.abs()) / 2  # in steps
+        slope: Tensor = 1 - torch.tanh(k * from_threshold).square()
+        return slope * (k / (2 * math.tanh(k / 2)))
+
+
+@dataclass(frozen=True)
+class ErrorDecay(_Elementwise):
+    """EDE: from a line's slope to that of a sign (Qin et al. 2020, arXiv 1909.10788, eq. 8).
+
+    With more than two levels a value counts from its nearest threshold, in half steps.
+    """
+
+    def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:  # noqa: ARG002
+        """k t (1 - tanh^2(t x)) with t from 0.1 to 10 and k = max(1 / t, 1)."""
+        t = 0.1 * 100**progress
+        slope = 1 - torch.tanh(t * (1 - residual.abs())).square()
+        scaled: Tensor = max(1.0, t) * slope
+        return scaled
+
+
+METHODS: dict[str, Estimator] = {
+    "ricci": RicciFlow(),
+    "ste": StraightThrough(),
+    "ewgs": ElementwiseScaling(),
+    "dsq": SoftQuantization(),
+    "ede": ErrorDecay(),
+    "lne": RicciFlow(flow="none", correction="natural"),
+    "project": RicciFlow(correction="project"),
+}
+"""What each method name stands for."""
+
+
+def named_estimator(name: str, changes: Mapping[str, Any]) -> Estimator:
+    """The estimator a method name stands for, with some of its values changed.
+
+    Raises:
+        RecipeError: the values do not hold, or the method has none of that name.
+    """
+    method: Any = METHODS[name]
+    known = {field.name for field in fields(method)}
+    if unknown := [key for key in changes if key not in known]:
+        raise RecipeError(
+            f"method {name} has no {', '.join(unknown)}; remove it or choose another method"
+        )
+    try:
+        changed: Estimator = replace(method, **changes)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"method {name} does not hold: {error}") from None
+    return changed

@@ -18,10 +18,11 @@ from ricciq.bench import Latency, measure_latency
 from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
 from ricciq.convert import Plan, convert, plan_conversion
+from ricciq.correction import Correction
 from ricciq.data import Batch, PictureData, Split, open_data
 from ricciq.deployment import deploy
 from ricciq.errors import InterruptedRunError, UsageError
-from ricciq.estimators import Correction, named_flow
+from ricciq.estimators import named_estimator
 from ricciq.evaluate import Metrics, Predict, evaluate
 from ricciq.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
 from ricciq.inspection import Inspection, inspect_onnx
@@ -222,7 +223,7 @@ def _train(job: Job, folder: RunFolder, resume: bool, journal: Journal) -> Progr
         job.loader("fit", training=True),
         job.loader("holdout"),
         recipe,
-        Correction(named_flow(method.name, method.changes)),
+        Correction(named_estimator(method.name, method.changes)),
         device=job.device,
         folder=folder,
         teacher=teacher if job.plan.layers and recipe.training.distill else None,

@@ -53,41 +53,55 @@ class Grid:
 
     def round(self, ratio: Tensor) -> Tensor:
         """The nearest code of each ``x / scale``, as floating-point numbers of the same shape."""
-        nearest = ratio.round() if self.step == 1 else 2 * (ratio / 2).floor() + 1
-        return nearest.clamp(self.low, self.high)
+        if self.step == 1:
+            return ratio.round().clamp_(self.low, self.high)
+        return (ratio / 2).floor_().mul_(2).add_(1).clamp_(self.low, self.high)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x -> scale * code, with STE for x and LSQ for the scale; saves only x between the passes."""
+    """x -> scale * code, with STE for x and LSQ for the scale; keeps x and a mask for the backward.
+
+    What comes out is not kept, as the model may add to it in place.
+    """
 
     @staticmethod
     def forward(
         x: Tensor, log_scale: Tensor, zero_point: Tensor | None, grid: Grid, gain: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         del gain
         scale = _scale(log_scale)  # float32, as are codes and steps under mixed precision
-        return (_codes(x.float() / scale, zero_point, grid) * scale).to(x.dtype)
+        ratio = x.float() / scale
+        inside = _inside(ratio, zero_point, grid)
+        return _codes(ratio, zero_point, grid).mul_(scale).to(x.dtype), inside
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, log_scale, zero_point, ctx.grid, ctx.gain = inputs
-        ctx.save_for_backward(x, log_scale, zero_point)
+        inside = output[1]
+        ctx.mark_non_differentiable(inside)
+        ctx.save_for_backward(x, log_scale, zero_point, inside)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, log_scale, zero_point = ctx.saved_tensors
+        grad = grads[0]
+        x, log_scale, zero_point, inside = ctx.saved_tensors
         scale = _scale(log_scale)
-        ratio = x.float() / scale
-        inside = _inside(ratio, zero_point, ctx.grid)
-        grad = grad.float()
         grad_x = grad * inside
-        codes = _codes(ratio, zero_point, ctx.grid)
+        codes = _codes(x.float() / scale, zero_point, ctx.grid)
         # d(scale * code)/d(scale) is code - ratio inside the range, code at its ends (LSQ, eq. 3).
-        per_scale = (grad * codes - grad_x * ratio).sum_to_size(scale.shape)
+        per_scale = _sum_like(scale, grad, codes) - _sum_like(scale, grad_x, x) / scale
         # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
         # relative change, so published learning rates keep their meaning.
-        return grad_x.to(x.dtype), per_scale * ctx.gain / scale, None, None, None
+        return grad_x, per_scale * ctx.gain / scale, None, None, None
+
+
+def _sum_like(scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Sums of a * b over what shares a step, in float32."""
+    if scale.dim() == 0 and a.dtype == b.dtype == torch.float32:
+        if a.is_contiguous(memory_format=torch.channels_last):
+            a, b = a.movedim(1, -1), b.movedim(1, -1)
+        return torch.dot(a.reshape(-1), b.reshape(-1))  # no product of their size in between
+    return (a.float() * b).sum_to_size(scale.shape)
 
 
 def _scale(log_scale: Tensor) -> Tensor:
@@ -98,7 +112,7 @@ def _scale(log_scale: Tensor) -> Tensor:
 def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     if zero_point is None:
         return grid.round(ratio)
-    return grid.round(ratio.round() + zero_point) - zero_point
+    return grid.round(ratio.round().add_(zero_point)).sub_(zero_point)
 
 
 def _inside(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
@@ -122,7 +136,7 @@ def fake_quantize(
         The same shape and dtype as x. Its gradient is the straight-through estimator's: passed
         unchanged where x lies within the grid's range, exactly zero outside.
     """
-    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain)
+    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain)[0]
     return result
 
 

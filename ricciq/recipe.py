@@ -86,7 +86,7 @@ class QuantizationSection(Section):
 class MethodSection(Section):
     """The gradient estimator, and values that differ from what its name stands for."""
 
-    name: Literal["ricci", "ste", "lne", "project"] = "ricci"
+    name: Literal["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project"] = "ricci"
     coordinate: Literal["residual", "weight"] | None = None
     block: Literal["row", "kernel"] | Annotated[int, Field(ge=1)] | None = None
     flow: Literal["linear", "euler", "none"] | None = None
@@ -94,7 +94,10 @@ class MethodSection(Section):
     time: Annotated[float, Field(ge=0)] | None = None
     rho: Annotated[float, Field(gt=0, lt=1)] | None = None
     tau_max: Positive | None = None
+    schedule: Literal["constant", "linear", "cosine", "measured"] | None = None
     strength: float | None = None
+    delta: float | None = None
+    alpha: float | None = None
 
     @property
     def changes(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The paper: potential -> divergence -> metric -> Ricci tensor -> flow -> correction.
+"""The paper: potential -> divergence -> metric -> Ricci tensor -> flow -> rules of correction.
 
 "The paper" is Chen, Chen, Wang, Dai, Tsang and Liu, "Learning Discretized Neural Networks under
 Ricci Flow", arXiv 2302.03390. Formulas that it does not print are marked "derived here".
@@ -12,14 +12,10 @@ stay a diagonal plus one or two outer products: no n x n matrix arises.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-Coordinate = Literal["residual", "weight"]
-Flow = Literal["linear", "euler", "none"]
-Correction = Literal["natural", "pullback", "parallel", "project"]
 MAX_MODES = 16  # Fourier modes of the linear flow; for shorter times its kinks are split off
 
 
@@ -161,7 +157,7 @@ def scalar_curvature(xi: Tensor, tau: Tensor) -> Tensor:
     return diagonal.sum(dim=-1) + (_dot(v, ricci.apply(v)) / (1 - _dot(v, v))).squeeze(-1)
 
 
-def flow_euler(xi: Tensor, tau: Tensor, time: float) -> Metric:
+def flow_euler(xi: Tensor, tau: Tensor, time: float | Tensor) -> Metric:
     """One step g(0) - 2 time Ric(g(0)), positive definite, not normalized (derived here)."""
     # There is no second step: the closed form of the Ricci tensor is that of the LNE metric.
     start, ricci = lne_metric(xi, tau), ricci_tensor(xi, tau)
@@ -170,7 +166,9 @@ def flow_euler(xi: Tensor, tau: Tensor, time: float) -> Metric:
     return Metric(start.diag - 2 * time * ricci.diag, factors, coefficients)
 
 
-def flow_linear(xi: Tensor, tau: Tensor, time: float, half: Tensor | float = 1.0) -> Metric:
+def flow_linear(
+    xi: Tensor, tau: Tensor, time: float | Tensor, half: Tensor | float = 1.0
+) -> Metric:
     """Ricci-DeTurck flow linearized at the Euclidean metric, not normalized (derived here).
 
     It is the heat flow of the metric's components, each coordinate on a circle from -half to half
@@ -182,33 +180,37 @@ def flow_linear(xi: Tensor, tau: Tensor, time: float, half: Tensor | float = 1.0
     do not reach rounding error, the jump of v and the kink of v^2 flow in closed form and a series
     is left with the rest: its error grows as t falls, to 1e-4 for tau * half <= 4, 2e-3 at 10.
     """
-    if time == 0:
+    if not isinstance(time, Tensor) and time == 0:
         return lne_metric(xi, tau)
     mean, square = _heat(xi / half, tau * half, time)
     return Metric(1 - square + mean.square(), mean.unsqueeze(-1), -torch.ones_like(mean[..., :1]))
 
 
-def _heat(r: Tensor, tau: Tensor, time: float) -> tuple[Tensor, Tensor]:
+def _heat(r: Tensor, tau: Tensor, time: float | Tensor) -> tuple[Tensor, Tensor]:
     """Means of tanh(tau r) and of its square after a heat flow on the circle [-1, 1]."""
-    # The first mode left out lies below rounding error, relative to the first one kept.
-    needed = math.sqrt(1 - math.log(torch.finfo(r.dtype).eps) / (math.pi**2 * time)) - 1
-    modes, split = max(1, min(math.ceil(needed), MAX_MODES)), needed > MAX_MODES
+    modes, split = MAX_MODES, True  # for many times at once, as the shortest might need them
+    if not isinstance(time, Tensor):
+        # The first mode left out lies below rounding error, relative to the first one kept.
+        needed = math.sqrt(1 - math.log(torch.finfo(r.dtype).eps) / (math.pi**2 * time)) - 1
+        modes, split = max(1, min(math.ceil(needed), MAX_MODES)), needed > MAX_MODES
+        time = r.new_full((), time)
     nodes, weights = (x.to(r) for x in _gauss_legendre(modes + 12))
     edge = torch.tanh(tau) if split else torch.zeros_like(tau)
     kink = tau * edge * (1 - edge.square())
     odd = torch.tanh(tau * nodes)
     odd, even = odd - edge * nodes, odd.square() - kink * nodes.square()
     waves = math.pi * torch.arange(modes + 1, dtype=r.dtype, device=r.device).unsqueeze(-1)
-    fade = 2 * torch.exp(-waves.square() * time) * weights
-    sines = [_dot(odd, x) for x in fade * torch.sin(waves * nodes)]
-    cosines = [_dot(even, x) for x in fade * torch.cos(waves * nodes)]
+    fade = [2 * torch.exp(-wave.square() * time) for wave in waves]
+    sine, cosine = weights * torch.sin(waves * nodes), weights * torch.cos(waves * nodes)
+    sines = [f * _dot(odd, wave) for f, wave in zip(fade, sine, strict=True)]
+    cosines = [f * _dot(even, wave) for f, wave in zip(fade, cosine, strict=True)]
     cos = torch.cos(math.pi * r)
     mean = _clenshaw(sines[1:], 2 * cos)[0] * torch.sin(math.pi * r)
     last, before = _clenshaw(cosines[1:], 2 * cos)
     square = torch.addcmul(cosines[0] / 2 - before, last, cos)
     if split:
         # Heat flow of r and r^2: that of the line, less what comes round through the closing point.
-        root, gaps = 2 * math.sqrt(time), (1 - r, 1 + r)
+        root, gaps = 2 * time.sqrt(), (1 - r, 1 + r)
         right, left = (torch.erfc(gap / root) for gap in gaps)
         bump = torch.exp(-(gaps[0] / root).square()) + torch.exp(-(gaps[1] / root).square())
         around = 2 * (gaps[0] * right + gaps[1] * left - bump * root / math.sqrt(math.pi))
@@ -261,139 +263,3 @@ def project(xi: Tensor, gradient: Tensor, strength: float) -> Tensor:
     """Plain projection G - strength xi_hat (xi_hat . G), for comparison; needs no geometry."""
     unit = torch.nn.functional.normalize(xi, dim=-1)
     return gradient - strength * unit * _dot(unit, gradient)
-
-
-class Geometry(NamedTuple):
-    """What a correction looked like: means over rows, the blocks of a row taken together."""
-
-    perturbation_start: float  # norm of the off-diagonal part of g(0)
-    perturbation_end: float  # the same of the normalized g(t)
-    decay: float  # their ratio; 1 where there is nothing to decay
-    scalar_curvature: float  # of g(0)
-    divergence: float  # D[0 : xi], the distance to the discrete point
-    mismatch_cosine: float  # between the gradient and the corrected one, all rows at once
-    residual_cosine: float  # between xi and the gradient; a row of zeros counts as 0
-
-
-@dataclass(frozen=True)
-class RicciFlow:
-    """Correct gradients by the flow of an LNE metric, after the paper.
-
-    Example:
-        >>> residual, gradient = torch.rand(8, 36) - 0.5, torch.randn(8, 36)
-        >>> RicciFlow(time=0.05).correct(gradient, residual).shape
-        torch.Size([8, 36])
-    """
-
-    coordinate: Coordinate = "residual"  # what callers pass as xi; a weight counts in steps
-    block: Literal["row", "kernel"] | int = "row"  # who shares a metric; the last may be shorter
-    flow: Flow = "linear"
-    correction: Correction = "pullback"  # parallel and project use no flow
-    time: float = 0.1  # how long the metric flows
-    rho: float = 0.9  # bound on sigma
-    tau_max: float = 1.0  # bound on the curvature parameter
-    strength: float = 0.9  # coefficient of project
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a setting that is unknown or out of range."""
-        rules, whole = get_args(Correction), type(self.block) is int and self.block >= 1
-        for name, good, remedy in [
-            ("coordinate", self.coordinate in get_args(Coordinate), "residual or weight"),
-            ("block", self.block in ("row", "kernel") or whole, "row, kernel or an integer from 1"),
-            ("flow", self.flow in get_args(Flow), "linear, euler or none"),
-            ("correction", self.correction in rules, " or ".join(rules)),
-            ("time", 0 <= self.time < math.inf, "a finite number from 0"),
-            ("rho", 0 < self.rho < 1, "a number between 0 and 1, both excluded"),
-            ("tau_max", 0 < self.tau_max < math.inf, "a finite number above 0"),
-            ("strength", math.isfinite(self.strength), "a finite number"),
-        ]:
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give {remedy}.")
-
-    @torch.no_grad()
-    def correct(
-        self, gradient: Tensor, xi: Tensor, kernel: int = 1, mask: Tensor | None = None
-    ) -> Tensor:
-        """Correct a gradient taken at the discrete weights.
-
-        Args:
-            gradient: (rows, n), a row per output channel.
-            xi: coordinate, (rows, n), 0 where the gradient is masked.
-            kernel: the block size that "kernel" stands for.
-            mask: bool, (rows, n), True where the gradient is active; elsewhere 0 is returned.
-
-        Returns:
-            (rows, n) in the gradient's dtype, computed in float32, or float64 if either input is.
-            A row whose xi is 0 throughout is returned as it is.
-
-        Raises:
-            ValueError: shapes differ or are not (rows, n), or kernel is not positive.
-        """
-        g, x = _alike(gradient, xi)
-        if mask is not None:
-            g, x = g.where(mask, 0), x.where(mask, 0)
-        flowed = self.metrics(x, kernel)
-        parts = zip(self._cut(g, kernel), self._cut(x, kernel), flowed, strict=True)
-        corrected = torch.cat([self._rule(*part).flatten(1) for part in parts], dim=1)
-        return corrected.where(x.any(dim=1, keepdim=True), g).to(gradient.dtype)
-
-    def metrics(self, xi: Tensor, kernel: int = 1) -> list[tuple[Metric, Metric]]:
-        """Metrics g(0) and normalized g(t) of each piece of a cut, one object if nothing flows."""
-        pieces = [(x, tau(x, self.rho, self.tau_max)) for x in self._cut(xi, kernel)]
-        starts = ends = [lne_metric(*piece) for piece in pieces]
-        if self.time > 0 and self.flow != "none" and self.correction in ("natural", "pullback"):
-            if self.flow == "euler":
-                ends = [flow_euler(*piece, self.time) for piece in pieces]
-            else:
-                # A residual needs the circle [-1, 1], a weight one that reaches around its row.
-                half = xi.abs().amax(dim=1).clamp(min=1)[:, None, None]
-                ends = [flow_linear(*piece, self.time, half) for piece in pieces]
-            ends = normalized(ends, starts)
-        return list(zip(starts, ends, strict=True))
-
-    @torch.no_grad()
-    def measure(self, gradient: Tensor, xi: Tensor, corrected: Tensor, kernel: int = 1) -> Geometry:
-        """Describe what `correct` was given and what it returned; it raises the same errors."""
-        g, x, c = _alike(gradient, xi, corrected)
-        sums = x.new_zeros(4)
-        for part, forms in zip(self._cut(x, kernel), self.metrics(x, kernel), strict=True):
-            t = tau(part, self.rho, self.tau_max)
-            values = [form.off_diagonal_norm().square() for form in forms]
-            values += [scalar_curvature(part, t), divergence(torch.zeros_like(part), part, t)]
-            sums = sums + torch.stack(values, dim=-1).sum(dim=1)
-        first, last = sums[:, :2].sqrt().mean(dim=0).tolist()
-        curvature, distance = sums[:, 2:].mean(dim=0).tolist()
-        # The tiny floor is for gradients that are small without being zero.
-        along = torch.cosine_similarity(x, g, dim=1, eps=1e-30).mean().item()
-        mismatch = torch.cosine_similarity(g.flatten(), c.flatten(), dim=0, eps=1e-30).item()
-        decay = last / first if first > 0 else 1.0
-        return Geometry(first, last, decay, curvature, distance, mismatch, along)
-
-    def _rule(self, gradient: Tensor, xi: Tensor, flowed: tuple[Metric, Metric]) -> Tensor:
-        start, end = flowed
-        if self.correction == "project":
-            return project(xi, gradient, self.strength)
-        if self.correction == "parallel":
-            return parallel(start, gradient)
-        if self.correction == "natural":
-            return natural(end, gradient)
-        # g^-1 g is the identity: without a flow this is the straight-through estimator, exactly.
-        return gradient if end is start else pullback(end, start, gradient)
-
-    def _cut(self, x: Tensor, kernel: int) -> list[Tensor]:
-        """Full blocks, (rows, blocks, size), and the shorter last ones, (rows, 1, rest), if any."""
-        if kernel < 1:
-            raise ValueError(f"kernel is {kernel}; give an integer from 1.")
-        n = x.shape[1]
-        size = n if self.block == "row" else kernel if self.block == "kernel" else self.block
-        rest = n % min(size, n)
-        full = x[:, : n - rest].reshape(len(x), -1, min(size, n))
-        return [full, x[:, n - rest :].unsqueeze(1)] if rest else [full]
-
-
-def _alike(*tensors: Tensor) -> list[Tensor]:
-    shapes = [tuple(x.shape) for x in tensors]
-    if len(set(shapes)) > 1 or len(shapes[0]) != 2:
-        raise ValueError(f"shapes are {shapes}; give tensors of one shape (rows, n).")
-    wide = any(x.dtype == torch.float64 for x in tensors)
-    return [x.to(torch.float64 if wide else torch.float32) for x in tensors]

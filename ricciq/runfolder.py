@@ -93,6 +93,8 @@ class RunFolder:
             for path in vars(self).values():
                 if path != self.path:
                     path.unlink(missing_ok=True)
+                if path.suffix == ".onnx":  # weights of a model over 2 GB lie beside it
+                    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(
                 f"--output {self.path} cannot be cleared ({error}); choose another folder"

@@ -24,13 +24,13 @@ from ricciq.checkpoint import (
     write_atomically,
 )
 from ricciq.convert import quantized_layers
+from ricciq.correction import Correction, DiscreteWeight
 from ricciq.data import Batch, set_epoch
 from ricciq.errors import RecipeError, RicciqError
-from ricciq.estimators import Correction, DiscreteWeight
 from ricciq.evaluate import Metrics, evaluate
+from ricciq.flow import Geometry
 from ricciq.journal import Journal
 from ricciq.recipe import Recipe, TrainingSection
-from ricciq.ricci import Geometry
 from ricciq.runfolder import RunFolder, read_csv, write_csv
 
 MAX_BAD_STEPS = 20
@@ -164,6 +164,7 @@ class Trainer:
     ) -> None:
         self.model, self.teacher, self.device = model, teacher, device
         self.settings, self.correction = recipe.training, correction
+        self.steps = steps_per_epoch * recipe.training.epochs
         self.weights = [
             DiscreteWeight(name, layer.latent, layer.weight_quantizer)
             for name, layer in quantized_layers(model).items()
@@ -188,7 +189,8 @@ class Trainer:
         self.model.train()
         tally, self.geometry = Tally(), {}
         for number, (images, targets) in enumerate(fit, start=1):
-            self.step(images, targets, tally, measure=number == len(fit))
+            progress = done.steps / self.steps
+            self.step(images, targets, tally, progress, measure=number == len(fit))
             done.steps += 1
             done.images += len(targets)
             self.schedule.step_update(done.steps)
@@ -201,8 +203,10 @@ class Trainer:
         done.skipped += tally.bad
         return tally
 
-    def step(self, images: Tensor, targets: Tensor, tally: Tally, measure: bool) -> None:
-        """Forward, backward, correct, step."""
+    def step(
+        self, images: Tensor, targets: Tensor, tally: Tally, progress: float, measure: bool
+    ) -> None:
+        """Forward, backward, correct, step; progress is the share of the training that is done."""
         # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
         averages = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         images = images.to(self.device, non_blocking=True)
@@ -220,8 +224,8 @@ class Trainer:
         finite = bool(nn.utils.get_total_norm(gradients).isfinite())
         if finite:
             if measure:
-                self.geometry = self.correction.measure(self.weights)
-            self.correction(self.weights)
+                self.geometry = self.correction.measure(self.weights, progress)
+            self.correction(self.weights, progress)
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
             self.scaler.step(self.optimizer)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ricciq.correction import Correction, DiscreteWeight
 from ricciq.errors import RecipeError
-from ricciq.estimators import METHODS, Correction, DiscreteWeight, named_flow
+from ricciq.estimators import METHODS, StraightThrough, named_estimator
+from ricciq.flow import RicciFlow
 from ricciq.quantizer import WeightQuantizer
-from ricciq.ricci import RicciFlow
 
-CORRECTING = ["ricci", "lne", "project"]
+CORRECTING = ["ricci", "ewgs", "dsq", "ede", "lne", "project"]
+FLOWING = ["ricci", "lne", "project"]
 
 
 def discrete(weight: Tensor, gradient: Tensor, bits=3) -> DiscreteWeight:
@@ -36,13 +38,13 @@ def draw():
 
 
 def corrected(method: str, item: DiscreteWeight, **changes) -> Tensor:
-    Correction(named_flow(method, changes))([item])
+    Correction(named_estimator(method, changes))([item], progress=0.5)
     return item.weight.grad
 
 
 def test_the_methods_by_name():
-    assert list(METHODS) == ["ricci", "ste", "lne", "project"]
-    assert METHODS["ste"] is None
+    assert list(METHODS) == ["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project"]
+    assert METHODS["ste"] == StraightThrough()
     assert METHODS["ricci"] == RicciFlow()
     assert (METHODS["lne"].flow, METHODS["lne"].correction) == ("none", "natural")
     assert METHODS["project"].correction == "project"
@@ -87,6 +89,46 @@ def test_projection_of_the_weight_itself_by_hand():
     torch.testing.assert_close(after, expected)
 
 
+# A weight a quarter of a step above its level, and one as far below: their residuals are 1/2 and
+# -1/2, and a quarter of a step separates them from their thresholds.
+QUARTERS = torch.tensor([[1.25, 0.75]])
+
+
+def test_elementwise_scaling_by_hand():
+    item = discrete(QUARTERS, torch.tensor([[2.0, 2.0]]))
+    # A positive gradient moves the first back to its level, the second away from it.
+    expected = torch.tensor([[2 * (1 + 0.4 * 0.25), 2 * (1 - 0.4 * 0.25)]])
+    torch.testing.assert_close(corrected("ewgs", item, delta=0.4), expected)
+
+
+def test_soft_quantization_by_hand():
+    # With alpha = 0.2 the steepness is ln 9, tanh(ln 9 / 2) = 0.8 and tanh(ln 9 / 4) = 1/2.
+    item = discrete(QUARTERS, torch.tensor([[2.0, -4.0]]))
+    factor = (1 - 0.5**2) * math.log(9) / (2 * 0.8)
+    torch.testing.assert_close(corrected("dsq", item), factor * torch.tensor([[2.0, -4.0]]))
+
+
+def test_soft_quantization_has_a_mean_slope_of_one():
+    residual = torch.linspace(-1, 1, 20001, dtype=torch.float64)[None]
+    slopes = METHODS["dsq"].correct(torch.ones_like(residual), residual)
+    assert torch.trapezoid(slopes, residual).item() / 2 == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("progress", "factor"),
+    # t = 0.1, 1 and 10; tanh at 1/2 of a half step from the threshold.
+    [
+        (0.0, 1 - math.tanh(0.05) ** 2),
+        (0.5, 1 - math.tanh(0.5) ** 2),
+        (1.0, 10 * (1 - math.tanh(5.0) ** 2)),
+    ],
+)
+def test_error_decay_by_hand(progress, factor):
+    item = discrete(QUARTERS, torch.tensor([[2.0, -4.0]]))
+    Correction(METHODS["ede"])([item], progress)
+    torch.testing.assert_close(item.weight.grad, factor * torch.tensor([[2.0, -4.0]]))
+
+
 def test_projection_uses_each_rows_own_step():
     weight = torch.tensor([[0.25, 1.0], [0.25, 1.0]])
     item = discrete(weight, torch.ones(2, 2))
@@ -98,7 +140,7 @@ def test_projection_uses_each_rows_own_step():
     torch.testing.assert_close(corrected("project", item)[:, 0], torch.tensor([0.1, 0.1]))
 
 
-@pytest.mark.parametrize("method", CORRECTING)
+@pytest.mark.parametrize("method", FLOWING)
 @pytest.mark.parametrize("coordinate", ["residual", "weight"])
 def test_masked_weights_keep_no_gradient_at_all(draw, method, coordinate):
     item = draw(8, 3, 3, 3)
@@ -159,33 +201,38 @@ def test_a_weight_without_gradient_is_passed_over(draw):
 
 
 def test_changes_are_applied():
-    flow = named_flow("lne", {"time": 0.5, "block": "kernel", "tau_max": 2.0})
+    flow = named_estimator("lne", {"time": 0.5, "block": "kernel", "tau_max": 2.0})
     assert flow == RicciFlow(
         flow="none", correction="natural", time=0.5, block="kernel", tau_max=2.0
     )
-    assert named_flow("ricci", {}) is METHODS["ricci"]
-    assert named_flow("ste", {}) is None
+    assert named_estimator("ricci", {}) == METHODS["ricci"]
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rho": 1.0}, {"time": -1.0}, {"flow": "heat"}, {"block": 0}, {"tau_max": 0}, {"speed": 1}],
+    [{"rho": 1.0}, {"time": -1.0}, {"flow": "heat"}, {"block": 0}, {"tau_max": 0}],
 )
 def test_values_that_do_not_hold_are_refused(changes):
     with pytest.raises(RecipeError, match=f"method ricci does not hold: .*{next(iter(changes))}"):
-        named_flow("ricci", changes)
+        named_estimator("ricci", changes)
+
+
+@pytest.mark.parametrize(("method", "key"), [("ricci", "speed"), ("ede", "alpha"), ("dsq", "rho")])
+def test_a_value_the_method_does_not_have_is_refused(method, key):
+    with pytest.raises(RecipeError, match=f"method {method} has no {key}; remove it"):
+        named_estimator(method, {key: 0.5})
 
 
 def test_ste_has_nothing_to_change():
     with pytest.raises(RecipeError, match="method ste has no time, rho; remove it"):
-        named_flow("ste", {"time": 0.1, "rho": 0.5})
+        named_estimator("ste", {"time": 0.1, "rho": 0.5})
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_measuring_changes_nothing_and_gives_finite_numbers(draw, method):
     item = draw(4, 3, 3, 3)
     before = item.weight.grad.clone()
-    geometry = Correction(METHODS[method]).measure([item])["layer"]
+    geometry = Correction(METHODS[method]).measure([item], progress=0.5)["layer"]
     assert torch.equal(item.weight.grad, before)
     assert all(math.isfinite(value) for value in geometry)
     assert geometry.perturbation_start > 0
@@ -195,4 +242,4 @@ def test_measuring_changes_nothing_and_gives_finite_numbers(draw, method):
         after = corrected(method, item)
         cosine = torch.cosine_similarity(before.flatten(), after.flatten(), dim=0)
         assert geometry.mismatch_cosine == pytest.approx(cosine.item(), abs=1e-5)
-        assert geometry.mismatch_cosine < 0.9999
+        assert geometry.mismatch_cosine < 0.99999

@@ -22,9 +22,10 @@ FLOORS = {
     3: "convert export",
     2.5: "deployment",
     2: "layers data models runfolder report bench doctor",
+    1.5: "correction",
     1: "recipe calibration estimators evaluate inspection pictures checkpoint",
     0.5: "graph packing preprocessing runtime recording",
-    0.25: "modelfile",
+    0.25: "modelfile flow",
     0: "errors quantizer ricci journal",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

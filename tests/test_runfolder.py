@@ -88,7 +88,8 @@ def test_a_run_that_could_not_begin_is_no_obstacle(tmp_path):
 
 def test_begin_removes_a_runs_own_files_only(tmp_path):
     folder = make_run(tmp_path, finished=True)
-    for path in (folder.last, folder.best, folder.onnx, folder.summary, folder.log):
+    large = tmp_path / "float.onnx.data"
+    for path in (folder.last, folder.best, folder.onnx, folder.summary, folder.log, large):
         path.write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "plots").mkdir()

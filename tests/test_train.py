@@ -16,8 +16,9 @@ from ricciq import train
 from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_tensors
 from ricciq.convert import convert, quantized_layers
+from ricciq.correction import Correction
 from ricciq.errors import RecipeError, RicciqError
-from ricciq.estimators import METHODS, Correction
+from ricciq.estimators import METHODS
 from ricciq.journal import Journal
 from ricciq.pipeline import prepare
 from ricciq.recipe import Recipe, TrainingSection
@@ -273,7 +274,7 @@ def test_a_bad_step_leaves_the_model_as_it_was(tmp_path):
     run.model.train()
     before = copy.deepcopy(run.model.state_dict())
     images[3, 0, 0, 0] = math.nan
-    trainer.step(images, targets, tally, measure=True)
+    trainer.step(images, targets, tally, progress=0.0, measure=True)
     after = run.model.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == []
@@ -286,12 +287,12 @@ def spoil(monkeypatch, bad_steps: range) -> None:
     """Put a NaN into the pictures of these steps, counted over the whole run."""
     original, taken = Trainer.step, []
 
-    def step(self, images, targets, tally, measure):
+    def step(self, images, targets, tally, progress, measure):
         if len(taken) in bad_steps:
             images = images.clone()
             images[0] = math.nan
         taken.append(1)
-        original(self, images, targets, tally, measure)
+        original(self, images, targets, tally, progress, measure)
 
     monkeypatch.setattr(Trainer, "step", step)
 
@@ -367,7 +368,7 @@ def test_what_has_one_dimension_does_not_decay(tmp_path):
 
 def test_gradients_are_clipped_after_the_correction(tmp_path):
     run = Run(tmp_path, RECIPE.override({"training.clip_grad": 1e-3}))
-    run.correction = lambda weights: [item.weight.grad.mul_(1e6) for item in weights]
+    run.correction = lambda weights, _: [item.weight.grad.mul_(1e6) for item in weights]
     trainer, norms = run.trainer(), []
 
     def note(*_args):
@@ -375,7 +376,7 @@ def test_gradients_are_clipped_after_the_correction(tmp_path):
         norms.append(float(torch.nn.utils.get_total_norm(grads)))
 
     trainer.optimizer.register_step_pre_hook(note)
-    trainer.step(*run.batch(), Tally(), measure=False)
+    trainer.step(*run.batch(), Tally(), progress=0.0, measure=False)
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,11 +46,20 @@ print(loaded, resident() - before)
 """What a process of its own grows by: once the session is there, and after one picture."""
 
 
-def memory(path: Path) -> list[int]:
-    """Bytes a file takes once loaded, and after it has run."""
+PROCESSES = 15
+
+
+def memory(path: Path) -> list[float]:
+    """Bytes a file takes once loaded, and after it has run: medians over processes.
+
+    What the allocator gives back of the memory that loading needed differs from one to the next.
+    """
     command = [sys.executable, "-c", LOAD, str(path)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [int(number) for number in printed.split()]
+    grown = []
+    for _ in range(PROCESSES):
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        grown.append([int(number) for number in printed.split()])
+    return [statistics.median(column) for column in zip(*grown, strict=True)]
 
 
 def measure(name: str, bits: int, threads: int, folder: Path) -> dict[str, object]:

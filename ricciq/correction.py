@@ -1,0 +1,95 @@
+"""The seam between the training loop and the estimators: gradients in, corrected gradients out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ricciq.estimators import Estimator, StraightThrough
+from ricciq.flow import Geometry, RicciFlow
+from ricciq.quantizer import WeightQuantizer
+
+
+class DiscreteWeight(NamedTuple):
+    """A weight under training and the quantizer it goes through."""
+
+    name: str
+    weight: Tensor
+    quantizer: WeightQuantizer
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Applies an estimator to the gradients of discrete weights, in place.
+
+    Attributes:
+        estimator: what to apply.
+    """
+
+    estimator: Estimator
+
+    @torch.no_grad()
+    def __call__(self, weights: Iterable[DiscreteWeight], progress: float = 0.0) -> None:
+        """Correct every weight that has a gradient; call after backward and before clipping.
+
+        Rows of one length are corrected together, whatever layers they are of.
+
+        Args:
+            weights: in any order.
+            progress: share of the training that is done, from 0 to 1.
+        """
+        if isinstance(self.estimator, StraightThrough):
+            return
+        alike: dict[tuple[int, int, torch.dtype], list[DiscreteWeight]] = defaultdict(list)
+        for item in weights:
+            if item.weight.grad is not None:
+                shape = item.weight[0].numel(), _kernel(item.weight), item.weight.grad.dtype
+                alike[shape].append(item)
+        for (_, kernel, _), group in alike.items():
+            gradient = torch.cat([_gradient(item) for item in group])
+            places = [self._coordinate(self.estimator, item) for item in group]
+            xi, mask = (torch.cat(parts) for parts in zip(*places, strict=True))
+            corrected = self.estimator.correct(gradient, xi, kernel, mask, progress)
+            rows = [len(item.weight) for item in group]
+            for item, part in zip(group, torch.split(corrected, rows), strict=True):
+                item.weight.grad.copy_(part.view_as(item.weight))  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def measure(
+        self, weights: Iterable[DiscreteWeight], progress: float = 0.0
+    ) -> dict[str, Geometry]:
+        """The geometry of each weight's uncorrected gradient; call where the correction would be.
+
+        Estimators that have no metric are measured with that of the default flow.
+        """
+        flow = self.estimator if isinstance(self.estimator, RicciFlow) else RicciFlow()
+        rows = {}
+        for item in weights:
+            if item.weight.grad is not None:
+                xi, mask = self._coordinate(flow, item)
+                gradient, kernel = _gradient(item), _kernel(item.weight)
+                corrected = self.estimator.correct(gradient, xi, kernel, mask, progress)
+                rows[item.name] = flow.measure(gradient, xi, corrected, kernel, progress)
+        return rows
+
+    @staticmethod
+    def _coordinate(estimator: Estimator, item: DiscreteWeight) -> tuple[Tensor, Tensor]:
+        residual, mask = item.quantizer.residual(item.weight)
+        if estimator.coordinate == "residual":
+            return residual, mask
+        return item.quantizer.ratio(item.weight).flatten(1) * mask, mask
+
+
+def _gradient(item: DiscreteWeight) -> Tensor:
+    assert item.weight.grad is not None
+    return item.weight.grad.flatten(1)
+
+
+def _kernel(weight: Tensor) -> int:
+    """How many weights make a kernel: one input channel's, or one weight of a linear layer."""
+    return weight[0, 0].numel()

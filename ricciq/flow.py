@@ -1,0 +1,212 @@
+"""Gradients corrected by the flow of an LNE metric: rows cut into blocks, each with its geometry.
+
+`ricciq.ricci` has the mathematics; here are its settings and what they do to a whole weight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ricciq.ricci import (
+    Metric,
+    divergence,
+    flow_euler,
+    flow_linear,
+    lne_metric,
+    natural,
+    normalized,
+    parallel,
+    project,
+    pullback,
+    scalar_curvature,
+    tau,
+)
+
+Coordinate = Literal["residual", "weight"]
+Flow = Literal["linear", "euler", "none"]
+Schedule = Literal["constant", "linear", "cosine", "measured"]
+Rule = Literal["natural", "pullback", "parallel", "project"]
+SPREAD = (0.25, 4.0)
+"""How far the schedule "measured" may take the flow time from its nominal value, as factors."""
+CACHED = 2**16
+"""Weights a CPU corrects at a time: so many stay in its cache, and it takes a third of the time."""
+
+
+class Geometry(NamedTuple):
+    """What a correction looked like: means over rows, the blocks of a row taken together."""
+
+    perturbation_start: float  # norm of the off-diagonal part of g(0)
+    perturbation_end: float  # the same of the normalized g(t)
+    decay: float  # their ratio; 1 where there is nothing to decay
+    scalar_curvature: float  # of g(0)
+    divergence: float  # D[0 : xi], the distance to the discrete point
+    mismatch_cosine: float  # between the gradient and the corrected one, all rows at once
+    residual_cosine: float  # between xi and the gradient; a row of zeros counts as 0
+
+
+@dataclass(frozen=True)
+class RicciFlow:
+    """Correct gradients by the flow of an LNE metric, after the paper.
+
+    Example:
+        >>> residual, gradient = torch.rand(8, 36) - 0.5, torch.randn(8, 36)
+        >>> RicciFlow(time=0.05).correct(gradient, residual).shape
+        torch.Size([8, 36])
+    """
+
+    coordinate: Coordinate = "residual"  # what callers pass as xi; a weight counts in steps
+    block: Literal["row", "kernel"] | int = "row"  # who shares a metric; the last may be shorter
+    flow: Flow = "linear"
+    correction: Rule = "pullback"  # parallel and project use no flow
+    time: float = 0.1  # how long the metric flows
+    schedule: Schedule = "constant"  # of the time: over the training, or by each row's residuals
+    rho: float = 0.9  # bound on sigma
+    tau_max: float = 1.0  # bound on the curvature parameter
+    strength: float = 0.9  # coefficient of project
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a setting that is unknown or out of range."""
+        rules, schedules = get_args(Rule), get_args(Schedule)
+        whole = type(self.block) is int and self.block >= 1
+        for name, good, remedy in [
+            ("coordinate", self.coordinate in get_args(Coordinate), "residual or weight"),
+            ("block", self.block in ("row", "kernel") or whole, "row, kernel or an integer from 1"),
+            ("flow", self.flow in get_args(Flow), "linear, euler or none"),
+            ("correction", self.correction in rules, " or ".join(rules)),
+            ("time", 0 <= self.time < math.inf, "a finite number from 0"),
+            ("schedule", self.schedule in schedules, " or ".join(schedules)),
+            ("rho", 0 < self.rho < 1, "a number between 0 and 1, both excluded"),
+            ("tau_max", 0 < self.tau_max < math.inf, "a finite number above 0"),
+            ("strength", math.isfinite(self.strength), "a finite number"),
+        ]:
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give {remedy}.")
+
+    @torch.no_grad()
+    def correct(
+        self,
+        gradient: Tensor,
+        xi: Tensor,
+        kernel: int = 1,
+        mask: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Tensor:
+        """Correct a gradient taken at the discrete weights.
+
+        Args:
+            gradient: (rows, n), a row per output channel.
+            xi: coordinate, (rows, n), 0 where the gradient is masked.
+            kernel: the block size that "kernel" stands for.
+            mask: bool, (rows, n), True where the gradient is active; elsewhere 0 is returned.
+            progress: share of the training that is done, from 0 to 1, for the schedule.
+
+        Returns:
+            (rows, n) in the gradient's dtype, computed in float32, or float64 if either input is.
+            A row whose xi is 0 throughout is returned as it is.
+
+        Raises:
+            ValueError: shapes differ or are not (rows, n), or kernel is not positive.
+        """
+        g, x = _alike(gradient, xi)
+        if mask is not None:
+            g, x = g.where(mask, 0), x.where(mask, 0)
+        rows = len(g) if g.is_cuda else max(1, CACHED // max(1, g.shape[1]))
+        pieces = zip(torch.split(g, rows), torch.split(x, rows), strict=True)
+        corrected = torch.cat([self._correct_rows(*piece, kernel, progress) for piece in pieces])
+        return corrected.to(gradient.dtype)
+
+    def _correct_rows(self, gradient: Tensor, xi: Tensor, kernel: int, progress: float) -> Tensor:
+        flowed = self.metrics(xi, kernel, progress)
+        parts = zip(self._cut(gradient, kernel), self._cut(xi, kernel), flowed, strict=True)
+        corrected = torch.cat([self._rule(*part).flatten(1) for part in parts], dim=1)
+        return corrected.where(xi.any(dim=1, keepdim=True), gradient)
+
+    def metrics(
+        self, xi: Tensor, kernel: int = 1, progress: float = 0.0
+    ) -> list[tuple[Metric, Metric]]:
+        """Metrics g(0) and normalized g(t) of each piece of a cut, one object if nothing flows."""
+        pieces = [(x, tau(x, self.rho, self.tau_max)) for x in self._cut(xi, kernel)]
+        starts = ends = [lne_metric(*piece) for piece in pieces]
+        time = self._time(xi, progress)
+        moves = isinstance(time, Tensor) or time > 0
+        if moves and self.flow != "none" and self.correction in ("natural", "pullback"):
+            if self.flow == "euler":
+                ends = [flow_euler(*piece, time) for piece in pieces]
+            else:
+                # A residual needs the circle [-1, 1], a weight one that reaches around its row.
+                half = xi.abs().amax(dim=1).clamp(min=1)[:, None, None]
+                ends = [flow_linear(*piece, time, half) for piece in pieces]
+            ends = normalized(ends, starts)
+        return list(zip(starts, ends, strict=True))
+
+    def _time(self, xi: Tensor, progress: float) -> float | Tensor:
+        """How long a metric flows now: one number, or (rows, 1, 1)."""
+        if self.schedule == "linear":
+            return self.time * (1 - progress)
+        if self.schedule == "cosine":
+            return self.time * (1 + math.cos(math.pi * progress)) / 2
+        if self.schedule == "measured" and self.time > 0:
+            # Residuals spread evenly over their cells have the mean square 1/3: the time as it is.
+            spread = 3 * xi.square().mean(dim=1)
+            return self.time * spread.clamp(*SPREAD)[:, None, None]
+        return self.time
+
+    @torch.no_grad()
+    def measure(
+        self,
+        gradient: Tensor,
+        xi: Tensor,
+        corrected: Tensor,
+        kernel: int = 1,
+        progress: float = 0.0,
+    ) -> Geometry:
+        """Describe what `correct` was given and what it returned; it raises the same errors."""
+        g, x, c = _alike(gradient, xi, corrected)
+        sums = x.new_zeros(4)
+        flowed = self.metrics(x, kernel, progress)
+        for part, forms in zip(self._cut(x, kernel), flowed, strict=True):
+            t = tau(part, self.rho, self.tau_max)
+            values = [form.off_diagonal_norm().square() for form in forms]
+            values += [scalar_curvature(part, t), divergence(torch.zeros_like(part), part, t)]
+            sums = sums + torch.stack(values, dim=-1).sum(dim=1)
+        first, last = sums[:, :2].sqrt().mean(dim=0).tolist()
+        curvature, distance = sums[:, 2:].mean(dim=0).tolist()
+        # The tiny floor is for gradients that are small without being zero.
+        along = torch.cosine_similarity(x, g, dim=1, eps=1e-30).mean().item()
+        mismatch = torch.cosine_similarity(g.flatten(), c.flatten(), dim=0, eps=1e-30).item()
+        decay = last / first if first > 0 else 1.0
+        return Geometry(first, last, decay, curvature, distance, mismatch, along)
+
+    def _rule(self, gradient: Tensor, xi: Tensor, flowed: tuple[Metric, Metric]) -> Tensor:
+        start, end = flowed
+        if self.correction == "project":
+            return project(xi, gradient, self.strength)
+        if self.correction == "parallel":
+            return parallel(start, gradient)
+        if self.correction == "natural":
+            return natural(end, gradient)
+        # g^-1 g is the identity: without a flow this is the straight-through estimator, exactly.
+        return gradient if end is start else pullback(end, start, gradient)
+
+    def _cut(self, x: Tensor, kernel: int) -> list[Tensor]:
+        """Full blocks, (rows, blocks, size), and the shorter last ones, (rows, 1, rest), if any."""
+        if kernel < 1:
+            raise ValueError(f"kernel is {kernel}; give an integer from 1.")
+        n = x.shape[1]
+        size = n if self.block == "row" else kernel if self.block == "kernel" else self.block
+        rest = n % min(size, n)
+        full = x[:, : n - rest].reshape(len(x), -1, min(size, n))
+        return [full, x[:, n - rest :].unsqueeze(1)] if rest else [full]
+
+
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    shapes = [tuple(x.shape) for x in tensors]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2:
+        raise ValueError(f"shapes are {shapes}; give tensors of one shape (rows, n).")
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    return [x.to(torch.float64 if wide else torch.float32) for x in tensors]
