@@ -7,15 +7,17 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Console
 
 from ricciq import __version__
 from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError
+from ricciq.tables import comparison_table, inspection_tables, plan_table, printable, value_table
+
+if TYPE_CHECKING:
+    from ricciq.recipe import Recipe
 
 app = typer.Typer(
     name="ricciq",
@@ -29,15 +31,24 @@ app = typer.Typer(
 CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Data = Annotated[
-    str, typer.Option(help="Folder with train/ and val/, torch/NAME with --data-dir, or digits.")
-]
+DATA = "Folder with train/ and val/, torch/NAME with --data-dir, or digits."
+Data = Annotated[str, typer.Option(help=DATA)]
+MaybeData = Annotated[str | None, typer.Option(help=DATA)]
 DataDir = Annotated[Path | None, typer.Option(help="Root folder of a torch/NAME data set.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load pictures.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")]
+METHODS = "ricci, ste, ewgs, dsq, ede, lne or project"
 WIDTHS = "1 to 8, ternary, or 32 for float"
-_ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
-"""What `inspect` shows of a file's metadata; --json has all of it."""
+Model = Annotated[str, typer.Argument(help="timm model name, or a float run's folder or file.")]
+Bits = Annotated[str | None, typer.Option(help=f"Weights and activations: {WIDTHS}.")]
+WeightBits = Annotated[str | None, typer.Option(help=f"Weights: {WIDTHS}.")]
+ActBits = Annotated[str | None, typer.Option(help="Activations: 1 to 8, or 32.")]
+RecipeName = Annotated[str | None, typer.Option(help="Shipped recipe's name, or a file.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Float weights to start from.")]
+Epochs = Annotated[int | None, typer.Option(help="0 calibrates without training.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
+Seed = Annotated[int | None, typer.Option(help="Start of everything random.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:0.")]
 
 
 def _version(asked: bool) -> None:
@@ -58,23 +69,20 @@ def _ricciq(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="timm model name, or a float run's folder or file.")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="Folder with train/ and val/, torch/NAME with --data-dir, or digits."),
-    ] = None,
+    model: Model,
+    data: MaybeData = None,
     data_dir: DataDir = None,
-    bits: Annotated[str | None, typer.Option(help=f"Weights and activations: {WIDTHS}.")] = None,
-    weight_bits: Annotated[str | None, typer.Option(help=f"Weights: {WIDTHS}.")] = None,
-    act_bits: Annotated[str | None, typer.Option(help="Activations: 1 to 8, or 32.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Shipped recipe's name, or a file.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Float weights to start from.")] = None,
-    method: Annotated[str | None, typer.Option(help="ricci, ste, lne or project.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="0 calibrates without training.")] = None,
+    bits: Bits = None,
+    weight_bits: WeightBits = None,
+    act_bits: ActBits = None,
+    recipe: RecipeName = None,
+    checkpoint: Checkpoint = None,
+    method: Annotated[str | None, typer.Option(help=f"{METHODS}.")] = None,
+    epochs: Epochs = None,
     batch_size: BatchSize = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Start of everything random.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:0.")] = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    device: Device = None,
     amp: Annotated[bool | None, typer.Option(help="Mixed precision.")] = None,
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.")
@@ -90,20 +98,16 @@ def quantize(
 
     Example: ricciq quantize digits_resnet8 --data digits --bits 2
     """
-    from ricciq.recipe import Recipe
-
     messages: list[str] = []
-    weights, activations = _widths(bits, weight_bits, act_bits, messages)
-    source = _model_and_weights(model, checkpoint)
-    merged = (Recipe.load(recipe) if recipe else Recipe()).override(
+    merged = _recipe(
+        recipe,
+        _model_and_weights(model, checkpoint),
+        _widths(bits, weight_bits, act_bits, messages),
         {
-            **source,
             "data.name": data,
             "data.dir": data_dir,
             "data.batch_size": batch_size,
             "data.workers": workers,
-            "quantization.weight_bits": weights,
-            "quantization.act_bits": activations,
             "method.name": method,
             "training.epochs": epochs,
             "training.lr": lr,
@@ -111,10 +115,8 @@ def quantize(
             "device": device,
             "amp": amp,
             "compile": compile_,
-        }
+        },
     )
-    if not merged.data.name:
-        raise UsageError("no data was named; give --data a folder, torch/NAME or digits")
 
     from ricciq import pipeline
     from ricciq.journal import Journal
@@ -125,7 +127,7 @@ def quantize(
     signal.signal(signal.SIGTERM, _interrupt)
     if dry_run:
         job = pipeline.prepare(merged, pipeline.choose_device(merged.device), journal)
-        _print(pipeline.describe(job), as_json, _plan_table)
+        _print(pipeline.describe(job), as_json, plan_table)
         return
     report, folder = pipeline.run(
         merged, output, resume=resume, overwrite=overwrite, journal=journal
@@ -209,7 +211,7 @@ def inspect(
     """
     from ricciq.inspection import inspect_onnx
 
-    _print(inspect_onnx(file).to_dict(), as_json, _inspection_tables)
+    _print(inspect_onnx(file).to_dict(), as_json, inspection_tables)
 
 
 @app.command()
@@ -227,6 +229,100 @@ def bench(
     from ricciq.bench import bench_files
 
     _print(bench_files(file, against, batch=batch, threads=threads), as_json)
+
+
+@app.command()
+def compare(
+    model: Model,
+    methods: Annotated[
+        str, typer.Option(help=f"Two or more of {METHODS}; changed as in ricci:block=9:time=0.05.")
+    ],
+    seeds: Annotated[int, typer.Option(help="Runs of each method.")],
+    data: MaybeData = None,
+    data_dir: DataDir = None,
+    bits: Bits = None,
+    weight_bits: WeightBits = None,
+    act_bits: ActBits = None,
+    recipe: RecipeName = None,
+    checkpoint: Checkpoint = None,
+    lr_scales: Annotated[str, typer.Option(help="Factors of the learning rate.")] = "1",
+    split: Annotated[
+        str, typer.Option(help="Judge by val, or by holdout to choose a method.")
+    ] = "val",
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    device: Device = None,
+    workers: Workers = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on; done runs stay.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train MODEL under several methods with the same seeds, and compare them pair by pair.
+
+    Example: ricciq compare digits_resnet8 --data digits --methods ste,ricci --seeds 5 --bits 2
+    """
+    if split not in ("val", "holdout"):
+        raise UsageError(f"--split {split} is no part to judge by; give val or holdout")
+    messages: list[str] = []
+    merged = _recipe(
+        recipe,
+        _model_and_weights(model, checkpoint),
+        _widths(bits, weight_bits, act_bits, messages),
+        {
+            "data.name": data,
+            "data.dir": data_dir,
+            "data.batch_size": batch_size,
+            "data.workers": workers,
+            "training.epochs": epochs,
+            "training.lr": lr,
+            "seed": seed,
+            "device": device,
+        },
+    )
+    try:
+        scales = [float(scale) for scale in lr_scales.split(",")]
+    except ValueError:
+        raise UsageError(f"--lr-scales {lr_scales} are no numbers; give some as 0.3,1,3") from None
+
+    from ricciq import compare as study
+    from ricciq.journal import Journal
+
+    journal = Journal(_stderr())
+    for message in messages:
+        journal.say(message)
+    signal.signal(signal.SIGTERM, _interrupt)
+    verdict, folder = study.compare(
+        merged,
+        methods.split(","),
+        seeds,
+        output,
+        lr_scales=scales,
+        split="holdout" if split == "holdout" else "val",
+        resume=resume,
+        overwrite=overwrite,
+        journal=journal,
+    )
+    _print({**verdict, "folder": str(folder)}, as_json, comparison_table)
+
+
+def _recipe(
+    name: str | None,
+    source: dict[str, Any],
+    widths: tuple[int | str | None, int | str | None],
+    flags: dict[str, Any],
+) -> Recipe:
+    """Defaults, then the recipe of that name or file, then flags."""
+    from ricciq.recipe import Recipe
+
+    weights, activations = widths
+    bits = {"quantization.weight_bits": weights, "quantization.act_bits": activations}
+    merged = (Recipe.load(name) if name else Recipe()).override({**source, **bits, **flags})
+    if not merged.data.name:
+        raise UsageError("no data was named; give --data a folder, torch/NAME or digits")
+    return merged
 
 
 def _widths(
@@ -270,68 +366,7 @@ def _print(values: dict[str, Any], as_json: bool, table: Any = None) -> None:
     if as_json:
         print(json.dumps(values))
     else:
-        Console().print((table or _value_table)(values))
-
-
-def _value_table(values: dict[str, Any]) -> Table:
-    table = Table(show_header=False)
-    for key, value in values.items():
-        table.add_row(key, _shown(_text(value)))
-    return table
-
-
-def _text(value: Any, depth: int = 2) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if depth and isinstance(value, list):
-        return ", ".join(_text(part, depth - 1) for part in value)
-    if depth and isinstance(value, dict):
-        return "; ".join(f"{key} {_text(part, depth - 1)}" for key, part in value.items())
-    return str(value)
-
-
-def _shown(text: str) -> str:
-    """Text out of a file, as a table shows it."""
-    return escape(_printable(text))
-
-
-def _printable(text: str) -> str:
-    """Text with what could steer the terminal taken out."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _inspection_tables(values: dict[str, Any]) -> Group:
-    layers = Table()
-    headings = ("layer", "operator", "shape", "weight bits", "activation bits", "bytes", "integer")
-    for heading in headings:
-        layers.add_column(heading, overflow="fold")
-    for row in values["layers"]:
-        layers.add_row(
-            _shown(row["name"]),
-            row["operator"],
-            "x".join(str(n) for n in row["shape"]),
-            str(row["weight_bits"]),
-            str(row["act_bits"]),
-            str(row["bytes"]),
-            "yes" if row["fused"] else "no",
-        )
-    stored = values["metadata"] or {"ricciq": "wrote no metadata into this file"}
-    about = {key: stored[key] for key in _ABOUT if key in stored}
-    if isinstance(names := stored.get("class_names"), list):
-        about["classes"] = len(names)
-    return Group(layers, _value_table(values["totals"]), _value_table(about))
-
-
-def _plan_table(values: dict[str, Any]) -> Table:
-    table = Table(title=f"{values['model']}: {values['steps']} steps on {values['device']}")
-    for heading in ("layer", "weight bits", "activation bits", "weights"):
-        table.add_column(heading)
-    for row in values["layers"]:
-        cells = (row["name"], row["weight_bits"], row["act_bits"], row["parameters"])
-        table.add_row(*map(str, cells))
-    for kept in values["kept"]:
-        table.add_row(kept["name"], "float", kept["why"], kept["kind"])
-    return table
+        Console().print((table or value_table)(values))
 
 
 def _stderr() -> Console:
@@ -364,5 +399,5 @@ def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     if message:  # a bare `ricciq` has shown its help and has nothing to add
-        print(f"ricciq: {_printable(message)}", file=sys.stderr)
+        print(f"ricciq: {printable(message)}", file=sys.stderr)
     sys.exit(code)

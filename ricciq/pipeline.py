@@ -79,7 +79,8 @@ def run(
             journal.log_to(folder.log)
             journal.say(f"run folder: {folder.path}")
             try:
-                done = _train(job, folder, resume, journal)
+                _export_float(job, folder)
+                done = train(job, folder, resume=resume, journal=journal)
                 report = _finish(job, folder, reference, done, journal)
             except KeyboardInterrupt:
                 raise InterruptedRunError(
@@ -203,13 +204,26 @@ def _check_validation(job: Job, journal: Journal) -> Metrics:
     return metrics
 
 
-def _train(job: Job, folder: RunFolder, resume: bool, journal: Journal) -> Progressed:
-    """Export the float model, then convert, calibrate and fine-tune it; leave the best in it."""
-    recipe = job.recipe
-    teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
+def _export_float(job: Job, folder: RunFolder) -> None:
     in_float = {"bits": {"weights": FLOAT_BITS, "activations": FLOAT_BITS}}
     stored = stored_in_onnx(job.about) | in_float
-    export_onnx(copy.deepcopy(teacher).cpu(), folder.float_onnx, job.preprocessing, stored)
+    export_onnx(copy.deepcopy(job.model).cpu(), folder.float_onnx, job.preprocessing, stored)
+
+
+def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Progressed:
+    """Convert, calibrate and fine-tune a job's model; leave the chosen epoch's weights in it.
+
+    Args:
+        job: from `prepare`, its model still float.
+        folder: begun and locked; receives the states and the rows of every epoch.
+        resume: go on from the folder's last state.
+        journal: where progress is shown.
+
+    Raises:
+        RicciqError: as `ricciq.train.finetune`.
+    """
+    recipe = job.recipe
+    teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
     convert(job.model, job.plan)
     journal.say(
         f"converted {len(job.plan.layers)} layers, placed {len(job.plan.points)} 8-bit points, "

@@ -21,12 +21,12 @@ FLOORS = {
     3.5: "train",
     3: "convert export",
     2.5: "deployment",
-    2: "layers data models runfolder report bench doctor",
+    2: "layers data models runfolder report bench doctor plots",
     1.5: "correction",
     1: "recipe calibration estimators evaluate inspection pictures checkpoint",
     0.5: "graph packing preprocessing runtime recording",
     0.25: "modelfile flow",
-    0: "errors quantizer ricci journal",
+    0: "errors quantizer ricci journal tables",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

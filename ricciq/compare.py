@@ -1,0 +1,261 @@
+"""Paired study of estimators: one recipe, several methods, the same seeds, and what can be said.
+
+Every method starts each seed from the same weights and sees the same pictures in the same order, so
+that differences are counted seed by seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal, NamedTuple
+
+import torch
+import yaml
+from scipy import stats
+
+from ricciq.checkpoint import write_atomically
+from ricciq.deployment import deploy
+from ricciq.errors import InterruptedRunError, RicciqError, UsageError
+from ricciq.estimators import named_estimator
+from ricciq.evaluate import evaluate
+from ricciq.journal import Journal
+from ricciq.pipeline import choose_device, prepare, train
+from ricciq.plots import plot_curves, plot_seeds
+from ricciq.recipe import Recipe
+from ricciq.runfolder import RunFolder, choose_run_folder, default_folder, read_csv, write_csv
+
+CONFIDENCE = 0.95
+TRIALS = "trials"
+Split = Literal["val", "holdout"]
+Row = dict[str, Any]
+
+
+class Trial(NamedTuple):
+    """One run of a study."""
+
+    method: str
+    lr_scale: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        method = self.method.replace(":", "_")
+        return f"{method}-lr{self.lr_scale:g}-seed{self.seed}"
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """The study's recipe with this method, rate and seed.
+
+        Raises:
+            RecipeError: the method is unknown, or what follows its name does not hold.
+        """
+        name, *changes = self.method.split(":")
+        section: dict[str, Any] = {"name": name}
+        if name == base.method.name:
+            section |= base.method.changes
+        for change in changes:
+            key, _, value = change.partition("=")
+            section[key] = yaml.safe_load(value)
+        values = base.model_dump() | {"method": section, "seed": self.seed}
+        values["training"]["lr"] *= self.lr_scale
+        recipe = Recipe.from_values(values, f"--methods {self.method}")
+        named_estimator(recipe.method.name, recipe.method.changes)
+        return recipe
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: int,
+    output: Path | None = None,
+    *,
+    lr_scales: Sequence[float] = (1.0,),
+    split: Split = "val",
+    resume: bool = False,
+    overwrite: bool = False,
+    journal: Journal | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Train one recipe under several methods and seeds, and compare what comes out.
+
+    Args:
+        recipe: everything but the method and the seed; its seed is the first one.
+        methods: names of `ricciq.estimators.METHODS`, each with changes of its values if need be,
+            as in ``"ricci:block=9:time=0.05"``; differences are taken to the first.
+        seeds: how many, at least 2.
+        output: the study's folder; by default a new one under ``runs``.
+        lr_scales: factors of the learning rate, each a study of its own, to see how robust a
+            method is to it.
+        split: the pictures to judge by; choices among methods belong on ``"holdout"``.
+        resume: go on with a study of the same recipe; its runs are not repeated, and it may have
+            got more methods, seeds or rates.
+        overwrite: replace a study that the folder holds.
+        journal: where progress is shown.
+
+    Returns:
+        What compare.json holds, and the folder. A row of rows.csv is a run.
+
+    Raises:
+        UsageError: fewer than two methods or seeds, or a folder that cannot be used.
+        RicciqError: whatever a run raises, but for a divergence, which is counted.
+        InterruptedRunError: the user stopped it.
+    """
+    journal = journal or Journal()
+    trials = _plan(recipe, methods, seeds, lr_scales)
+    device = choose_device(recipe.device)
+    folder = choose_run_folder(
+        recipe, output or _new_folder(recipe), resume=resume, overwrite=overwrite
+    )
+    with folder.locked():
+        if not resume:
+            shutil.rmtree(folder.path / TRIALS, ignore_errors=True)
+            folder.begin(recipe)
+        journal.log_to(folder.log)
+        journal.say(f"{len(trials)} runs in {folder.path}")
+        try:
+            rows = [run_trial(t, recipe, device, folder.path, split, journal) for t in trials]
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"stopped; `--output {folder.path} --resume` goes on from the last saved epoch"
+            ) from None
+        results = list(summarize(rows, methods, lr_scales))
+        verdict = {
+            "schema": 1,
+            "model": recipe.model.name,
+            "data": recipe.data.name,
+            "weight_bits": recipe.quantization.weight_bits,
+            "act_bits": recipe.quantization.act_bits,
+            "split": split,
+            "seeds": [recipe.seed + n for n in range(seeds)],
+            "results": results,
+        }
+        write_csv(folder.path / "rows.csv", rows)
+        plot_seeds(rows, folder.path / "seeds.png")
+        plot_curves(_curves(trials, folder.path), folder.path / "curves.png")
+        write_atomically(folder.path / "compare.json", json.dumps(verdict, indent=1) + "\n")
+    return verdict, folder.path
+
+
+def _plan(
+    recipe: Recipe, methods: Sequence[str], seeds: int, lr_scales: Sequence[float]
+) -> list[Trial]:
+    """Every run of the study, seed by seed, so that a stopped one has whole pairs."""
+    if len(methods) < 2 or len(set(methods)) < len(methods):
+        raise UsageError(
+            f"--methods {','.join(methods)} leaves nothing to compare; give two or more, as in "
+            "ste,ricci"
+        )
+    if seeds < 2:
+        raise UsageError(f"--seeds {seeds} has no spread to compare with; give 2 or more")
+    if any(not 0 < scale < math.inf for scale in lr_scales):
+        raise UsageError(f"--lr-scales {lr_scales} are no factors; give numbers above 0")
+    trials = [
+        Trial(method, scale, recipe.seed + n)
+        for n in range(seeds)
+        for scale in lr_scales
+        for method in methods
+    ]
+    for trial in trials:  # a mistake in the last method is found before the first run
+        trial.recipe(recipe)
+    return trials
+
+
+def _new_folder(recipe: Recipe) -> Path:
+    folder = default_folder(recipe, datetime.now())
+    return folder.with_name(f"{folder.name}-compare")
+
+
+def run_trial(
+    trial: Trial, base: Recipe, device: torch.device, root: Path, split: Split, journal: Journal
+) -> Row:
+    """One run of a study, or what it wrote if it was done before."""
+    folder = RunFolder(root / TRIALS / trial.name)
+    result = folder.path / f"{split}.json"
+    if result.is_file():
+        row: Row = json.loads(result.read_text(encoding="utf-8"))
+        return row
+    recipe = trial.recipe(base)
+    journal.say(trial.name)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), folder.locked():
+        torch.manual_seed(recipe.seed)
+        job = prepare(recipe, device, journal)
+        resume = folder.is_ours and folder.load_recipe() == recipe
+        if not resume:
+            folder.begin(recipe)
+        row = {**trial._asdict(), "diverged": False}
+        try:
+            done = train(job, folder, resume=resume, journal=journal)
+            deployed = deploy(job.model).cpu()
+            metrics = evaluate({"quantized": deployed}, job.loader(split))["quantized"]
+            last = read_csv(folder.summary)[-1]
+            row |= {
+                "top1": metrics.top1,
+                "loss": metrics.loss,
+                "train_loss": float(last["train_loss"]),
+                "holdout_top1": done.chosen_top1,
+                "skipped_steps": done.skipped,
+                "seconds": done.seconds,
+            }
+        except RicciqError as error:
+            if type(error) is not RicciqError:  # its subclasses are not about training
+                raise
+            journal.say(f"{trial.name} diverged: {error}")
+            # What a network that has learned nothing does: guess.
+            classes = job.data.num_classes
+            guess = {"top1": 100 / classes, "loss": math.log(classes), "train_loss": None}
+            row |= {"diverged": True, **guess, "holdout_top1": 100 / classes}
+            row |= {"skipped_steps": None, "seconds": None}
+    folder.last.unlink(missing_ok=True)  # the weights stay, what resuming needs has served
+    write_atomically(result, json.dumps(row) + "\n")
+    return row
+
+
+def summarize(
+    rows: Sequence[Row], methods: Sequence[str], lr_scales: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """What the seeds say about each method at each learning rate.
+
+    Differences are paired by seed; their interval is Student's, at 95 % confidence. `drop` is what
+    the method loses to its own accuracy at the first rate.
+    """
+    top1 = {(row["method"], row["lr_scale"], row["seed"]): row["top1"] for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    for scale in lr_scales:
+        for method in methods:
+            mine = [row for row in rows if (row["method"], row["lr_scale"]) == (method, scale)]
+            values = [top1[method, scale, seed] for seed in seeds]
+            others = [top1[methods[0], scale, seed] for seed in seeds]
+            differences = [a - b for a, b in zip(values, others, strict=True)]
+            spread = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1))
+            margin = spread * stdev(differences) / math.sqrt(len(seeds))
+            losses = [row["train_loss"] for row in mine if row["train_loss"] is not None]
+            first = fmean(top1[method, lr_scales[0], seed] for seed in seeds)
+            yield {
+                "method": method,
+                "lr_scale": scale,
+                "seeds": len(seeds),
+                "mean": fmean(values),
+                "std": stdev(values),
+                "difference": fmean(differences),
+                "low": fmean(differences) - margin,
+                "high": fmean(differences) + margin,
+                "train_loss": fmean(losses) if losses else None,
+                "drop": first - fmean(values),
+                "divergences": sum(row["diverged"] for row in mine),
+            }
+
+
+def _curves(trials: Sequence[Trial], root: Path) -> dict[str, list[list[float]]]:
+    """Hold-out top-1 over the epochs, a list a seed, of each method at the first rate."""
+    curves: dict[str, list[list[float]]] = {}
+    for trial in trials:
+        if trial.lr_scale == trials[0].lr_scale:
+            epochs = read_csv(RunFolder(root / TRIALS / trial.name).summary)
+            line = [float(epoch["holdout_top1"]) for epoch in epochs]
+            curves.setdefault(trial.method, []).append(line)
+    return curves

@@ -1,0 +1,59 @@
+"""Pictures of numbers: a study's seeds and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ricciq.checkpoint import write_atomically
+
+
+def plot_seeds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Top-1 of every run as a point: a column a method, a panel a learning rate, means as lines."""
+    scales = sorted({row["lr_scale"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(1.5 + 1.2 * len(methods) * len(scales), 4), layout="constrained")
+    panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    for panel, scale in zip(panels, scales, strict=True):
+        for place, method in enumerate(methods):
+            mine = (row for row in rows if (row["method"], row["lr_scale"]) == (method, scale))
+            values = [row["top1"] for row in sorted(mine, key=lambda row: row["seed"])]
+            # The same seed stands at the same place of every column.
+            spread = [place + 0.4 * (n / max(len(values) - 1, 1) - 0.5) for n in range(len(values))]
+            panel.plot(spread, values, "o", alpha=0.6)
+            panel.hlines(fmean(values), place - 0.3, place + 0.3, colors="black")
+        panel.set_xticks(range(len(methods)), methods, rotation=20)
+        panel.set_title(f"learning rate x {scale:g}" if len(scales) > 1 else "")
+    panels[0].set_ylabel("top-1, %")
+    _save(figure, path)
+
+
+def plot_curves(curves: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
+    """Hold-out top-1 over the epochs: the mean over the seeds in a band of one deviation."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method, lines in curves.items():
+        length = max(map(len, lines))
+        whole = [line for line in lines if len(line) == length]  # one that diverged ended early
+        columns = list(zip(*whole, strict=True))
+        means, bands = [fmean(c) for c in columns], [pstdev(c) for c in columns]
+        epochs = range(1, length + 1)
+        low = [m - b for m, b in zip(means, bands, strict=True)]
+        high = [m + b for m, b in zip(means, bands, strict=True)]
+        axes.plot(epochs, means, marker=".", label=method)
+        axes.fill_between(epochs, low, high, alpha=0.2)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("hold-out top-1, %")
+    axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_atomically(path, content.getvalue())

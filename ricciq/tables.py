@@ -1,0 +1,99 @@
+"""What the verbs show a person: plain values as tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+_ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
+"""What `inspect` shows of a file's metadata; --json has all of it."""
+
+
+def plan_table(values: dict[str, Any]) -> Table:
+    """What a run would do."""
+    table = Table(title=f"{values['model']}: {values['steps']} steps on {values['device']}")
+    for heading in ("layer", "weight bits", "activation bits", "weights"):
+        table.add_column(heading)
+    for row in values["layers"]:
+        cells = (row["name"], row["weight_bits"], row["act_bits"], row["parameters"])
+        table.add_row(*map(str, cells))
+    for kept in values["kept"]:
+        table.add_row(kept["name"], "float", kept["why"], kept["kind"])
+    return table
+
+
+def inspection_tables(values: dict[str, Any]) -> Group:
+    """What an ONNX file holds."""
+    layers = Table()
+    headings = ("layer", "operator", "shape", "weight bits", "activation bits", "bytes", "integer")
+    for heading in headings:
+        layers.add_column(heading, overflow="fold")
+    for row in values["layers"]:
+        layers.add_row(
+            _shown(row["name"]),
+            row["operator"],
+            "x".join(str(n) for n in row["shape"]),
+            str(row["weight_bits"]),
+            str(row["act_bits"]),
+            str(row["bytes"]),
+            "yes" if row["fused"] else "no",
+        )
+    stored = values["metadata"] or {"ricciq": "wrote no metadata into this file"}
+    about = {key: stored[key] for key in _ABOUT if key in stored}
+    if isinstance(names := stored.get("class_names"), list):
+        about["classes"] = len(names)
+    return Group(layers, value_table(values["totals"]), value_table(about))
+
+
+def comparison_table(values: dict[str, Any]) -> Table:
+    """A study: a row a method and learning rate."""
+    bits = f"W{values['weight_bits']} A{values['act_bits']}"
+    first = values["results"][0]["method"]
+    table = Table(title=f"{values['model']} on {values['data']}, {bits}: {values['folder']}")
+    table.add_column("method", overflow="fold")
+    headings = ("rate x", "top-1, %", f"minus {first}, 95 %", "train loss", "drop", "diverged")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    for row in values["results"]:
+        loss = row["train_loss"]
+        table.add_row(
+            row["method"],
+            f"{row['lr_scale']:g}",
+            f"{row['mean']:.2f} ± {row['std']:.2f}",
+            f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]".replace("[", r"\["),
+            "" if loss is None else f"{loss:.4f}",
+            f"{row['drop']:.2f}",
+            f"{row['divergences']} of {row['seeds']}",
+        )
+    return table
+
+
+def value_table(values: dict[str, Any]) -> Table:
+    """Names and values."""
+    table = Table(show_header=False)
+    for key, value in values.items():
+        table.add_row(key, _shown(_text(value)))
+    return table
+
+
+def _text(value: Any, depth: int = 2) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if depth and isinstance(value, list):
+        return ", ".join(_text(part, depth - 1) for part in value)
+    if depth and isinstance(value, dict):
+        return "; ".join(f"{key} {_text(part, depth - 1)}" for key, part in value.items())
+    return str(value)
+
+
+def _shown(text: str) -> str:
+    """Text out of a file, as a table shows it."""
+    return escape(printable(text))
+
+
+def printable(text: str) -> str:
+    """Text with what could steer the terminal taken out."""
+    return "".join(c if c.isprintable() else "?" for c in text)
