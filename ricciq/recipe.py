@@ -117,6 +117,8 @@ class TrainingSection(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Positive | None = None
     label_smoothing: Share = 0.0
+    damping: Annotated[float, Field(ge=0)] = 0.0
+    damping_form: Literal["l2", "lne"] = "l2"
     distill: Share = 0.5
     temperature: Positive = 1.0
 

@@ -30,6 +30,7 @@ from ricciq.errors import RecipeError, RicciqError
 from ricciq.evaluate import Metrics, evaluate
 from ricciq.flow import Geometry
 from ricciq.journal import Journal
+from ricciq.oscillation import Damping
 from ricciq.recipe import Recipe, TrainingSection
 from ricciq.runfolder import RunFolder, read_csv, write_csv
 
@@ -165,6 +166,7 @@ class Trainer:
         self.model, self.teacher, self.device = model, teacher, device
         self.settings, self.correction = recipe.training, correction
         self.steps = steps_per_epoch * recipe.training.epochs
+        self.damping = Damping(recipe.training.damping, recipe.training.damping_form)
         self.weights = [
             DiscreteWeight(name, layer.latent, layer.weight_quantizer)
             for name, layer in quantized_layers(model).items()
@@ -206,7 +208,7 @@ class Trainer:
     def step(
         self, images: Tensor, targets: Tensor, tally: Tally, progress: float, measure: bool
     ) -> None:
-        """Forward, backward, correct, step; progress is the share of the training that is done."""
+        """Forward, backward, correct, damp, step; progress is the share of training done."""
         # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
         averages = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         images = images.to(self.device, non_blocking=True)
@@ -226,6 +228,7 @@ class Trainer:
             if measure:
                 self.geometry = self.correction.measure(self.weights, progress)
             self.correction(self.weights, progress)
+            self.damping(self.weights, progress)
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
             self.scaler.step(self.optimizer)

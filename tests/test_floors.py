@@ -21,7 +21,7 @@ FLOORS = {
     3.5: "train",
     3: "convert export",
     2.5: "deployment",
-    2: "layers data models runfolder report bench doctor plots",
+    2: "oscillation layers data models runfolder report bench doctor plots",
     1.5: "correction",
     1: "recipe calibration estimators evaluate inspection pictures checkpoint",
     0.5: "graph packing preprocessing runtime recording",
