@@ -119,7 +119,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def record(model: nn.Module, example: Tensor) -> Recording:
-    """Run ``model(example)`` once in evaluation mode and note what it did.
+    """Run ``model(example)`` in evaluation mode and note what it did.
 
     Args:
         model: any module; its training mode is restored afterwards.
@@ -128,6 +128,8 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     Returns:
         The recording; a function that makes no tensor is left out.
     """
+    with evaluating(model):
+        model(example)  # some models make constants when first called, and keep them
     recording = Recording(constants={value_of(t) for t in [*model.parameters(), *model.buffers()]})
     alive: list[Any] = []  # identities are unique only as long as nothing recorded is freed
     running: list[tuple[str, bool, tuple[Value, ...]]] = []

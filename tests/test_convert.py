@@ -521,3 +521,27 @@ def test_where_no_module_returns_what_a_rectifier_gives_the_point_stands_before_
     model = Model(forward, conv1=conv(), conv2=conv(), conv3=conv())
     plan = plan_conversion(model, PICTURE, 2, 2)
     assert "conv1" in plan.points
+
+
+class TableMadeWhenCalled(nn.Module):
+    """As ConViT: a table that the first call makes and keeps, written to in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(3, 8, 1)
+        self.table = nn.Linear(2, 8)
+        self.head = nn.Linear(8, 2)
+        self.register_buffer("places", None, persistent=False)
+
+    def forward(self, x):
+        if self.places is None:
+            self.places = torch.zeros(1, 2)
+            self.places[:, 1] = torch.ones(1)
+        return self.head(self.inner(x).mean((2, 3)) + self.table(self.places.expand(len(x), -1)))
+
+
+def test_constants_that_the_first_call_makes_are_known_to_be_constants():
+    model = TableMadeWhenCalled().eval()
+    plan = plan_conversion(model, torch.zeros(2, 3, 4, 4), 4, 4)
+    assert [layer.name for layer in plan.layers] == ["inner", "head"]
+    assert "constants" in reasons(plan)["table"]
