@@ -22,7 +22,7 @@ from ricciq.layers import (
     quantize_output,
     turn_negative_rows,
 )
-from ricciq.quantizer import FLOAT_BITS, ActivationQuantizer, Bits
+from ricciq.quantizer import FLOAT_BITS, LSQ, ActivationQuantizer, Bits, Kinds
 from ricciq.recording import Call, Recording, Value, record, value_of
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
@@ -315,12 +315,13 @@ def _kept_products(recording: Recording, lent: dict[Call, str]) -> Iterator[Kept
             yield Kept(call.name, call.kind, "a function call on weights that no layer owns")
 
 
-def convert(model: nn.Module, plan: Plan) -> nn.Module:
+def convert(model: nn.Module, plan: Plan, kinds: Kinds = LSQ) -> nn.Module:
     """Swap the planned layers in place and add the 8-bit points.
 
     Args:
         model: the float model the plan was made for; its parameters are taken over, not copied.
         plan: from `plan_conversion`.
+        kinds: which quantizers the layers get; the points always learn their steps.
 
     Returns:
         The same model, with float activations until it is calibrated.
@@ -335,12 +336,12 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             if norm is not None and owners[id(module.weight)] == 1:
                 turn_negative_rows(module, norm)
             quantized = QuantConv2d.from_float(
-                module, layer.weight_bits, layer.act_bits, _plain(norm)
+                module, layer.weight_bits, layer.act_bits, _plain(norm), kinds
             )
         else:
             assert isinstance(module, nn.Linear)
             kind = QuantLinear if layer.parent is None else QuantLinearWeight
-            quantized = kind.from_float(module, layer.weight_bits, layer.act_bits)
+            quantized = kind.from_float(module, layer.weight_bits, layer.act_bits, kinds)
             if layer.parent is not None and quantized.input_quantizer is not None:
                 quantize_input(model.get_submodule(layer.parent), quantized.input_quantizer)
         for name in names_of(module, model):
@@ -362,14 +363,16 @@ def quantize(
     weight_bits: Bits,
     act_bits: int,
     edge_bits: Bits = 8,
+    kinds: Kinds = LSQ,
 ) -> Plan:
     """Make a float model's layers discrete, in place: `plan_conversion`, then `convert`.
 
     Its activations stay float until it is calibrated. Arguments and errors are those of
-    `plan_conversion`; the plan is returned, since it lists what was kept float and why.
+    `plan_conversion` and `convert`; the plan is returned, since it lists what was kept float and
+    why.
     """
     plan = plan_conversion(model, example, weight_bits, act_bits, edge_bits)
-    convert(model, plan)
+    convert(model, plan, kinds)
     return plan
 
 

@@ -25,7 +25,7 @@ from ricciq.layers import (
     quantize_output,
 )
 from ricciq.packing import Plane, pack, unpack
-from ricciq.quantizer import ActivationQuantizer, Bits, Grid
+from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
 
 OPSET = 18
 
@@ -82,7 +82,7 @@ class DeployedWeight(nn.Module):
 
     Args:
         weights: what to hold.
-        bits: 1 to 8 or ``"ternary"``.
+        quantizer: whose grid and width its codes are of.
         axis: which axis output channels take: 0, or 1 for the transpose of a linear layer's weight.
         zero_points: whether to spell out that they are zero, as onnxruntime wants for a Gemm.
     """
@@ -92,11 +92,15 @@ class DeployedWeight(nn.Module):
     sign: Tensor | None
 
     def __init__(
-        self, weights: IntegerWeights, bits: Bits, axis: int = 0, zero_points: bool = False
+        self,
+        weights: IntegerWeights,
+        quantizer: WeightQuantizer,
+        axis: int = 0,
+        zero_points: bool = False,
     ) -> None:
         super().__init__()
         codes, flip = weights.codes, weights.flip.view(-1, *[1] * (weights.codes.dim() - 1))
-        grid = Grid.for_weights(bits)
+        grid, bits = quantizer.grid, quantizer.bits
         if grid.low == -grid.high:  # a row that a negative BatchNorm weight turns around
             codes, flip = torch.where(flip, -codes, codes), torch.zeros_like(flip)
         if axis == 1:
@@ -110,7 +114,7 @@ class DeployedWeight(nn.Module):
         if bits == 8:
             self.register_buffer("codes", codes)
             return
-        for plane in pack(codes.cpu(), bits):
+        for plane in pack(codes.cpu(), bits, grid):
             self.register_buffer(f"packed{self.planes}", plane.data)
             self.register_buffer(f"table{self.planes}", plane.table * weights.stretch)
             self.planes += 1
@@ -184,7 +188,7 @@ class _DeployedLayer(nn.Module):
         quantizer = layer.input_quantizer
         self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
         self.weight_quantizer: DeployedWeight | _Constant = DeployedWeight(
-            weights, layer.weight_quantizer.bits, axis, zero_points
+            weights, layer.weight_quantizer, axis, zero_points
         )
         self.register_buffer("bias", weights.bias)
 

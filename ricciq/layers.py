@@ -20,7 +20,15 @@ from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.quantizer import FLOAT_BITS, MIN_SCALE, ActivationQuantizer, Bits, WeightQuantizer
+from ricciq.quantizer import (
+    FLOAT_BITS,
+    LSQ,
+    MIN_SCALE,
+    ActivationQuantizer,
+    Bits,
+    Kinds,
+    WeightQuantizer,
+)
 
 BIAS_LIMIT = 2**30
 """Largest bias code: half of int32, so that the sum of the products still fits beside it."""
@@ -141,13 +149,18 @@ class QuantLayer(nn.Module):
         act_bits: int,
         norm: nn.BatchNorm2d | None = None,
         standardize: nn.Module | None = None,
+        kinds: Kinds = LSQ,
     ) -> None:
         weight = self.latent
-        self.weight_quantizer = WeightQuantizer(len(weight), weight_bits, standardize)
+        self.weight_quantizer = WeightQuantizer(
+            len(weight), weight_bits, standardize, kinds.weights
+        )
         self.weight_quantizer.to(weight.device)
         self.weight_quantizer.calibrate(weight)
         float_inputs = act_bits == FLOAT_BITS
-        self.input_quantizer = None if float_inputs else ActivationQuantizer(act_bits)
+        self.input_quantizer = None
+        if not float_inputs:
+            self.input_quantizer = ActivationQuantizer(act_bits, kinds.activations)
         if self.input_quantizer is not None:
             self.input_quantizer.to(weight.device)
         self.norm = norm
@@ -201,6 +214,7 @@ class QuantConv2d(nn.Conv2d, QuantLayer):
         weight_bits: Bits,
         act_bits: int,
         norm: nn.BatchNorm2d | None = None,
+        kinds: Kinds = LSQ,
     ) -> Self:
         """Take over a float convolution's parameters.
 
@@ -209,6 +223,7 @@ class QuantConv2d(nn.Conv2d, QuantLayer):
             weight_bits: 1 to 8 or ``"ternary"``.
             act_bits: 1 to 8, or 32 to leave the input float.
             norm: the BatchNorm that alone reads the convolution's output.
+            kinds: which quantizers.
         """
         layer = cls(
             conv.in_channels,
@@ -224,7 +239,7 @@ class QuantConv2d(nn.Conv2d, QuantLayer):
         layer.weight, layer.bias = conv.weight, conv.bias
         layer.same = isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False) is True
         standardize = Standardization(conv) if type(conv) in STANDARDIZED else None
-        layer._discretize(weight_bits, act_bits, norm, standardize)
+        layer._discretize(weight_bits, act_bits, norm, standardize, kinds)
         return layer.train(conv.training)
 
     @property
@@ -252,11 +267,13 @@ class QuantLinear(nn.Linear, QuantLayer):  # type: ignore[misc]
     """A linear layer with discrete weights and inputs."""
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, weight_bits: Bits, act_bits: int) -> Self:
+    def from_float(
+        cls, linear: nn.Linear, weight_bits: Bits, act_bits: int, kinds: Kinds = LSQ
+    ) -> Self:
         """Take over a float layer's parameters; arguments as for `QuantConv2d.from_float`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer._discretize(weight_bits, act_bits)
+        layer._discretize(weight_bits, act_bits, kinds=kinds)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,12 +294,14 @@ class QuantLinearWeight(QuantLayer):
     out_features: int
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, weight_bits: Bits, act_bits: int) -> Self:
+    def from_float(
+        cls, linear: nn.Linear, weight_bits: Bits, act_bits: int, kinds: Kinds = LSQ
+    ) -> Self:
         """Take over a float layer's parameters; arguments as for `QuantConv2d.from_float`."""
         layer = cls()
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.latent_weight, layer.bias = linear.weight, linear.bias
-        layer._discretize(weight_bits, act_bits)
+        layer._discretize(weight_bits, act_bits, kinds=kinds)
         return layer.train(linear.training)
 
     @property

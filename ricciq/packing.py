@@ -41,12 +41,13 @@ def _plane(indices: Tensor, base: int, parts: Tensor) -> Plane:
     return Plane(data, table.to(torch.int32))
 
 
-def pack(codes: Tensor, bits: Bits) -> list[Plane]:
-    """Pack integer codes of `Grid.for_weights(bits)`.
+def pack(codes: Tensor, bits: Bits, grid: Grid | None = None) -> list[Plane]:
+    """Pack integer codes of a grid.
 
     Args:
         codes: any shape, whole numbers on the grid.
         bits: 1 to 8 or ``"ternary"``.
+        grid: with as many codes as bits can tell apart; `Grid.for_weights(bits)` unless told.
 
     Returns:
         The planes whose unpacked parts add up to the codes.
@@ -54,7 +55,7 @@ def pack(codes: Tensor, bits: Bits) -> list[Plane]:
     Raises:
         ValueError: a code is not on the grid.
     """
-    grid = Grid.for_weights(bits)
+    grid = grid or Grid.for_weights(bits)
     if not torch.equal(codes, codes.round()):
         raise ValueError("codes that are not whole numbers cannot be packed")
     offsets = codes.flatten().long() - grid.low

@@ -224,7 +224,7 @@ def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Pro
     """
     recipe = job.recipe
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-    convert(job.model, job.plan)
+    convert(job.model, job.plan, recipe.quantization.kinds)
     journal.say(
         f"converted {len(job.plan.layers)} layers, placed {len(job.plan.points)} 8-bit points, "
         f"kept {len(job.plan.kept)} parts float"

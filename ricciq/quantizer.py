@@ -18,6 +18,28 @@ from torch import Tensor, nn
 
 Bits = int | Literal["ternary"]
 """A bit width from 1 to 8, ``"ternary"``, or 32 for float."""
+WeightKind = Literal["lsq", "odd", "dorefa", "fixed"]
+ActKind = Literal["lsq", "pact", "fixed"]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Which quantizers a network uses.
+
+    Attributes:
+        weights: "lsq" learns a step a row (Esser et al. 2020, arXiv 1902.08153); "odd" does, with
+            levels -3, -1, 1, 3 and so on below 8 bits; "dorefa" spreads odd levels over the range
+            of tanh(w) in the layer (Zhou et al. 2016, arXiv 1606.06160, eq. 9; at one bit, eq. 7,
+            its two levels are the mean |w|); "fixed" keeps the steps that calibration found.
+        activations: "lsq"; "pact" learns the clipping point from what is clipped alone (Choi et al.
+            2018, arXiv 1805.06085, eq. 3); "fixed".
+    """
+
+    weights: WeightKind = "lsq"
+    activations: ActKind = "lsq"
+
+
+LSQ = Kinds()
 
 FLOAT_BITS = 32
 MIN_SCALE = 2.0**-40
@@ -36,14 +58,19 @@ class Grid:
     step: int = 1
 
     @classmethod
-    def for_weights(cls, bits: Bits) -> Grid:
-        """Signed codes: two's complement, but ±1 at one bit, no zero, and symmetric at 8 bits."""
+    def for_weights(cls, bits: Bits, odd: bool = False) -> Grid:
+        """Signed codes: two's complement, but ±1 at one bit, no zero, and symmetric at 8 bits.
+
+        Odd ones are symmetric and have no zero; at 8 bits, where int8 holds no more, all are taken.
+        """
         if bits == "ternary":
             return cls(-1, 1)
         if bits == 1:
             return cls(-1, 1, step=2)
         if bits == 8:  # -128 has no opposite, and negative BatchNorm weights flip signs on export
             return cls(-127, 127)
+        if odd:
+            return cls(1 - 2**bits, 2**bits - 1, step=2)
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     @property
@@ -66,9 +93,14 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, log_scale: Tensor, zero_point: Tensor | None, grid: Grid, gain: float
+        x: Tensor,
+        log_scale: Tensor,
+        zero_point: Tensor | None,
+        grid: Grid,
+        gain: float,
+        clip_only: bool,
     ) -> tuple[Tensor, Tensor]:
-        del gain
+        del gain, clip_only
         scale = _scale(log_scale)  # float32, as are codes and steps under mixed precision
         ratio = x.float() / scale
         inside = _inside(ratio, zero_point, grid)
@@ -76,7 +108,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, log_scale, zero_point, ctx.grid, ctx.gain = inputs
+        x, log_scale, zero_point, ctx.grid, ctx.gain, ctx.clip_only = inputs
         inside = output[1]
         ctx.mark_non_differentiable(inside)
         ctx.save_for_backward(x, log_scale, zero_point, inside)
@@ -85,14 +117,19 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         x, log_scale, zero_point, inside = ctx.saved_tensors
-        scale = _scale(log_scale)
         grad_x = grad * inside
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None, None
+        scale = _scale(log_scale)
         codes = _codes(x.float() / scale, zero_point, ctx.grid)
         # d(scale * code)/d(scale) is code - ratio inside the range, code at its ends (LSQ, eq. 3).
-        per_scale = _sum_like(scale, grad, codes) - _sum_like(scale, grad_x, x) / scale
+        if ctx.clip_only:
+            per_scale = _sum_like(scale, grad - grad_x, codes)
+        else:
+            per_scale = _sum_like(scale, grad, codes) - _sum_like(scale, grad_x, x) / scale
         # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
         # relative change, so published learning rates keep their meaning.
-        return grad_x, per_scale * ctx.gain / scale, None, None, None
+        return grad_x, per_scale * ctx.gain / scale, None, None, None, None
 
 
 def _sum_like(scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -121,7 +158,12 @@ def _inside(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
 
 
 def fake_quantize(
-    x: Tensor, log_scale: Tensor, grid: Grid, zero_point: Tensor | None = None, gain: float = 1.0
+    x: Tensor,
+    log_scale: Tensor,
+    grid: Grid,
+    zero_point: Tensor | None = None,
+    gain: float = 1.0,
+    clip_only: bool = False,
 ) -> Tensor:
     """Round x to its grid: ``scale * (clamp(round(x / scale) + zero_point) - zero_point)``.
 
@@ -131,31 +173,42 @@ def fake_quantize(
         grid: the codes, counted with the zero point added.
         zero_point: the code of 0.0, a whole number in a floating-point tensor of one element.
         gain: factor on the scale's gradient; LSQ uses 1 / sqrt(elements per scale * highest code).
+        clip_only: leave what lies within the range out of the scale's gradient, as PACT does.
 
     Returns:
         The same shape and dtype as x. Its gradient is the straight-through estimator's: passed
         unchanged where x lies within the grid's range, exactly zero outside.
     """
-    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain)[0]
+    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain, clip_only)[0]
     return result
 
 
 class WeightQuantizer(nn.Module):
-    """Per-channel fake quantization of a weight: one learned step for each output channel.
+    """Per-channel fake quantization of a weight: one step for each output channel.
 
     Args:
         rows: output channels.
         bits: 1 to 8 or ``"ternary"``.
         standardize: what the layer does to its weight before using it, done before rounding; the
             methods take the weight as the layer stores it.
+        kind: see `Kinds`.
     """
 
-    def __init__(self, rows: int, bits: Bits, standardize: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        bits: Bits,
+        standardize: nn.Module | None = None,
+        kind: WeightKind = "lsq",
+    ) -> None:
         super().__init__()
         self.bits = bits
-        self.grid = Grid.for_weights(bits)
+        self.kind = kind
+        self.grid = Grid.for_weights(bits, odd=kind in ("odd", "dorefa"))
         self.standardize = standardize or nn.Identity()
-        self.log_scale = nn.Parameter(torch.zeros(rows))
+        if kind == "dorefa" and bits != 1:
+            self.standardize = nn.Sequential(self.standardize, nn.Tanh())
+        self.log_scale = nn.Parameter(torch.zeros(rows), requires_grad=kind in ("lsq", "odd"))
 
     @property
     def scale(self) -> Tensor:
@@ -174,6 +227,9 @@ class WeightQuantizer(nn.Module):
             candidates: how many steps to try, evenly spaced up to the one that clips nothing.
         """
         rows = self.standardize(weight).flatten(1).float()
+        if self.kind == "dorefa":
+            self._spread(rows)
+            return
         largest = rows.abs().amax(1, keepdim=True)
         live = largest > 0
         top = largest.clamp_min(MIN_SCALE) / self.grid.high
@@ -188,11 +244,20 @@ class WeightQuantizer(nn.Module):
         chosen = torch.where(live, chosen, usual / 64 if self.bits == 1 else usual)
         self.log_scale.copy_(chosen.clamp_min(MIN_SCALE).log().squeeze(1))
 
+    @torch.no_grad()
+    def _spread(self, rows: Tensor) -> None:
+        """DoReFa's steps, all alike: the largest weight of the layer is at the end of the grid."""
+        scale = rows.abs().mean() if self.bits == 1 else rows.abs().max() / self.grid.high
+        self.log_scale.copy_(scale.clamp_min(MIN_SCALE).log().expand_as(self.log_scale))
+
     def forward(self, weight: Tensor) -> Tensor:
         """The discretized weight, same shape as ``weight``."""
+        standardized = self.standardize(weight)
+        if self.kind == "dorefa":
+            self._spread(standardized.detach())
         gain = 1 / math.sqrt(weight[0].numel() * self.grid.high)
         log_scale = self._columns(self.log_scale, weight)
-        return fake_quantize(self.standardize(weight), log_scale, self.grid, gain=gain)
+        return fake_quantize(standardized, log_scale, self.grid, gain=gain)
 
     @torch.no_grad()
     def ratio(self, weight: Tensor) -> Tensor:
@@ -225,23 +290,25 @@ class WeightQuantizer(nn.Module):
 
 
 class ActivationQuantizer(nn.Module):
-    """Per-tensor fake quantization of activations: one learned step, one calibrated zero point.
+    """Per-tensor fake quantization of activations: one step, one calibrated zero point.
 
     The codes are 0 to 2**bits - 1 around a whole zero point, which is 0 for activations that are
     never negative. While an observer is attached, it is shown every input and nothing is quantized.
 
     Args:
         bits: 1 to 8.
+        kind: see `Kinds`.
     """
 
     zero_point: Tensor
     observer: Callable[[Tensor], None] | None = None
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, kind: ActKind = "lsq") -> None:
         super().__init__()
         self.bits = bits
+        self.kind = kind
         self.grid = Grid(0, 2**bits - 1)
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=kind != "fixed")
         self.register_buffer("zero_point", torch.zeros(()))
 
     @property
@@ -262,4 +329,5 @@ class ActivationQuantizer(nn.Module):
             return x
         elements = x[0].numel() if x.dim() > 1 else x.numel()
         gain = 1 / math.sqrt(elements * self.grid.high)
-        return fake_quantize(x, self.log_scale, self.grid, self.zero_point, gain)
+        clip_only = self.kind == "pact"
+        return fake_quantize(x, self.log_scale, self.grid, self.zero_point, gain, clip_only)

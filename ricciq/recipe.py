@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ricciq.errors import RecipeError
 from ricciq.preprocessing import Augmentation
+from ricciq.quantizer import ActKind, Kinds, WeightKind
 
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary"]
 ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
@@ -67,11 +68,13 @@ class DataSection(Section):
 
 
 class QuantizationSection(Section):
-    """Widths in bits: of weights, of activations, and of both in the first and last layer."""
+    """Widths in bits, of both in the first and last layer too, and the kinds of quantizers."""
 
     weight_bits: WeightBits = 4
     act_bits: ActBits = 4
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    weight_quantizer: WeightKind = "lsq"
+    act_quantizer: ActKind = "lsq"
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
@@ -81,6 +84,11 @@ class QuantizationSection(Section):
                 "--bits 32, or fewer weight bits"
             )
         return self
+
+    @property
+    def kinds(self) -> Kinds:
+        """Which quantizers."""
+        return Kinds(self.weight_quantizer, self.act_quantizer)
 
 
 class MethodSection(Section):

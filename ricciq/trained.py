@@ -67,7 +67,7 @@ def rebuild(path: Path) -> Rebuilt:
         pretrained=False,
         input_size=recipe.data.input_size,
     )
-    model = convert(loaded.model, plan)
+    model = convert(loaded.model, plan, recipe.quantization.kinds)
     load_model_state(model, tensors, file)
     return Rebuilt(model.eval(), recipe, preprocessing, about)
 

@@ -30,6 +30,7 @@ from ricciq.deployment import DeployedActivation, deploy
 from ricciq.graph import tidy
 from ricciq.layers import BIAS_LIMIT, QuantConv2d, QuantLayer, QuantLinear
 from ricciq.preprocessing import Preprocessing
+from ricciq.quantizer import Kinds
 
 Tensors = dict[str, np.ndarray]
 FLOAT_NOISE = 1e-5
@@ -56,6 +57,7 @@ class Residual(nn.Module):
         return self.main(x) + self.skip(x)
 
 
+weight_kinds = st.sampled_from([Kinds(), Kinds("odd"), Kinds("dorefa")])
 weight_widths = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, "ternary"])
 activations = st.sampled_from([nn.ReLU6, nn.Identity, nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6])
 padded = [nn.Conv2d, nn.Conv2d, StdConv2d, ScaledStdConv2d]  # by what they are given
@@ -138,8 +140,8 @@ def train(model: nn.Module) -> None:
 
 
 @st.composite
-def cases(draw) -> tuple[nn.Module, Tensor, tuple[Any, int, Any], bool]:
-    """A network, pictures, the widths `quantize` is asked for, and whether to train."""
+def cases(draw) -> tuple[nn.Module, Tensor, tuple[Any, int, Any, Kinds], bool]:
+    """A network, pictures, what `quantize` is asked for, and whether to train."""
     channels, size = draw(st.integers(1, 5)), draw(pairs(5, 10))
     shape = (channels, *size)
     with torch.random.fork_rng():
@@ -161,7 +163,7 @@ def cases(draw) -> tuple[nn.Module, Tensor, tuple[Any, int, Any], bool]:
         randomize(model)
         pictures = 5 * torch.randn(3, channels, *size)  # often beyond the end of a ReLU6
     pictures = pictures.abs() if draw(st.booleans()) else pictures
-    widths = draw(weight_widths), draw(st.integers(1, 8)), draw(weight_widths)
+    widths = draw(weight_widths), draw(st.integers(1, 8)), draw(weight_widths), draw(weight_kinds)
     return model, pictures, widths, draw(st.booleans())
 
 

@@ -311,7 +311,7 @@ def test_a_deployed_weight_is_codes_times_steps(bits):
     torch.manual_seed(0)
     layer = QuantLinear.from_float(nn.Linear(7, 5), bits, 32)
     weights = layer.integer_weights()
-    held = DeployedWeight(weights, bits)
+    held = DeployedWeight(weights, layer.weight_quantizer)
     torch.testing.assert_close(held(), layer.weight_quantizer(layer.weight).detach())
     planes = held._plane_list()
     assert torch.equal(unpack(planes, 35).view(5, 7), weights.codes.int() * weights.stretch)

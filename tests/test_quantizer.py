@@ -369,3 +369,70 @@ def test_residuals_fill_the_cell_and_mask_what_the_estimator_masks(bits):
     half_cell = quantizer.grid.step * quantizer.scale[:, None] / 2
     offset = (weight - quantizer(weight)).detach().flatten(1) / half_cell
     torch.testing.assert_close(residual[mask], offset[mask], rtol=1e-4, atol=1e-4)
+
+
+# Other kinds
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(1, [-1, 1]), (2, [-3, -1, 1, 3])])
+def test_odd_codes(bits, codes):
+    grid = Grid.for_weights(bits, odd=True)
+    assert list(range(grid.low, grid.high + 1, grid.step)) == codes
+
+
+def test_odd_codes_end_where_int8_does():
+    assert Grid.for_weights(7, odd=True) == Grid(-127, 127, 2)
+    assert Grid.for_weights(8, odd=True) == Grid.for_weights(8)
+    assert Grid.for_weights("ternary", odd=True) == Grid.for_weights("ternary")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dorefa_weights_are_the_papers(bits):
+    weight = normal(4, 3, 3, 3)
+    quantizer = WeightQuantizer(4, bits, kind="dorefa")
+    squashed = torch.tanh(weight)
+    levels = 2**bits - 1
+    unit = squashed / (2 * squashed.abs().max()) + 0.5
+    paper = 2 * (unit * levels).round() / levels - 1  # eq. 9: in units of the largest
+    expected = paper * squashed.abs().max()
+    torch.testing.assert_close(quantizer(weight).detach(), expected)
+    assert not quantizer.log_scale.requires_grad
+
+
+def test_a_binary_dorefa_weight_is_the_mean_magnitude_of_the_layer():
+    weight = normal(4, 50)
+    quantizer = WeightQuantizer(4, 1, kind="dorefa")
+    torch.testing.assert_close(quantizer(weight).detach(), weight.sign() * weight.abs().mean())
+
+
+def test_dorefa_follows_its_weight():
+    quantizer = WeightQuantizer(4, 3, kind="dorefa")
+    first, second = normal(4, 5), 2 * normal(4, 5, seed=1)
+    quantizer(first)
+    quantizer(second)
+    torch.testing.assert_close(
+        quantizer.codes(second) * quantizer.scale[:, None], quantizer(second).detach()
+    )
+
+
+def test_fixed_steps_get_no_gradient():
+    weights, activations = WeightQuantizer(4, 3, kind="fixed"), ActivationQuantizer(3, "fixed")
+    weight = normal(4, 5).requires_grad_()
+    weights.calibrate(weight)
+    activations.set_range(0.3, 2)
+    (weights(weight).square().sum() + activations(weight).square().sum()).backward()
+    assert weights.log_scale.grad is None
+    assert activations.log_scale.grad is None
+    assert weight.grad.abs().sum() > 0
+
+
+def test_pact_learns_from_what_is_clipped_alone():
+    x = torch.tensor([[-1.0, 0.4, 1.6, 5.0, 9.0]])
+    upstream = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10000.0]])
+    quantizer = ActivationQuantizer(2, "pact")
+    quantizer.set_range(1.0, 0)
+    quantizer(x).backward(upstream)
+    # The clipping point is 3 steps: its gradient, eq. 3, is the sum over what lies beyond; that of
+    # the logarithm of the step at step 1 is 3 times as much, and LSQ's gain of 1 / sqrt(5 * 3).
+    expected = 3 * (1000 + 10000) / math.sqrt(5 * 3)
+    assert quantizer.log_scale.grad.item() == pytest.approx(expected)
