@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,11 +63,8 @@ class Correction:
     def measure(
         self, weights: Iterable[DiscreteWeight], progress: float = 0.0
     ) -> dict[str, Geometry]:
-        """The geometry of each weight's uncorrected gradient; call where the correction would be.
-
-        Estimators that have no metric are measured with that of the default flow.
-        """
-        flow = self.estimator if isinstance(self.estimator, RicciFlow) else RicciFlow()
+        """The geometry of each weight's gradient; call it where the correction would be."""
+        flow = self._flow
         rows = {}
         for item in weights:
             if item.weight.grad is not None:
@@ -76,6 +73,22 @@ class Correction:
                 corrected = self.estimator.correct(gradient, xi, kernel, mask, progress)
                 rows[item.name] = flow.measure(gradient, xi, corrected, kernel, progress)
         return rows
+
+    @torch.no_grad()
+    def decay(
+        self, weights: Iterable[DiscreteWeight], times: Sequence[float]
+    ) -> dict[str, list[float]]:
+        """What `RicciFlow.decay` gives for each weight as it stands, gradients or not."""
+        flow = self._flow
+        return {
+            item.name: flow.decay(self._coordinate(flow, item)[0], times, _kernel(item.weight))
+            for item in weights
+        }
+
+    @property
+    def _flow(self) -> RicciFlow:
+        """The estimator's own; estimators that have no metric are measured with the default one."""
+        return self.estimator if isinstance(self.estimator, RicciFlow) else RicciFlow()
 
     @staticmethod
     def _coordinate(estimator: Estimator, item: DiscreteWeight) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -155,6 +156,31 @@ class RicciFlow:
             spread = 3 * xi.square().mean(dim=1)
             return self.time * spread.clamp(*SPREAD)[:, None, None]
         return self.time
+
+    @torch.no_grad()
+    def decay(self, xi: Tensor, times: Sequence[float], kernel: int = 1) -> list[float]:
+        """The perturbation that the linear flow leaves after each time: a line on a log axis.
+
+        Args:
+            xi: coordinate, (rows, n).
+            times: from 0.
+            kernel: the block size that "kernel" stands for.
+
+        Returns:
+            For each time the norm of g(t) off its diagonal, not normalized: the blocks of a row
+            taken together, the mean over rows.
+        """
+        x = _alike(xi)[0]
+        half = x.abs().amax(dim=1).clamp(min=1)[:, None, None]
+        norms = []
+        for time in times:
+            forms = [
+                flow_linear(part, tau(part, self.rho, self.tau_max), time, half)
+                for part in self._cut(x, kernel)
+            ]
+            squares = sum(form.off_diagonal_norm().square().sum(dim=1) for form in forms)
+            norms.append(float(torch.as_tensor(squares).sqrt().mean()))
+        return norms
 
     @torch.no_grad()
     def measure(

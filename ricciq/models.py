@@ -1,7 +1,6 @@
-"""A timm name or a checkpoint -> a float model and its preprocessing; the small bundled nets.
+"""A timm name or a checkpoint -> a float model and its preprocessing.
 
-The nets are registered with timm, so `timm.create_model("digits_resnet8", pretrained=True)` works
-once this module is imported.
+Importing this module registers the nets of `ricciq.nets` with timm.
 """
 
 from __future__ import annotations
@@ -18,20 +17,16 @@ from timm import get_pretrained_cfg, is_model, list_models
 from timm.data.config import resolve_data_config
 from timm.models import (
     adapt_input_conv,
-    build_model_with_cfg,
     create_model,
-    generate_default_cfgs,
     load_state_dict,
-    register_model,
 )
-from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+import ricciq.nets  # noqa: F401  registers them
 from ricciq.errors import CheckpointError, ModelError
 from ricciq.preprocessing import Preprocessing
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
-BUNDLED = Path(__file__).parent / "checkpoints"
 
 
 class LoadedModel(NamedTuple):
@@ -273,96 +268,3 @@ def _load(model: nn.Module, weights: dict[str, Tensor], name: str, path: Path) -
 
 def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-class SmallResNet(ResNet):
-    """timm's ResNet for pictures of 8 to 32 pixels: a 3x3 stem, no pooling, three stages.
-
-    The stages have 16, 32 and 64 channels, and the second and third halve the size, as in the
-    CIFAR-10 nets of He et al. 2015 (arXiv 1512.03385).
-    """
-
-    def __init__(self, blocks: int, stem_stride: int, in_chans: int = 3, **kwargs: Any) -> None:
-        """Build with `blocks` blocks a stage; further arguments as for timm's ResNet."""
-        # timm's plain stem always has 64 channels. Its deep one has twice stem_width, and so lets
-        # the stages be built for 16; its convolutions are then replaced by one.
-        super().__init__(
-            BasicBlock,  # type: ignore[arg-type]  # timm annotates a class as an instance
-            (blocks,) * 3,
-            in_chans=in_chans,
-            channels=(16, 32, 64),
-            stem_type="deep",
-            stem_width=8,
-            **kwargs,
-        )
-        stem = nn.Conv2d(in_chans, 16, 3, stride=stem_stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-        self.add_module("conv1", stem)
-        for unused in ("maxpool", "layer4"):
-            self.add_module(unused, nn.Identity())
-        reductions = [stem_stride * factor for factor in (1, 1, 2, 4)]
-        for info, reduction in zip(self.feature_info, reductions, strict=True):
-            info["reduction"] = reduction
-
-
-def _config(size: tuple[int, int, int], classes: int, **values: Any) -> dict[str, Any]:
-    return {
-        "input_size": size,
-        "num_classes": classes,
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        **values,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        # Mean and deviation of the 1,437 training pictures of `digits`, as bytes over 255.
-        "digits_resnet8.ricciq": _config(
-            (1, 8, 8),
-            10,
-            mean=(0.3054,),
-            std=(0.3760,),
-            file=str(BUNDLED / "digits_resnet8.safetensors"),
-        ),
-        # Of the 60,000 training pictures of Fashion-MNIST.
-        "fashion_resnet8.ricciq": _config(
-            (1, 28, 28),
-            10,
-            mean=(0.2860,),
-            std=(0.3530,),
-            file=str(BUNDLED / "fashion_resnet8.safetensors"),
-        ),
-        # Of the 50,000 training pictures of CIFAR-10, the values in common use.
-        "cifar_resnet20": _config(
-            (3, 32, 32), 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
-        ),
-    }
-)
-
-
-def _build(variant: str, blocks: int, stem_stride: int, pretrained: bool, **kwargs: Any) -> ResNet:
-    built: ResNet = build_model_with_cfg(
-        SmallResNet, variant, pretrained, blocks=blocks, stem_stride=stem_stride, **kwargs
-    )
-    return built
-
-
-@register_model
-def digits_resnet8(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Three blocks for the 8x8 pictures of `digits`: 78,000 parameters."""
-    return _build("digits_resnet8", 1, 1, pretrained, **kwargs)
-
-
-@register_model
-def fashion_resnet8(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Three blocks for the 28x28 pictures of Fashion-MNIST, halved by the stem."""
-    return _build("fashion_resnet8", 1, 2, pretrained, **kwargs)
-
-
-@register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Nine blocks for the 32x32 pictures of CIFAR-10."""
-    return _build("cifar_resnet20", 3, 1, pretrained, **kwargs)

@@ -29,13 +29,17 @@ from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.journal import Journal
 from ricciq.modelfile import size_with_external_data
 from ricciq.models import load_model
+from ricciq.plots import plot_geometry
 from ricciq.preprocessing import Preprocessing
 from ricciq.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.report import Report
 from ricciq.runfolder import RunFolder, choose_run_folder, read_csv, write_csv
 from ricciq.runtime import open_session, session_predictor
-from ricciq.train import Progressed, finetune
+from ricciq.train import Progressed, discrete_weights, finetune
+
+FLOW_TIMES = [n / 50 for n in range(16)]
+"""At which the decay of the perturbation is drawn."""
 
 
 def run(
@@ -231,13 +235,13 @@ def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Pro
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
         calibrate(job.model, _first_images(job))
-    method = recipe.method
+    correction = Correction(named_estimator(recipe.method.name, recipe.method.changes))
     done = finetune(
         job.model,
         job.loader("fit", training=True),
         job.loader("holdout"),
         recipe,
-        Correction(named_estimator(method.name, method.changes)),
+        correction,
         device=job.device,
         folder=folder,
         teacher=teacher if job.plan.layers and recipe.training.distill else None,
@@ -249,6 +253,9 @@ def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Pro
         save_tensors(folder.best, job.model.state_dict(), job.about)
     tensors, _ = load_tensors(folder.best)
     load_model_state(job.model, tensors, folder.best)
+    if done.epoch and job.plan.layers:
+        decay = correction.decay(discrete_weights(job.model), FLOW_TIMES)
+        plot_geometry(FLOW_TIMES, decay, read_csv(folder.geometry), folder.geometry_plot)
     return done
 
 

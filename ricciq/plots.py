@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -50,6 +51,42 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[float]]], path: Path) -> 
     axes.set_xlabel("epoch")
     axes.set_ylabel("hold-out top-1, %")
     axes.legend()
+    _save(figure, path)
+
+
+def plot_geometry(
+    times: Sequence[float],
+    decay: Mapping[str, Sequence[float]],
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+) -> None:
+    """What a run's geometry did: its perturbation over the flow time, its mismatch over epochs.
+
+    Args:
+        times: of the flow.
+        decay: for each layer the norm of the metric off its diagonal, a number a time.
+        rows: of geometry.csv.
+        path: the picture.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drawn = {name: norms for name, norms in decay.items() if min(norms) > 0}
+    for norms in drawn.values():
+        left.semilogy(times, norms, color="tab:blue", alpha=0.4)
+    if drawn:
+        top = max(norms[0] for norms in drawn.values())
+        law = [top * math.exp(-2 * math.pi**2 * time) for time in times]
+        left.semilogy(times, law, "--", color="black", label="slope -2 pi^2")
+        left.legend()
+    left.set_xlabel("flow time (linear flow)")
+    left.set_ylabel("metric off its diagonal, a line a layer")
+    for name in decay:
+        mine = [row for row in rows if row["layer"] == name]
+        epochs = [int(row["epoch"]) for row in mine]
+        cosines = [float(row["mismatch_cosine"]) for row in mine]
+        right.plot(epochs, cosines, marker=".", color="tab:orange", alpha=0.5)
+    right.set_xlabel("epoch")
+    right.set_ylabel("cosine of gradient and corrected gradient")
     _save(figure, path)
 
 

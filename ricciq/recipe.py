@@ -10,14 +10,16 @@ import difflib
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ricciq.errors import RecipeError
 from ricciq.preprocessing import Augmentation
-from ricciq.quantizer import ActKind, Kinds, WeightKind
+
+if TYPE_CHECKING:
+    from ricciq.quantizer import Kinds
 
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary"]
 ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
@@ -73,8 +75,8 @@ class QuantizationSection(Section):
     weight_bits: WeightBits = 4
     act_bits: ActBits = 4
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
-    weight_quantizer: WeightKind = "lsq"
-    act_quantizer: ActKind = "lsq"
+    weight_quantizer: Literal["lsq", "odd", "dorefa", "fixed"] = "lsq"
+    act_quantizer: Literal["lsq", "pact", "fixed"] = "lsq"
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
@@ -88,6 +90,8 @@ class QuantizationSection(Section):
     @property
     def kinds(self) -> Kinds:
         """Which quantizers."""
+        from ricciq.quantizer import Kinds  # brings torch, which reading a recipe must not
+
         return Kinds(self.weight_quantizer, self.act_quantizer)
 
 

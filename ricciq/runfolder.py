@@ -28,6 +28,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.summary = path / "summary.csv"
         self.geometry = path / "geometry.csv"
+        self.geometry_plot = path / "geometry.png"
         self.layers = path / "layers.csv"
         self.last = path / "last.safetensors"
         self.best = path / "best.safetensors"

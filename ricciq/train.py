@@ -151,6 +151,14 @@ def finetune(
     return done
 
 
+def discrete_weights(model: nn.Module) -> list[DiscreteWeight]:
+    """The weights of a converted model's discrete layers, with their quantizers."""
+    return [
+        DiscreteWeight(name, layer.latent, layer.weight_quantizer)
+        for name, layer in quantized_layers(model).items()
+    ]
+
+
 class Trainer:
     """One optimizer step after another; nothing here touches a file."""
 
@@ -167,10 +175,7 @@ class Trainer:
         self.settings, self.correction = recipe.training, correction
         self.steps = steps_per_epoch * recipe.training.epochs
         self.damping = Damping(recipe.training.damping, recipe.training.damping_form)
-        self.weights = [
-            DiscreteWeight(name, layer.latent, layer.weight_quantizer)
-            for name, layer in quantized_layers(model).items()
-        ]
+        self.weights = discrete_weights(model)
         self.optimizer, self.schedule = _optimizer_and_schedule(
             model, recipe.training, steps_per_epoch
         )

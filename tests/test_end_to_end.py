@@ -28,6 +28,7 @@ FILES = {
     "recipe.yaml",
     "summary.csv",
     "geometry.csv",
+    "geometry.png",
     "layers.csv",
     "last.safetensors",
     "best.safetensors",

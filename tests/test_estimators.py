@@ -243,3 +243,11 @@ def test_measuring_changes_nothing_and_gives_finite_numbers(draw, method):
         cosine = torch.cosine_similarity(before.flatten(), after.flatten(), dim=0)
         assert geometry.mismatch_cosine == pytest.approx(cosine.item(), abs=1e-5)
         assert geometry.mismatch_cosine < 0.99999
+
+
+def test_estimators_without_a_metric_show_the_decay_of_the_default_one(draw):
+    item, times = draw(4, 3, 3, 3), [0.0, 0.1]
+    decay = Correction(METHODS["ste"]).decay([item], times)
+    assert decay == Correction(METHODS["ricci"]).decay([item], times)
+    first, last = decay["layer"]
+    assert 0 < last < first / 5

@@ -24,7 +24,7 @@ FLOORS = {
     2: "oscillation layers data models runfolder report bench doctor plots",
     1.5: "correction",
     1: "recipe calibration estimators evaluate inspection pictures checkpoint",
-    0.5: "graph packing preprocessing runtime recording",
+    0.5: "nets graph packing preprocessing runtime recording",
     0.25: "modelfile flow",
     0: "errors quantizer ricci journal tables",
 }

@@ -274,3 +274,15 @@ def test_rows_further_from_their_levels_flow_longer(flow: Flow) -> None:
     for row, time in enumerate(times.tolist()):
         one = slice(row, row + 1)
         close(whole[one], RicciFlow(flow=flow, time=time).correct(gradient[one], xi[one]), tol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["row", "kernel", 5])
+def test_the_decay_that_is_drawn_is_a_line_on_a_log_axis(block: int) -> None:
+    times = [n / 50 for n in range(1, 16)]
+    norms = RicciFlow(block=block).decay(sample(4, 45), times, kernel=9)
+    clock, logs = torch.tensor(times).double(), torch.tensor(norms).double().log()
+    slope = torch.cov(torch.stack([clock, logs]))[0, 1] / clock.var()
+    assert slope.item() == pytest.approx(-2 * math.pi**2, rel=0.01)
+    start = RicciFlow(block=block).measure(sample(4, 45), sample(4, 45), sample(4, 45), kernel=9)
+    at_once = RicciFlow(block=block).decay(sample(4, 45), [0.0], kernel=9)
+    assert at_once == pytest.approx([start.perturbation_start])
