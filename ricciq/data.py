@@ -46,17 +46,24 @@ HOLDOUT_SHARE = 0.05
 DIGITS_VALIDATION = 360
 
 
-def open_data(name: str, root: Path | None) -> PictureData:
+def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> PictureData:
     """Open a data set by the name given to --data.
 
     Args:
         name: a folder, `digits`, or `torch/NAME`.
         root: the folder that torchvision's files lie in (--data-dir); used by torch/NAME only.
+        holdout: the share of the training pictures to hold out.
 
     Raises:
         DataError: the data set is missing, unreadable or has no proper splits.
         UsageError: torch/NAME without a root.
     """
+    data = _open(name, root)
+    data.hold_out(holdout)
+    return data
+
+
+def _open(name: str, root: Path | None) -> PictureData:
     form, _, rest = name.partition("/")
     if name == "digits":
         return _open_digits()
@@ -76,8 +83,8 @@ def open_data(name: str, root: Path | None) -> PictureData:
 class PictureData:
     """A classification data set with a training and a validation part.
 
-    Five percent of the training part is held out, the same pictures in every run: the best epoch
-    is chosen on them, so that the validation part is used once.
+    A part of the training pictures is held out, the same ones in every run: the best epoch is
+    chosen on them, so that the validation part is used once.
 
     Attributes:
         name: as given to --data.
@@ -88,21 +95,27 @@ class PictureData:
     def __init__(
         self, name: str, class_names: Sequence[str], grey: bool, train: Pictures, val: Pictures
     ) -> None:
-        """Set the hold-out aside; see `open_data`."""
+        """Set the usual hold-out aside."""
         self.name = name
         self.class_names = list(class_names)
         self.grey = grey
+        self._train, self._val = train, val
+        self.hold_out(HOLDOUT_SHARE)
+
+    def hold_out(self, share: float) -> None:
+        """Set this share of the training pictures aside; a larger share holds the smaller ones."""
+        train, val = self._train, self._val
         everything = np.arange(len(train.targets))
         if len(everything) < 2:
             raise DataError(
-                f"data {name!r} has a single training picture: give at least two, one to train on "
-                "and one to hold out"
+                f"data {self.name!r} has a single training picture: give at least two, one to "
+                "train on and one to hold out"
             )
         # A class with one picture keeps it for training; where no class has two, any will do.
         counts = np.bincount(train.targets)
         spare = everything[counts[train.targets] > 1]
         pool = spare if len(spare) else everything
-        wanted = max(round(HOLDOUT_SHARE * len(pool)), int((counts > 1).sum()), 1)
+        wanted = max(round(share * len(pool)), int((counts > 1).sum()), 1)
         held_out = _stratified(train.targets, pool, wanted)
         self._splits: dict[Split, tuple[Pictures, Indices]] = {
             "fit": (train, np.setdiff1d(everything, held_out)),

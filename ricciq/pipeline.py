@@ -154,7 +154,7 @@ def choose_device(name: str) -> torch.device:
 
 def prepare(recipe: Recipe, device: torch.device, journal: Journal) -> Job:
     """Open the data, load the model and plan its conversion; nothing is written or changed."""
-    data = open_data(recipe.data.name, recipe.data.dir)
+    data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
     loaded = load_model(
         recipe.model.name,
         num_classes=data.num_classes,

@@ -65,6 +65,7 @@ class DataSection(Section):
     workers: Count = 0
     input_size: Annotated[int, Field(ge=1)] | None = None
     train_samples: Annotated[int, Field(ge=1)] | None = None
+    holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     calibration_batches: Annotated[int, Field(ge=1)] = 8
     augmentation: Augmentation = Augmentation()
 

@@ -322,6 +322,14 @@ def test_the_holdout_is_five_percent_stratified_fixed_and_apart():
     assert set(Counter(targets).values()) <= {7, 8}
 
 
+def test_a_larger_holdout_holds_the_usual_one():
+    usual, larger = open_data("digits", None), open_data("digits", None, holdout=0.4)
+    assert set(in_split(usual, "holdout")) < set(in_split(larger, "holdout"))
+    assert len(in_split(larger, "holdout")) == round(0.4 * 1437)
+    together = [*in_split(larger, "fit"), *in_split(larger, "holdout")]
+    assert sorted(together) == list(range(1437))
+
+
 @pytest.mark.parametrize(
     ("sizes", "held_out"),
     [
