@@ -223,6 +223,10 @@ class DeployedConv2d(_DeployedLayer):
     def __init__(self, layer: QuantConv2d) -> None:
         super().__init__(layer)
         self.window, self.groups = layer.window, layer.groups
+        # Some models look at these when they run.
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride = layer.kernel_size, layer.stride
+        self.padding, self.dilation = layer.padding, layer.dilation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, rows, H', W')."""
@@ -249,6 +253,7 @@ class DeployedLinear(_DeployedLayer):
     def __init__(self, layer: QuantLinear) -> None:
         # Transposed already: onnxruntime would do it in float, and hold on to that memory.
         super().__init__(layer, axis=1, zero_points=True)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

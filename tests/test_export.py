@@ -20,7 +20,7 @@ from ricciq.deployment import DeployedActivation, DeployedWeight, deploy
 from ricciq.errors import RicciqError
 from ricciq.export import export_onnx
 from ricciq.inspection import inspect_onnx
-from ricciq.layers import QuantLinear
+from ricciq.layers import QuantConv2d, QuantLinear
 from ricciq.packing import unpack
 from ricciq.preprocessing import Preprocessing
 from ricciq.quantizer import ActivationQuantizer
@@ -296,6 +296,20 @@ def test_deploying_leaves_the_model_as_it_was(tiny_quantized, pictures):
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     torch.testing.assert_close(model.eval()(pictures), expected)
+
+
+def test_deployed_layers_say_what_models_ask_of_layers(tiny_quantized):
+    # DaViT pads by its convolution's kernel size.
+    model, _ = tiny_quantized(2, 2)
+    deployed = deploy(model)
+    asked = {
+        QuantConv2d: "in_channels out_channels kernel_size stride padding dilation groups",
+        QuantLinear: "in_features out_features",
+    }
+    for name, layer in quantized_layers(model).items():
+        for attribute in asked[type(layer)].split():
+            expected = getattr(layer, attribute)
+            assert getattr(deployed.get_submodule(name), attribute) == expected
 
 
 def test_a_shared_point_stays_shared(tiny_quantized):
