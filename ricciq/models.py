@@ -87,6 +87,7 @@ def load_model(
     messages: list[str] = []
     if checkpoint is not None:
         weights = _read_checkpoint(checkpoint)
+        _check_finite(model, weights, checkpoint)
         messages = _adapt(model, weights)
         _load(model, weights, name, checkpoint)
     elif pretrained and config:
@@ -202,11 +203,23 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
                 f"checkpoint {path} holds {type(value).__name__} {key!r} where a tensor belongs: "
                 "give a file with a state dict"
             )
-        if value.is_floating_point() and not value.isfinite().all():
+    return weights
+
+
+def _check_finite(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Refuse NaN, and infinity unless the model begins with it there, as an open bound."""
+    own = model.state_dict()
+    for key, value in weights.items():
+        if not value.is_floating_point() or value.isfinite().all():
+            continue
+        if (
+            key not in own
+            or not torch.equal(value.isinf(), own[key].isinf())
+            or value.isnan().any()
+        ):
             raise CheckpointError(
                 f"checkpoint {path} holds NaN or infinity in {key!r}: give one that trained well"
             )
-    return weights
 
 
 def _adapt(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:

@@ -97,14 +97,13 @@ default_cfgs = generate_default_cfgs(
             std=(0.3530,),
             file=str(BUNDLED / "fashion_resnet8.safetensors"),
         ),
-        "fashion_mobilenet.ricciq": _config(
+        "fashion_mobilenet": _config(
             (1, 28, 28),
             10,
             mean=(0.2860,),
             std=(0.3530,),
             first_conv="conv_stem",
             classifier="classifier",
-            file=str(BUNDLED / "fashion_mobilenet.safetensors"),
         ),
         # Of the 50,000 training pictures of CIFAR-10, the values in common use.
         "cifar_resnet20": _config(

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 import os
 import pickle
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from timm.models import _registry
 from torch import Tensor, nn
 
+from ricciq import models
 from ricciq.errors import CheckpointError, ModelError
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
@@ -294,6 +297,24 @@ def test_a_checkpoint_of_another_model_names_a_few_keys_only(tmp_path):
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize(("value", "fits"), [(math.inf, True), (-math.nan, False), (7.0, True)])
+def test_a_bound_that_begins_infinite_may_stay_so(tmp_path, monkeypatch, value, fits):
+    # As the clipped layers of Gemma 4's encoder, whose bounds not every checkpoint sets.
+    def bounded(*arguments, **options):
+        model = timm.create_model(*arguments, **options)
+        model.fc.register_buffer("highest", torch.tensor(math.inf))
+        return model
+
+    monkeypatch.setattr(models, "create_model", bounded)
+    weights = bounded("digits_resnet8", in_chans=1).state_dict()
+    weights["fc.highest"] = torch.tensor(value)
+    path = tmp_path / "bounded.safetensors"
+    save_file(weights, path)
+    with nullcontext() if fits else pytest.raises(CheckpointError, match="NaN or infinity"):
+        loaded = load("digits_resnet8", channels=1, checkpoint=path)
+        assert loaded.model.fc.highest == value
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     weights = weights_of("digits_resnet8")
@@ -396,6 +417,21 @@ def test_the_nets_keep_timm_manners(name):
     for feature, info in zip(backbone(picture), model.feature_info, strict=True):
         assert feature.shape[1] == info["num_chs"]
         assert feature.shape[2] == -(-height // info["reduction"])
+
+
+def test_the_mobile_net_is_five_inverted_residuals():
+    model = timm.create_model("fashion_mobilenet")
+    config = model.pretrained_cfg
+    assert model(torch.rand(2, *config["input_size"])).shape == (2, 10)
+    assert model.get_submodule(config["first_conv"]).in_channels == 1
+    assert model.get_classifier() is model.get_submodule(config["classifier"])
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert [m.groups for m in depthwise] == [16, 64, 96, 96, 160]
+    assert (
+        timm.create_model("fashion_mobilenet", in_chans=3)(torch.rand(2, 3, 28, 28))
+        .isfinite()
+        .all()
+    )
 
 
 def test_the_nets_honour_timm_arguments():
