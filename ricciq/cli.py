@@ -136,7 +136,9 @@ def quantize(
         print(json.dumps({**report.to_dict(), "run_folder": str(folder)}))
     else:
         Console().print(report.to_table())
-        Console().print(f"{folder / 'report.md'} and {folder / 'model.onnx'} are written.")
+        Console().print(
+            f"{folder / 'report.md'} and {folder / 'model.onnx'} are written.", markup=False
+        )
 
 
 @app.command("eval")
@@ -159,6 +161,9 @@ def evaluate(
 
     Example: ricciq eval model.onnx --data digits --min-top1 95
     """
+    for flag, gate in (("--min-top1", min_top1), ("--min-agreement", min_agreement)):
+        if gate is not None and not 0 <= gate <= 100:
+            raise UsageError(f"{flag} {gate} is no percentage; give a number from 0 to 100")
     if min_agreement is not None and reference is None:
         raise UsageError(
             f"--min-agreement {min_agreement} needs something to agree with; give --reference"
@@ -319,7 +324,11 @@ def _recipe(
 
     weights, activations = widths
     bits = {"quantization.weight_bits": weights, "quantization.act_bits": activations}
-    merged = (Recipe.load(name) if name else Recipe()).override({**source, **bits, **flags})
+    loaded = Recipe.load(name) if name else Recipe()
+    method = flags.pop("method.name", None)
+    if method not in (None, loaded.method.name):  # a method's values are not another's
+        flags["method"] = {"name": method}
+    merged = loaded.override({**source, **bits, **flags})
     if not merged.data.name:
         raise UsageError("no data was named; give --data a folder, torch/NAME or digits")
     return merged

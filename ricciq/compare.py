@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
@@ -21,17 +19,18 @@ from scipy import stats
 
 from ricciq.checkpoint import write_atomically
 from ricciq.deployment import deploy
-from ricciq.errors import InterruptedRunError, RicciqError, UsageError
+from ricciq.errors import DivergedError, InterruptedRunError, RecipeError, UsageError
 from ricciq.estimators import named_estimator
 from ricciq.evaluate import evaluate
 from ricciq.journal import Journal
 from ricciq.pipeline import choose_device, prepare, train
 from ricciq.plots import plot_curves, plot_seeds
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder, choose_run_folder, default_folder, read_csv, write_csv
+from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder, read_csv, write_csv
+from ricciq.trained import rebuild
 
 CONFIDENCE = 0.95
-TRIALS = "trials"
+RESULT = "result.json"
 Split = Literal["val", "holdout"]
 Row = dict[str, Any]
 
@@ -61,7 +60,12 @@ class Trial(NamedTuple):
             section |= base.method.changes
         for change in changes:
             key, _, value = change.partition("=")
-            section[key] = yaml.safe_load(value)
+            try:
+                section |= {key: yaml.safe_load(value)} if key != "name" else {"name=": value}
+            except yaml.YAMLError:
+                raise RecipeError(
+                    f"--methods {self.method} has no value in {change!r}; write it as block=9"
+                ) from None
         values = base.model_dump() | {"method": section, "seed": self.seed}
         values["training"]["lr"] *= self.lr_scale
         recipe = Recipe.from_values(values, f"--methods {self.method}")
@@ -108,17 +112,14 @@ def compare(
     journal = journal or Journal()
     trials = _plan(recipe, methods, seeds, lr_scales)
     device = choose_device(recipe.device)
-    folder = choose_run_folder(
-        recipe, output or _new_folder(recipe), resume=resume, overwrite=overwrite
-    )
+    folder = choose_run_folder(recipe, output, resume=resume, overwrite=overwrite, kind=StudyFolder)
     with folder.locked():
         if not resume:
-            shutil.rmtree(folder.path / TRIALS, ignore_errors=True)
             folder.begin(recipe)
         journal.log_to(folder.log)
         journal.say(f"{len(trials)} runs in {folder.path}")
         try:
-            rows = [run_trial(t, recipe, device, folder.path, split, journal) for t in trials]
+            rows = [_judged(t, recipe, device, folder, split, journal) for t in trials]
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"stopped; `--output {folder.path} --resume` goes on from the last saved epoch"
@@ -134,10 +135,10 @@ def compare(
             "seeds": [recipe.seed + n for n in range(seeds)],
             "results": results,
         }
-        write_csv(folder.path / "rows.csv", rows)
-        plot_seeds(rows, folder.path / "seeds.png")
-        plot_curves(_curves(trials, folder.path), folder.path / "curves.png")
-        write_atomically(folder.path / "compare.json", json.dumps(verdict, indent=1) + "\n")
+        write_csv(folder.rows, rows)
+        plot_seeds(rows, folder.seeds_plot)
+        plot_curves(_curves(trials, folder), folder.curves_plot)
+        write_atomically(folder.verdict, json.dumps(verdict, indent=1) + "\n")
     return verdict, folder.path
 
 
@@ -152,8 +153,11 @@ def _plan(
         )
     if seeds < 2:
         raise UsageError(f"--seeds {seeds} has no spread to compare with; give 2 or more")
-    if any(not 0 < scale < math.inf for scale in lr_scales):
-        raise UsageError(f"--lr-scales {lr_scales} are no factors; give numbers above 0")
+    written = [f"{scale:g}" for scale in lr_scales]
+    if len(set(written)) < len(written) or any(not 0 < scale < math.inf for scale in lr_scales):
+        raise UsageError(
+            f"--lr-scales {','.join(written)} are no different factors; give numbers above 0"
+        )
     trials = [
         Trial(method, scale, recipe.seed + n)
         for n in range(seeds)
@@ -165,54 +169,71 @@ def _plan(
     return trials
 
 
-def _new_folder(recipe: Recipe) -> Path:
-    folder = default_folder(recipe, datetime.now())
-    return folder.with_name(f"{folder.name}-compare")
-
-
-def run_trial(
-    trial: Trial, base: Recipe, device: torch.device, root: Path, split: Split, journal: Journal
+def _judged(
+    trial: Trial,
+    base: Recipe,
+    device: torch.device,
+    study: StudyFolder,
+    split: Split,
+    journal: Journal,
 ) -> Row:
-    """One run of a study, or what it wrote if it was done before."""
-    folder = RunFolder(root / TRIALS / trial.name)
-    result = folder.path / f"{split}.json"
-    if result.is_file():
-        row: Row = json.loads(result.read_text(encoding="utf-8"))
-        return row
+    """A run's row with the accuracy it is judged by; what was done before is read."""
+    folder = study.trial(trial.name)
+    result = folder.path / RESULT
     recipe = trial.recipe(base)
-    journal.say(trial.name)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), folder.locked():
+    row: Row
+    if result.is_file():
+        row = json.loads(result.read_text(encoding="utf-8"))
+    else:
+        with folder.locked():
+            row = {**trial._asdict(), **_trained(recipe, device, folder, journal)}
+            write_atomically(result, json.dumps(row) + "\n")
+            folder.last.unlink(missing_ok=True)  # the weights stay; this was for resuming
+    if split == "holdout":
+        return row | {"top1": row["holdout_top1"], "loss": row["holdout_loss"]}
+    if "top1" not in row:
+        row |= {"top1": row["holdout_top1"], "loss": row["holdout_loss"]}  # of a diverged run
+        if not row["diverged"]:
+            model = deploy(rebuild(folder.path).model)
+            pictures = prepare(recipe, torch.device("cpu"), Journal()).loader("val")
+            metrics = evaluate({"quantized": model}, pictures)["quantized"]
+            row |= {"top1": metrics.top1, "loss": metrics.loss}
+        write_atomically(result, json.dumps(row) + "\n")
+    return row
+
+
+def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: Journal) -> Row:
+    """Train one run, or go on with it; what came out on the hold-out."""
+    journal.say(folder.path.name)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
         resume = folder.is_ours and folder.load_recipe() == recipe
         if not resume:
             folder.begin(recipe)
-        row = {**trial._asdict(), "diverged": False}
         try:
             done = train(job, folder, resume=resume, journal=journal)
-            deployed = deploy(job.model).cpu()
-            metrics = evaluate({"quantized": deployed}, job.loader(split))["quantized"]
-            last = read_csv(folder.summary)[-1]
-            row |= {
-                "top1": metrics.top1,
-                "loss": metrics.loss,
-                "train_loss": float(last["train_loss"]),
-                "holdout_top1": done.chosen_top1,
-                "skipped_steps": done.skipped,
-                "seconds": done.seconds,
-            }
-        except RicciqError as error:
-            if type(error) is not RicciqError:  # its subclasses are not about training
-                raise
-            journal.say(f"{trial.name} diverged: {error}")
-            # What a network that has learned nothing does: guess.
+        except DivergedError as error:
+            journal.say(f"{folder.path.name} diverged: {error}")
+            # A network that has learned nothing guesses.
             classes = job.data.num_classes
-            guess = {"top1": 100 / classes, "loss": math.log(classes), "train_loss": None}
-            row |= {"diverged": True, **guess, "holdout_top1": 100 / classes}
-            row |= {"skipped_steps": None, "seconds": None}
-    folder.last.unlink(missing_ok=True)  # the weights stay, what resuming needs has served
-    write_atomically(result, json.dumps(row) + "\n")
-    return row
+            guess = {"holdout_top1": 100 / classes, "holdout_loss": math.log(classes)}
+            return {"diverged": True, **guess, "train_loss": None, "seconds": None}
+        if done.epoch:
+            epochs = read_csv(folder.summary)
+            held = float(epochs[done.chosen_epoch - 1]["holdout_loss"])
+            final: float | None = float(epochs[-1]["train_loss"])
+        else:
+            metrics = evaluate({"calibrated": job.model.eval()}, job.loader("holdout"))
+            done.chosen_top1, held = metrics["calibrated"].top1, metrics["calibrated"].loss
+            final = None
+    return {
+        "diverged": False,
+        "holdout_top1": done.chosen_top1,
+        "holdout_loss": held,
+        "train_loss": final,
+        "seconds": done.seconds,
+    }
 
 
 def summarize(
@@ -250,12 +271,12 @@ def summarize(
             }
 
 
-def _curves(trials: Sequence[Trial], root: Path) -> dict[str, list[list[float]]]:
+def _curves(trials: Sequence[Trial], study: StudyFolder) -> dict[str, list[list[float]]]:
     """Hold-out top-1 over the epochs, a list a seed, of each method at the first rate."""
     curves: dict[str, list[list[float]]] = {}
     for trial in trials:
         if trial.lr_scale == trials[0].lr_scale:
-            epochs = read_csv(RunFolder(root / TRIALS / trial.name).summary)
+            epochs = read_csv(study.trial(trial.name).summary)
             line = [float(epoch["holdout_top1"]) for epoch in epochs]
             curves.setdefault(trial.method, []).append(line)
     return curves

@@ -7,6 +7,7 @@
     │   ├── DataError          3   the pictures
     │   ├── CheckpointError    3   the weights
     │   └── ModelError         3   the model name, or an ONNX file
+    ├── DivergedError          1   training, or what it led to, is not finite
     ├── GateError              4   an accuracy or agreement gate was not met
     └── InterruptedRunError  130   stopped by the user; --resume goes on
 
@@ -46,6 +47,10 @@ class CheckpointError(InputError):
 
 class ModelError(InputError):
     """A model name is unknown, or a model file cannot be used."""
+
+
+class DivergedError(RicciqError):
+    """Training gave no finite gradients, or a model no finite answers."""
 
 
 class GateError(RicciqError):

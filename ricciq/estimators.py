@@ -40,7 +40,8 @@ class Estimator(Protocol):
             xi: (rows, n), 0 where the gradient is masked; a residual is 0 at a level and 1 or -1 at
                 the threshold above or below it.
             kernel: how many neighbours in a row make a kernel.
-            mask: bool, (rows, n), True where the gradient is active; elsewhere 0 is returned.
+            mask: bool, (rows, n), True where the gradient is active; elsewhere it is returned as it
+                is, which is 0 unless the layer standardizes its weight.
             progress: share of the training that is done, from 0 to 1.
         """
 
@@ -56,11 +57,11 @@ class StraightThrough:
         gradient: Tensor,
         xi: Tensor,  # noqa: ARG002
         kernel: int = 1,  # noqa: ARG002
-        mask: Tensor | None = None,
+        mask: Tensor | None = None,  # noqa: ARG002
         progress: float = 0.0,  # noqa: ARG002
     ) -> Tensor:
         """See `Estimator.correct`."""
-        return gradient if mask is None else gradient.where(mask, 0)
+        return gradient
 
 
 class _Elementwise:
@@ -83,7 +84,7 @@ class _Elementwise:
     ) -> Tensor:
         """See `Estimator.correct`."""
         corrected = gradient * self.factor(gradient, xi, progress)
-        return corrected if mask is None else corrected.where(mask, 0)
+        return corrected if mask is None else corrected.where(mask, gradient)
 
 
 @dataclass(frozen=True)

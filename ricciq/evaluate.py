@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ricciq.errors import DataError, RicciqError
+from ricciq.errors import DataError, DivergedError
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -71,7 +71,7 @@ def evaluate(
 
     Raises:
         DataError: there was no picture, or a target is not among the classes.
-        RicciqError: a model answers with NaN or infinite numbers.
+        DivergedError: a model answers with NaN or infinite numbers.
     """
     reference = reference or next(iter(predictors))
     tallies = {name: _Tally() for name in predictors}
@@ -87,7 +87,7 @@ def evaluate(
             )
         for name, answers in logits.items():
             if not answers.isfinite().all():
-                raise RicciqError(
+                raise DivergedError(
                     f"the {name} model answers with NaN or infinite numbers; check its checkpoint, "
                     "or lower --lr if it was in training"
                 )

@@ -103,7 +103,8 @@ class RicciFlow:
             gradient: (rows, n), a row per output channel.
             xi: coordinate, (rows, n), 0 where the gradient is masked.
             kernel: the block size that "kernel" stands for.
-            mask: bool, (rows, n), True where the gradient is active; elsewhere 0 is returned.
+            mask: bool, (rows, n), True where the gradient is active; elsewhere it takes no part and
+                is returned as it is.
             progress: share of the training that is done, from 0 to 1, for the schedule.
 
         Returns:
@@ -119,7 +120,8 @@ class RicciFlow:
         rows = len(g) if g.is_cuda else max(1, CACHED // max(1, g.shape[1]))
         pieces = zip(torch.split(g, rows), torch.split(x, rows), strict=True)
         corrected = torch.cat([self._correct_rows(*piece, kernel, progress) for piece in pieces])
-        return corrected.to(gradient.dtype)
+        corrected = corrected.to(gradient.dtype)
+        return corrected if mask is None else corrected.where(mask, gradient)
 
     def _correct_rows(self, gradient: Tensor, xi: Tensor, kernel: int, progress: float) -> Tensor:
         flowed = self.metrics(xi, kernel, progress)
@@ -133,28 +135,28 @@ class RicciFlow:
         """Metrics g(0) and normalized g(t) of each piece of a cut, one object if nothing flows."""
         pieces = [(x, tau(x, self.rho, self.tau_max)) for x in self._cut(xi, kernel)]
         starts = ends = [lne_metric(*piece) for piece in pieces]
-        time = self._time(xi, progress)
-        moves = isinstance(time, Tensor) or time > 0
-        if moves and self.flow != "none" and self.correction in ("natural", "pullback"):
+        time, pace = self._time(progress), None
+        if self.schedule == "measured":
+            # Residuals spread evenly over their cells have the mean square 1/3: the time as it is.
+            spread = 3 * xi.square().mean(dim=1)[:, None, None]
+            shortest, longest = SPREAD
+            time, pace = time * shortest, spread.clamp(shortest, longest) / shortest
+        if time > 0 and self.flow != "none" and self.correction in ("natural", "pullback"):
             if self.flow == "euler":
-                ends = [flow_euler(*piece, time) for piece in pieces]
+                times = time if pace is None else time * pace
+                ends = [flow_euler(*piece, times) for piece in pieces]
             else:
                 # A residual needs the circle [-1, 1], a weight one that reaches around its row.
                 half = xi.abs().amax(dim=1).clamp(min=1)[:, None, None]
-                ends = [flow_linear(*piece, time, half) for piece in pieces]
+                ends = [flow_linear(*piece, time, half, pace) for piece in pieces]
             ends = normalized(ends, starts)
         return list(zip(starts, ends, strict=True))
 
-    def _time(self, xi: Tensor, progress: float) -> float | Tensor:
-        """How long a metric flows now: one number, or (rows, 1, 1)."""
+    def _time(self, progress: float) -> float:
         if self.schedule == "linear":
             return self.time * (1 - progress)
         if self.schedule == "cosine":
             return self.time * (1 + math.cos(math.pi * progress)) / 2
-        if self.schedule == "measured" and self.time > 0:
-            # Residuals spread evenly over their cells have the mean square 1/3: the time as it is.
-            spread = 3 * xi.square().mean(dim=1)
-            return self.time * spread.clamp(*SPREAD)[:, None, None]
         return self.time
 
     @torch.no_grad()

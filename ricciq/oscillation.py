@@ -22,8 +22,9 @@ class Damping:
 
     Nagel et al. 2022 (arXiv 2203.11086, section 4.1) penalize strength * |w - Q(w)|^2, clipped
     weights excepted; the strength grows from 0 along half a cosine. In its geometric form (derived
-    here) the square is replaced by the LNE divergence D[0 : r] of the residual, in units that make
-    both forms one for small residuals: near a threshold it pulls less.
+    here) the LNE divergence D[0 : r] of the residual takes the place of the square, every weight a
+    block of its own, in units that make both forms one for small residuals: near a threshold it
+    pulls half as much.
 
     Attributes:
         strength: at the end of training; 0 leaves the gradients as they are.
@@ -59,5 +60,6 @@ class Damping:
         half_cell = item.quantizer.scale[:, None] * item.quantizer.grid.step / 2
         pull = 2 * half_cell * residual
         if self.form == "lne":  # the derivative of D[0 : r] is r times the potential's Hessian
-            pull = pull * (1 - torch.tanh(tau(residual) * residual).square())
+            curvature = tau(residual.unsqueeze(-1)).squeeze(-1)
+            pull = pull * (1 - torch.tanh(curvature * residual).square())
         return pull.view_as(item.weight)

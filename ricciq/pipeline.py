@@ -36,7 +36,7 @@ from ricciq.recipe import Recipe
 from ricciq.report import Report
 from ricciq.runfolder import RunFolder, choose_run_folder, read_csv, write_csv
 from ricciq.runtime import open_session, session_predictor
-from ricciq.train import Progressed, discrete_weights, finetune
+from ricciq.train import Progressed, check_training, discrete_weights, finetune
 
 FLOW_TIMES = [n / 50 for n in range(16)]
 """At which the decay of the perturbation is drawn."""
@@ -69,7 +69,7 @@ def run(
     """
     journal = journal or Journal()
     device = choose_device(recipe.device)
-    folder = choose_run_folder(recipe, output, resume=resume, overwrite=overwrite)
+    folder: RunFolder = choose_run_folder(recipe, output, resume=resume, overwrite=overwrite)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         torch.manual_seed(recipe.seed)
@@ -154,6 +154,8 @@ def choose_device(name: str) -> torch.device:
 
 def prepare(recipe: Recipe, device: torch.device, journal: Journal) -> Job:
     """Open the data, load the model and plan its conversion; nothing is written or changed."""
+    named_estimator(recipe.method.name, recipe.method.changes)
+    check_training(recipe.training)
     data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
     loaded = load_model(
         recipe.model.name,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -42,11 +42,12 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[float]]], path: Path) -> 
         length = max(map(len, lines))
         whole = [line for line in lines if len(line) == length]  # one that diverged ended early
         columns = list(zip(*whole, strict=True))
-        means, bands = [fmean(c) for c in columns], [pstdev(c) for c in columns]
+        means = [fmean(column) for column in columns]
+        bands = [stdev(column) if len(whole) > 1 else 0.0 for column in columns]
         epochs = range(1, length + 1)
         low = [m - b for m, b in zip(means, bands, strict=True)]
         high = [m + b for m, b in zip(means, bands, strict=True)]
-        axes.plot(epochs, means, marker=".", label=method)
+        axes.plot(epochs, means, marker=".", label=f"{method}: {len(whole)} of {len(lines)} runs")
         axes.fill_between(epochs, low, high, alpha=0.2)
     axes.set_xlabel("epoch")
     axes.set_ylabel("hold-out top-1, %")

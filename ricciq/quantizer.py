@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ class Kinds:
             of tanh(w) in the layer (Zhou et al. 2016, arXiv 1606.06160, eq. 9; at one bit, eq. 7,
             its two levels are the mean |w|); "fixed" keeps the steps that calibration found.
         activations: "lsq"; "pact" learns the clipping point from what is clipped alone (Choi et al.
-            2018, arXiv 1805.06085, eq. 3); "fixed".
+            2018, arXiv 1805.06085, eq. 3), with LSQ's gain and without a decay of its own; "fixed".
     """
 
     weights: WeightKind = "lsq"
@@ -56,6 +56,8 @@ class Grid:
     low: int
     high: int
     step: int = 1
+    clips: bool = True
+    """Whether gradients are masked where a number lies beyond the ends."""
 
     @classmethod
     def for_weights(cls, bits: Bits, odd: bool = False) -> Grid:
@@ -153,6 +155,8 @@ def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
 
 
 def _inside(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    if not grid.clips:
+        return torch.ones_like(ratio, dtype=torch.bool)
     shifted = ratio if zero_point is None else ratio + zero_point
     return (shifted >= grid.low) & (shifted <= grid.high)
 
@@ -205,6 +209,8 @@ class WeightQuantizer(nn.Module):
         self.bits = bits
         self.kind = kind
         self.grid = Grid.for_weights(bits, odd=kind in ("odd", "dorefa"))
+        if kind == "dorefa":  # nothing lies beyond its ends, but for two levels, eq. 7
+            self.grid = replace(self.grid, clips=False)
         self.standardize = standardize or nn.Identity()
         if kind == "dorefa" and bits != 1:
             self.standardize = nn.Sequential(self.standardize, nn.Tanh())
@@ -228,7 +234,7 @@ class WeightQuantizer(nn.Module):
         """
         rows = self.standardize(weight).flatten(1).float()
         if self.kind == "dorefa":
-            self._spread(rows)
+            self.log_scale.data = self._spread(rows)
             return
         largest = rows.abs().amax(1, keepdim=True)
         live = largest > 0
@@ -244,17 +250,17 @@ class WeightQuantizer(nn.Module):
         chosen = torch.where(live, chosen, usual / 64 if self.bits == 1 else usual)
         self.log_scale.copy_(chosen.clamp_min(MIN_SCALE).log().squeeze(1))
 
-    @torch.no_grad()
-    def _spread(self, rows: Tensor) -> None:
-        """DoReFa's steps, all alike: the largest weight of the layer is at the end of the grid."""
-        scale = rows.abs().mean() if self.bits == 1 else rows.abs().max() / self.grid.high
-        self.log_scale.copy_(scale.clamp_min(MIN_SCALE).log().expand_as(self.log_scale))
+    def _spread(self, rows: Tensor) -> Tensor:
+        """DoReFa's log steps, all alike: the layer's largest weight is at the end of the grid."""
+        rows = rows.detach().abs()
+        scale = rows.mean() if self.bits == 1 else rows.max() / self.grid.high
+        return scale.clamp_min(MIN_SCALE).log().float().repeat(len(self.log_scale))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The discretized weight, same shape as ``weight``."""
         standardized = self.standardize(weight)
         if self.kind == "dorefa":
-            self._spread(standardized.detach())
+            self.log_scale.data = self._spread(standardized)
         gain = 1 / math.sqrt(weight[0].numel() * self.grid.high)
         log_scale = self._columns(self.log_scale, weight)
         return fake_quantize(standardized, log_scale, self.grid, gain=gain)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 from pydantic import BaseModel, ConfigDict, Field
+from rich.markup import escape
 from rich.table import Table
 
 from ricciq.checkpoint import write_atomically
@@ -147,7 +148,7 @@ class Report(_Part):
     def to_table(self) -> Table:
         """The verdict for a terminal."""
         bits = f"W{self.weight_bits} A{self.act_bits}"
-        table = Table(title=f"{self.model} on {self.data}, {bits}, {self.method}")
+        table = Table(title=escape(f"{self.model} on {self.data}, {bits}, {self.method}"))
         table.add_column("")
         for heading in ("float", "quantized", "ONNX", "difference"):
             table.add_column(heading, justify="right")

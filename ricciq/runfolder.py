@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +18,7 @@ from ricciq.errors import InputError, RecipeError, UsageError
 from ricciq.recipe import Recipe
 
 RUNS = Path("runs")
+Folder = TypeVar("Folder", bound="RunFolder")
 _LOCK = ".lock"
 
 
@@ -42,7 +44,7 @@ class RunFolder:
 
     @property
     def is_ours(self) -> bool:
-        """Whether a run of ricciq wrote this folder."""
+        """Whether ricciq wrote this folder as one of its kind."""
         return self.recipe.is_file()
 
     @property
@@ -103,6 +105,42 @@ class RunFolder:
         write_atomically(self.recipe, recipe.to_yaml())
 
 
+class StudyFolder(RunFolder):
+    """The folder of a comparison: a run's folder for each of its trials, and what they say.
+
+    Its recipe has another name, so that neither is taken for the other. More trials can always be
+    added, so it is never finished.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.recipe = path / "study.yaml"
+        self.verdict = path / "compare.json"
+        self.rows = path / "rows.csv"
+        self.seeds_plot = path / "seeds.png"
+        self.curves_plot = path / "curves.png"
+
+    @property
+    def is_finished(self) -> bool:
+        """Never."""
+        return False
+
+    def trial(self, name: str) -> RunFolder:
+        """The folder of one run of the study."""
+        return RunFolder(self.path / "trials" / name)
+
+    def begin(self, recipe: Recipe) -> None:
+        """Remove what an earlier study wrote, its trials included, and only that.
+
+        Raises:
+            UsageError: as `RunFolder.begin`.
+        """
+        for path in (self.path / "trials").glob("*"):
+            if RunFolder(path).is_ours:
+                shutil.rmtree(path, ignore_errors=True)
+        super().begin(recipe)
+
+
 def default_folder(recipe: Recipe, now: datetime) -> Path:
     """runs/<date>-<time>-<model>-w<bits>a<bits>, as timm names its own."""
     bits = recipe.quantization
@@ -112,8 +150,13 @@ def default_folder(recipe: Recipe, now: datetime) -> Path:
 
 
 def choose_run_folder(
-    recipe: Recipe, output: Path | None, *, resume: bool, overwrite: bool
-) -> RunFolder:
+    recipe: Recipe,
+    output: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    kind: type[Folder] = RunFolder,  # type: ignore[assignment]
+) -> Folder:
     """Find the folder a run may use; nothing is written yet.
 
     Args:
@@ -121,14 +164,15 @@ def choose_run_folder(
         output: where; by default a new folder, or with ``resume`` the newest unfinished one.
         resume: go on with an unfinished run of the same recipe.
         overwrite: allow a folder of ours that holds a run.
+        kind: of a run, or of a study.
 
     Raises:
         UsageError: the folder is not ours, holds a run or the run's own source, or has nothing
             to resume.
     """
     if output is None:
-        output = _newest_unfinished(recipe) if resume else default_folder(recipe, datetime.now())
-    folder = RunFolder(output)
+        output = _newest_unfinished(recipe, kind) if resume else _new_folder(recipe, kind)
+    folder = kind(output)
     try:
         if output.exists() and not output.is_dir():
             raise UsageError(f"--output {output} is a file; give a folder")
@@ -156,8 +200,13 @@ def choose_run_folder(
     return folder
 
 
-def _newest_unfinished(recipe: Recipe) -> Path:
-    folders = [RunFolder(path) for path in sorted(RUNS.glob("*"), reverse=True)]
+def _new_folder(recipe: Recipe, kind: type[RunFolder]) -> Path:
+    path = default_folder(recipe, datetime.now())
+    return path.with_name(f"{path.name}-compare") if kind is StudyFolder else path
+
+
+def _newest_unfinished(recipe: Recipe, kind: type[RunFolder]) -> Path:
+    folders = [kind(path) for path in sorted(RUNS.glob("*"), reverse=True)]
     for folder in folders:
         with suppress(RecipeError):  # a damaged recipe is not this one
             if folder.is_ours and not folder.is_finished and folder.load_recipe() == recipe:

@@ -14,7 +14,8 @@ _ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
 
 def plan_table(values: dict[str, Any]) -> Table:
     """What a run would do."""
-    table = Table(title=f"{values['model']}: {values['steps']} steps on {values['device']}")
+    title = f"{values['model']}: {values['steps']} steps on {values['device']}"
+    table = Table(title=shown(title))
     for heading in ("layer", "weight bits", "activation bits", "weights"):
         table.add_column(heading)
     for row in values["layers"]:
@@ -33,7 +34,7 @@ def inspection_tables(values: dict[str, Any]) -> Group:
         layers.add_column(heading, overflow="fold")
     for row in values["layers"]:
         layers.add_row(
-            _shown(row["name"]),
+            shown(row["name"]),
             row["operator"],
             "x".join(str(n) for n in row["shape"]),
             str(row["weight_bits"]),
@@ -52,7 +53,8 @@ def comparison_table(values: dict[str, Any]) -> Table:
     """A study: a row a method and learning rate."""
     bits = f"W{values['weight_bits']} A{values['act_bits']}"
     first = values["results"][0]["method"]
-    table = Table(title=f"{values['model']} on {values['data']}, {bits}: {values['folder']}")
+    title = f"{values['model']} on {values['data']}, {bits}: {values['folder']}"
+    table = Table(title=shown(title))
     table.add_column("method", overflow="fold")
     headings = ("rate x", "top-1, %", f"minus {first}, 95 %", "train loss", "drop", "diverged")
     for heading in headings:
@@ -75,7 +77,7 @@ def value_table(values: dict[str, Any]) -> Table:
     """Names and values."""
     table = Table(show_header=False)
     for key, value in values.items():
-        table.add_row(key, _shown(_text(value)))
+        table.add_row(key, shown(_text(value)))
     return table
 
 
@@ -89,7 +91,7 @@ def _text(value: Any, depth: int = 2) -> str:
     return str(value)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Text out of a file, as a table shows it."""
     return escape(printable(text))
 

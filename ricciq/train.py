@@ -26,7 +26,7 @@ from ricciq.checkpoint import (
 from ricciq.convert import quantized_layers
 from ricciq.correction import Correction, DiscreteWeight
 from ricciq.data import Batch, set_epoch
-from ricciq.errors import RecipeError, RicciqError
+from ricciq.errors import DivergedError, RecipeError
 from ricciq.evaluate import Metrics, evaluate
 from ricciq.flow import Geometry
 from ricciq.journal import Journal
@@ -125,7 +125,7 @@ def finetune(
         How far it came; ``folder.best`` holds the best epoch's weights.
 
     Raises:
-        RicciqError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
+        DivergedError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
         RecipeError: timm knows no such optimizer or schedule.
     """
     trainer = Trainer(model, recipe, correction, device, len(fit), teacher)
@@ -202,7 +202,7 @@ class Trainer:
             done.images += len(targets)
             self.schedule.step_update(done.steps)
             if self.bad_in_a_row >= MAX_BAD_STEPS:
-                raise RicciqError(
+                raise DivergedError(
                     f"training gave no finite gradients for {MAX_BAD_STEPS} steps in a row; "
                     f"lower --lr {self.settings.lr}"
                 )
@@ -249,6 +249,15 @@ class Trainer:
         """Logits in evaluation mode."""
         logits: Tensor = self.model.eval()(images.to(self.device))
         return logits
+
+
+def check_training(settings: TrainingSection) -> None:
+    """Find out whether timm can do what the settings ask for, before anything is done.
+
+    Raises:
+        RecipeError: it knows no such optimizer or schedule.
+    """
+    _optimizer_and_schedule(nn.Linear(1, 1), settings, steps_per_epoch=1)
 
 
 def _optimizer_and_schedule(

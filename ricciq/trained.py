@@ -15,7 +15,7 @@ from ricciq.checkpoint import load_model_state, load_tensors
 from ricciq.convert import Kept, LayerPlan, Plan, convert
 from ricciq.data import PictureData, open_data
 from ricciq.deployment import deploy, in_float_operators
-from ricciq.errors import CheckpointError, DataError, ModelError
+from ricciq.errors import CheckpointError, DataError, ModelError, RecipeError, UsageError
 from ricciq.evaluate import Predict, evaluate
 from ricciq.export import accuracy_in_onnx, export_onnx, stored_in_onnx
 from ricciq.models import load_model
@@ -55,7 +55,7 @@ def rebuild(path: Path) -> Rebuilt:
         stored, classes = about["plan"], len(_class_names(about))
         layers = [LayerPlan(**layer) for layer in stored["layers"]]
         plan = Plan(layers, stored["points"], [Kept(**kept) for kept in stored["kept"]])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecipeError) as error:
         raise CheckpointError(
             f"{file} does not say how to rebuild its model ({error}); give a run's best.safetensors"
         ) from None
@@ -164,7 +164,7 @@ def export_run(path: Path, output: Path | None = None, *, as_float: bool = False
     Raises:
         CheckpointError: the run has no usable best.safetensors.
         InputError: its report.json is damaged.
-        UsageError: the run's folder is in use.
+        UsageError: the run's folder is in use, or the checkpoint is in none and `output` is None.
     """
     trained = rebuild(path)
     model = deploy(trained.model)
@@ -174,6 +174,8 @@ def export_run(path: Path, output: Path | None = None, *, as_float: bool = False
         in_float_operators(model)
     elif folder.is_finished and path in (folder.path, folder.best):
         stored |= accuracy_in_onnx(load_report(folder.report).onnx.model_dump())
+    if output is None and not folder.is_ours:
+        raise UsageError(f"{path} lies in no folder of a run; give --output and the file to write")
     if output is not None:
         return export_onnx(model, output, trained.preprocessing, stored)
     with folder.locked():

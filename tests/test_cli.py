@@ -334,8 +334,9 @@ def test_export_carries_the_accuracy_along(
     assert ricciq("export", calibrated / "best.safetensors", "--output", "again.onnx").code == 0
     assert (tmp_path / "again.onnx").read_bytes() == (calibrated / "model.onnx").read_bytes()
     (tmp_path / "alone.safetensors").write_bytes((calibrated / "best.safetensors").read_bytes())
-    assert ricciq("export", "alone.safetensors").code == 0
-    assert "accuracy" not in stored_in(tmp_path / "model.onnx")
+    check_refusal(ricciq("export", "alone.safetensors"), 2, "in no folder of a run; give --output")
+    assert ricciq("export", "alone.safetensors", "--output", "alone.onnx").code == 0
+    assert "accuracy" not in stored_in(tmp_path / "alone.onnx")
     shutil.copytree(calibrated, tmp_path / "copy")
     (tmp_path / "copy" / "report.json").write_text("{}")
     check_refusal(ricciq("export", "copy", "--output", "x.onnx"), 3, "report.json")

@@ -2,17 +2,25 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from ricciq import compare as study
+from ricciq import runfolder
 from ricciq.cli import main
 from ricciq.compare import Trial, compare, summarize
-from ricciq.errors import RecipeError, RicciqError, UsageError
+from ricciq.errors import (
+    DivergedError,
+    InterruptedRunError,
+    RecipeError,
+    RicciqError,
+    UsageError,
+)
 from ricciq.recipe import Recipe
-from ricciq.runfolder import read_csv
+from ricciq.runfolder import StudyFolder, choose_run_folder, read_csv
 
 RECIPE = Recipe.from_values(
     {
@@ -60,9 +68,9 @@ def test_a_study_has_a_run_for_each_method_and_seed(finished):
 def test_methods_start_alike_and_end_apart(finished):
     _, folder = finished
     first, second = (
-        read_csv(folder / "trials" / f"{method}-lr1-seed0" / "summary.csv") for method in METHODS
+        read_csv(folder / "trials" / f"{method}-lr1-seed0" / "summary.csv")[0] for method in METHODS
     )
-    assert first != second
+    assert first["train_loss"] != second["train_loss"]
     again, _ = compare(RECIPE, ["ste", "ricci:time=0"], 2, folder, resume=True)
     # A flow of no time is the straight-through estimator: the same numbers to the last digit.
     assert [r["difference"] for r in again["results"]] == [0.0, 0.0]
@@ -86,7 +94,7 @@ def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
         return train(*arguments, **options)
 
     monkeypatch.setattr(study, "train", stop_at_the_third)
-    with pytest.raises(RicciqError, match="--resume` goes on"):
+    with pytest.raises(InterruptedRunError, match="--resume` goes on"):
         compare(RECIPE, METHODS, 2, tmp_path / "study")
     assert not (tmp_path / "study" / "compare.json").exists()
     verdict, _ = compare(RECIPE, METHODS, 2, tmp_path / "study", resume=True)
@@ -99,7 +107,7 @@ def test_a_divergence_is_a_result(tmp_path, monkeypatch):
 
     def diverge(job, folder, **options):
         if job.recipe.method.name == "ricci" and job.recipe.seed == 1:
-            raise RicciqError("training gave no finite gradients")
+            raise DivergedError("training gave no finite gradients")
         return train(job, folder, **options)
 
     monkeypatch.setattr(study, "train", diverge)
@@ -107,6 +115,38 @@ def test_a_divergence_is_a_result(tmp_path, monkeypatch):
     assert [r["divergences"] for r in verdict["results"]] == [0, 1]
     diverged = read_csv(folder / "rows.csv")[3]
     assert (diverged["diverged"], diverged["top1"]) == ("True", "10.0")
+
+
+def test_a_full_disk_is_no_divergence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RicciqError("the disk is full")
+
+    monkeypatch.setattr(study, "train", full)
+    with pytest.raises(RicciqError, match="disk is full"):
+        compare(RECIPE, METHODS, 2, tmp_path / "study")
+    assert not list(tmp_path.glob("study/trials/*/result.json"))
+
+
+def test_the_other_split_needs_no_training(finished, monkeypatch):
+    _, folder = finished
+    held, _ = compare(RECIPE, METHODS, 2, folder, split="holdout", resume=True)
+    rows = read_csv(folder / "rows.csv")
+    assert [r["top1"] for r in rows] == [r["holdout_top1"] for r in rows]
+    monkeypatch.setattr(study, "train", None)
+    for result in folder.glob("trials/ste-*/result.json"):
+        row = json.loads(result.read_text())
+        before = row.pop("top1")
+        result.write_text(json.dumps(row))
+        compare(RECIPE, METHODS, 2, folder, resume=True)
+        assert json.loads(result.read_text())["top1"] == before
+    assert held["split"] == "holdout"
+
+
+def test_without_an_epoch_calibration_is_compared(tmp_path):
+    recipe = RECIPE.override({"training.epochs": 0})
+    verdict, _ = compare(recipe, METHODS, 2, tmp_path / "study")
+    assert [r["difference"] for r in verdict["results"]] == [0, 0]
+    assert [r["train_loss"] for r in verdict["results"]] == [None, None]
 
 
 def test_an_error_of_another_kind_ends_the_study(tmp_path):
@@ -150,7 +190,10 @@ def test_a_trial_changes_method_rate_and_seed_only():
     assert trial.name == "ricci_block=9_time=0.05_flow=euler-lr3-seed7"
 
 
-@pytest.mark.parametrize("method", ["stee", "ricci:rho=2", "ricci:tim=1", "ste:rho=0.5", "ricci:"])
+BAD = ["stee", "ste:rho=0.5", "ricci:", "ricci:rho=2", "ricci:tim=1", "ricci:block=[", "ste:name=x"]
+
+
+@pytest.mark.parametrize("method", BAD)
 def test_a_method_that_does_not_hold_is_refused_before_anything_runs(tmp_path, method):
     with pytest.raises(RecipeError, match="method"):
         compare(RECIPE, ["ste", method], 2, tmp_path / "study")
@@ -165,6 +208,7 @@ def test_a_method_that_does_not_hold_is_refused_before_anything_runs(tmp_path, m
         (METHODS, 1, [1.0], "--seeds 1"),
         (METHODS, 2, [1.0, 0.0], "--lr-scales"),
         (METHODS, 2, [math.inf], "--lr-scales"),
+        (METHODS, 2, [1, 1.0000001], "--lr-scales 1,1 are no different"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, methods, seeds, scales, words):
@@ -181,6 +225,30 @@ def test_a_folder_is_replaced_only_on_demand(finished, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="not a run of ricciq"):
         compare(RECIPE, METHODS, 2, tmp_path, overwrite=True)
+
+
+def test_an_overwritten_study_leaves_what_is_not_its_own(finished, tmp_path, monkeypatch):
+    _, folder = finished
+    copied = tmp_path / "study"
+    shutil.copytree(folder, copied)
+    (copied / "trials" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(study, "_judged", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare(RECIPE, METHODS, 2, copied, overwrite=True)
+    left = {path.name for path in copied.iterdir()}
+    assert left == {".lock", "study.yaml", "log.txt", "trials"}
+    assert [path.name for path in (copied / "trials").iterdir()] == ["notes.txt"]
+
+
+def test_a_study_is_no_run_and_a_run_no_study(finished, monkeypatch):
+    _, folder = finished
+    with pytest.raises(UsageError, match="not a run of ricciq"):
+        choose_run_folder(RECIPE, folder, resume=False, overwrite=True)
+    monkeypatch.setattr(runfolder, "RUNS", folder.parent)
+    with pytest.raises(UsageError, match="no unfinished run"):
+        choose_run_folder(RECIPE, None, resume=True, overwrite=False)
+    found = choose_run_folder(RECIPE, None, resume=True, overwrite=False, kind=StudyFolder)
+    assert found.path == folder
 
 
 def test_the_command_shows_a_table_or_json(finished, tmp_path, capsys):

@@ -42,9 +42,10 @@ def test_the_geometric_gradient_is_that_of_the_divergence():
     item = discrete(torch.randn(3, 8).tolist(), scale=0.5)
     residual, _ = item.quantizer.residual(item.weight.detach())
     residual.requires_grad_()
-    curvature = ricci.tau(residual)
+    each = residual.unsqueeze(-1)
+    curvature = ricci.tau(each)
     half = 0.25  # of a cell
-    distance = ricci.divergence(torch.zeros_like(residual), residual, curvature).sum()
+    distance = ricci.divergence(torch.zeros_like(each), each, curvature).sum()
     (2 * half**2 * distance).backward()
     torch.testing.assert_close(Damping(1.0, "lne").gradient(item), residual.grad / half)
 

@@ -436,3 +436,21 @@ def test_pact_learns_from_what_is_clipped_alone():
     # the logarithm of the step at step 1 is 3 times as much, and LSQ's gain of 1 / sqrt(5 * 3).
     expected = 3 * (1000 + 10000) / math.sqrt(5 * 3)
     assert quantizer.log_scale.grad.item() == pytest.approx(expected)
+
+
+def test_dorefa_weights_are_never_masked():
+    weight = normal(4, 50).requires_grad_()
+    for bits in (1, 2, 3):
+        quantizer = WeightQuantizer(4, bits, kind="dorefa")
+        assert quantizer.residual(weight.detach())[1].all()
+        (gradient,) = torch.autograd.grad(quantizer(weight).sum(), weight)
+        # At one bit it is passed on as it is (eq. 7), else through the tanh.
+        expected = 1 - torch.tanh(weight.detach()).square() if bits > 1 else torch.ones(4, 50)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_a_dorefa_layer_may_run_twice():
+    weight = normal(4, 4).requires_grad_()
+    quantizer = WeightQuantizer(4, 2, kind="dorefa")
+    quantizer(quantizer(weight)).sum().backward()
+    assert weight.grad.isfinite().all()
