@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ricciq.errors import DataError, DivergedError
+from ricciq.errors import DataError, DivergedError, ModelError
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -71,6 +71,7 @@ def evaluate(
 
     Raises:
         DataError: there was no picture, or a target is not among the classes.
+        ModelError: a model does not answer with a row of logits a picture.
         DivergedError: a model answers with NaN or infinite numbers.
     """
     reference = reference or next(iter(predictors))
@@ -78,6 +79,12 @@ def evaluate(
     samples = 0
     for images, targets in batches:
         logits = {name: predict(images).float().cpu() for name, predict in predictors.items()}
+        for name, answers in logits.items():
+            if answers.ndim != 2 or len(answers) != len(images):
+                raise ModelError(
+                    f"the {name} model answers {len(images)} pictures with numbers of shape "
+                    f"{list(answers.shape)}, so it is no classifier; choose another model"
+                )
         classes = logits[reference].shape[1]
         low, high = (int(end) for end in targets.aminmax())
         if low < 0 or high >= classes:

@@ -123,7 +123,7 @@ class TrainingSection(Section):
 
     epochs: Count = 10
     opt: str = "adamw"
-    lr: Positive = 4e-3
+    lr: Positive = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     sched: str = "cosine"
     warmup_epochs: Count = 0

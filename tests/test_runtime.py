@@ -253,3 +253,10 @@ def test_a_batch_no_machine_holds_is_refused(file):
 def test_a_missing_file_is_not_timed(tmp_path):
     with pytest.raises(ModelError):
         measure_latency({"a": tmp_path / "none.onnx"})
+
+
+def test_a_model_that_is_no_classifier_is_refused():
+    pictures = [(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long))]
+    for answer in (torch.zeros(5, 3), torch.zeros(2, 3, 4), torch.zeros(2)):
+        with pytest.raises(ModelError, match="the encoder model answers 2 pictures"):
+            evaluate({"encoder": lambda _, answer=answer: answer}, pictures)
