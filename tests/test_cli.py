@@ -352,3 +352,23 @@ def test_inspect_shows_what_the_file_says_of_itself(
     top1 = shown["metadata"]["accuracy"]["top1"]
     for words in (__version__, "weights 2; activations 2", f"top1 {top1:.4g}", "input_size 1, 8"):
         assert words in answer.out
+
+
+def test_a_recipe_that_does_not_hold_removes_nothing(
+    ricciq: Callable[..., Answer], calibrated: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(calibrated, tmp_path / "copy")
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text("method: {name: dsq, rho: 0.5}")
+    arguments = ["quantize", "digits_resnet8", "--data", "digits", "--recipe", recipe]
+    refused = ricciq(*arguments, "--output", copied, "--overwrite")
+    check_refusal(refused, 2, "method dsq has no rho")
+    assert (copied / "model.onnx").read_bytes() == (calibrated / "model.onnx").read_bytes()
+    # The values of a recipe's method are not those of another.
+    assert ricciq(*arguments, "--method", "ste", "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("gate", ["nan", "-1", "101"])
+def test_a_gate_is_a_percentage(ricciq: Callable[..., Answer], calibrated: Path, gate: str) -> None:
+    answer = ricciq("eval", calibrated / "model.onnx", "--data", "digits", f"--min-top1={gate}")
+    check_refusal(answer, 2, "--min-top1", "is no percentage")
