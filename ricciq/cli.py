@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import traceback
@@ -162,8 +163,8 @@ def evaluate(
     Example: ricciq eval model.onnx --data digits --min-top1 95
     """
     for flag, gate in (("--min-top1", min_top1), ("--min-agreement", min_agreement)):
-        if gate is not None and not 0 <= gate <= 100:
-            raise UsageError(f"{flag} {gate} is no percentage; give a number from 0 to 100")
+        if gate is not None and not math.isfinite(gate):  # nothing is below NaN
+            raise UsageError(f"{flag} {gate} is no gate; give a percentage")
     if min_agreement is not None and reference is None:
         raise UsageError(
             f"--min-agreement {min_agreement} needs something to agree with; give --reference"

@@ -121,7 +121,7 @@ class MethodSection(Section):
 class TrainingSection(Section):
     """The fine-tuning schedule; ``opt`` and ``sched`` are timm's factory names."""
 
-    epochs: Count = 10
+    epochs: Count = 20
     opt: str = "adamw"
     lr: Positive = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -132,7 +132,7 @@ class TrainingSection(Section):
     label_smoothing: Share = 0.0
     damping: Annotated[float, Field(ge=0)] = 0.0
     damping_form: Literal["l2", "lne"] = "l2"
-    distill: Share = 0.5
+    distill: Share = 1.0
     temperature: Positive = 1.0
 
     @model_validator(mode="after")

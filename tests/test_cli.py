@@ -368,7 +368,7 @@ def test_a_recipe_that_does_not_hold_removes_nothing(
     assert ricciq(*arguments, "--method", "ste", "--dry-run").code == 0
 
 
-@pytest.mark.parametrize("gate", ["nan", "-1", "101"])
-def test_a_gate_is_a_percentage(ricciq: Callable[..., Answer], calibrated: Path, gate: str) -> None:
+@pytest.mark.parametrize("gate", ["nan", "inf"])
+def test_a_gate_is_a_number(ricciq: Callable[..., Answer], calibrated: Path, gate: str) -> None:
     answer = ricciq("eval", calibrated / "model.onnx", "--data", "digits", f"--min-top1={gate}")
-    check_refusal(answer, 2, "--min-top1", "is no percentage")
+    check_refusal(answer, 2, "--min-top1", "is no gate")
