@@ -18,6 +18,7 @@ from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageErro
 from ricciq.tables import comparison_table, inspection_tables, plan_table, printable, value_table
 
 if TYPE_CHECKING:
+    from ricciq.journal import Journal
     from ricciq.recipe import Recipe
 
 app = typer.Typer(
@@ -99,11 +100,11 @@ def quantize(
 
     Example: ricciq quantize digits_resnet8 --data digits --bits 2
     """
-    messages: list[str] = []
-    merged = _recipe(
+    merged, messages = _recipe(
+        model,
+        checkpoint,
         recipe,
-        _model_and_weights(model, checkpoint),
-        _widths(bits, weight_bits, act_bits, messages),
+        (bits, weight_bits, act_bits),
         {
             "data.name": data,
             "data.dir": data_dir,
@@ -118,14 +119,9 @@ def quantize(
             "compile": compile_,
         },
     )
-
     from ricciq import pipeline
-    from ricciq.journal import Journal
 
-    journal = Journal(_stderr())
-    for message in messages:
-        journal.say(message)
-    signal.signal(signal.SIGTERM, _interrupt)
+    journal = _begin(messages)
     if dry_run:
         job = pipeline.prepare(merged, pipeline.choose_device(merged.device), journal)
         _print(pipeline.describe(job), as_json, plan_table)
@@ -272,11 +268,11 @@ def compare(
     """
     if split not in ("val", "holdout"):
         raise UsageError(f"--split {split} is no part to judge by; give val or holdout")
-    messages: list[str] = []
-    merged = _recipe(
+    merged, messages = _recipe(
+        model,
+        checkpoint,
         recipe,
-        _model_and_weights(model, checkpoint),
-        _widths(bits, weight_bits, act_bits, messages),
+        (bits, weight_bits, act_bits),
         {
             "data.name": data,
             "data.dir": data_dir,
@@ -294,12 +290,8 @@ def compare(
         raise UsageError(f"--lr-scales {lr_scales} are no numbers; give some as 0.3,1,3") from None
 
     from ricciq import compare as study
-    from ricciq.journal import Journal
 
-    journal = Journal(_stderr())
-    for message in messages:
-        journal.say(message)
-    signal.signal(signal.SIGTERM, _interrupt)
+    journal = _begin(messages)
     verdict, folder = study.compare(
         merged,
         methods.split(","),
@@ -315,15 +307,18 @@ def compare(
 
 
 def _recipe(
+    model: str,
+    checkpoint: Path | None,
     name: str | None,
-    source: dict[str, Any],
-    widths: tuple[int | str | None, int | str | None],
+    widths: tuple[str | None, str | None, str | None],
     flags: dict[str, Any],
-) -> Recipe:
-    """Defaults, then the recipe of that name or file, then flags."""
+) -> tuple[Recipe, list[str]]:
+    """Defaults, then the recipe of that name or file, then flags; and what there is to say."""
     from ricciq.recipe import Recipe
 
-    weights, activations = widths
+    messages: list[str] = []
+    source = _model_and_weights(model, checkpoint)
+    weights, activations = _widths(*widths, messages)
     bits = {"quantization.weight_bits": weights, "quantization.act_bits": activations}
     loaded = Recipe.load(name) if name else Recipe()
     method = flags.pop("method.name", None)
@@ -332,7 +327,18 @@ def _recipe(
     merged = loaded.override({**source, **bits, **flags})
     if not merged.data.name:
         raise UsageError("no data was named; give --data a folder, torch/NAME or digits")
-    return merged
+    return merged, messages
+
+
+def _begin(messages: list[str]) -> Journal:
+    """A journal on stderr that starts with these messages; SIGTERM stops as Ctrl-C does."""
+    from ricciq.journal import Journal
+
+    journal = Journal(Console(stderr=True))
+    for message in messages:
+        journal.say(message)
+    signal.signal(signal.SIGTERM, _interrupt)
+    return journal
 
 
 def _widths(
@@ -377,10 +383,6 @@ def _print(values: dict[str, Any], as_json: bool, table: Any = None) -> None:
         print(json.dumps(values))
     else:
         Console().print((table or value_table)(values))
-
-
-def _stderr() -> Console:
-    return Console(stderr=True)
 
 
 def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001

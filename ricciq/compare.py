@@ -18,6 +18,7 @@ import yaml
 from scipy import stats
 
 from ricciq.checkpoint import write_atomically
+from ricciq.data import open_data
 from ricciq.deployment import deploy
 from ricciq.errors import DivergedError, InterruptedRunError, RecipeError, UsageError
 from ricciq.estimators import named_estimator
@@ -194,9 +195,15 @@ def _judged(
     if "top1" not in row:
         row |= {"top1": row["holdout_top1"], "loss": row["holdout_loss"]}  # of a diverged run
         if not row["diverged"]:
-            model = deploy(rebuild(folder.path).model)
-            pictures = prepare(recipe, torch.device("cpu"), Journal()).loader("val")
-            metrics = evaluate({"quantized": model}, pictures)["quantized"]
+            trained = rebuild(folder.path)
+            pictures = open_data(recipe.data.name, recipe.data.dir).loader(
+                "val",
+                trained.preprocessing,
+                batch_size=recipe.data.batch_size,
+                workers=recipe.data.workers,
+                training=False,
+            )
+            metrics = evaluate({"quantized": deploy(trained.model)}, pictures)["quantized"]
             row |= {"top1": metrics.top1, "loss": metrics.loss}
         write_atomically(result, json.dumps(row) + "\n")
     return row

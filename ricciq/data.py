@@ -6,29 +6,24 @@ picture it cannot read, which changes accuracies without a word; here such a pic
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.functional import normalize
+from torch.utils.data import DataLoader
 
 from ricciq.errors import DataError, UsageError
+from ricciq.loading import Batch, picture_loader
 from ricciq.pictures import Indices, PictureArrays, PictureFiles, Pictures
 from ricciq.preprocessing import Augmentation, Preprocessing
 
 Split = Literal["fit", "holdout", "val"]
-Batch = tuple[Tensor, Tensor]
 
 FORMS = (
     "a folder with train/ and val/ (or validation/), `digits`, "
@@ -149,7 +144,8 @@ class PictureData:
         """Batches of one split: pictures (B, C, H, W) float32 and targets (B,) int64.
 
         A training loader shuffles, drops a last partial batch if there is a full one, and repeats
-        itself: what it yields depends on seed and epoch (see `set_epoch`), not on `workers`.
+        itself: what it yields depends on seed and epoch (see `ricciq.loading.set_epoch`), not on
+        `workers`.
 
         Args:
             split: "fit" and "holdout" share the training part, "val" is the validation part.
@@ -175,121 +171,17 @@ class PictureData:
                     f"{len(self._splits['fit'][1])}"
                 )
             indices = _stratified(pictures.targets, indices, train_samples)
-        vary = augmentation.transform(preprocessing) if training and augmentation else None
-        samples = _Samples(pictures, indices, preprocessing, vary, seed)
-        return _PictureLoader(
-            samples,
+        return picture_loader(
+            pictures,
+            indices,
+            preprocessing,
             batch_size=batch_size,
-            sampler=_EpochSampler(len(samples), seed) if training else None,
-            drop_last=training and len(samples) >= batch_size,
-            num_workers=workers,
+            workers=workers,
+            training=training,
+            seed=seed,
+            augmentation=augmentation,
             pin_memory=pin_memory,
-            collate_fn=_as_is,
-            # Its own, so that starting an epoch draws nothing from the global generator.
-            generator=torch.Generator().manual_seed(seed),
         )
-
-
-def set_epoch(loader: DataLoader[Batch], epoch: int, skip_batches: int = 0) -> None:
-    """Give a training loader the order and the augmentation of an epoch.
-
-    Args:
-        loader: from `PictureData.loader` with `training=True`.
-        epoch: counted from 0.
-        skip_batches: leave out this many first batches, to go on in the middle of an epoch.
-    """
-    samples, sampler = loader.dataset, loader.sampler
-    if not (isinstance(samples, _Samples) and isinstance(sampler, _EpochSampler)):
-        raise TypeError("set_epoch needs a training loader made by PictureData.loader")
-    samples.epoch = sampler.epoch = epoch
-    sampler.skip = skip_batches * (loader.batch_size or 1)
-
-
-class _Samples(Dataset[Batch]):
-    """The chosen pictures of a split as normalized tensors, read a batch at a time."""
-
-    def __init__(
-        self,
-        pictures: Pictures,
-        indices: Indices,
-        preprocessing: Preprocessing,
-        vary: Any,
-        seed: int,
-    ) -> None:
-        self.pictures = pictures
-        self.indices = indices
-        self.preprocessing = preprocessing
-        self.vary = vary
-        self.evaluate = preprocessing.evaluation_transform()
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitems__(self, positions: list[int]) -> Batch | DataError:
-        """A batch; an error is handed over as a value, since torch rewrites what workers raise."""
-        chosen = self.indices[positions]
-        targets = torch.from_numpy(self.pictures.targets[chosen])
-        try:
-            return self._images(chosen), targets
-        except DataError as error:
-            return error
-
-    def _images(self, chosen: Indices) -> Tensor:
-        if self.vary is not None:
-            with _random_state_kept():
-                return torch.stack([self._varied(int(index)) for index in chosen])
-        if isinstance(self.pictures, PictureArrays) and self.pictures.fits(self.preprocessing):
-            # The arithmetic of the transform, on the whole batch: a hundred times faster.
-            pixels = torch.from_numpy(self.pictures.pixels[chosen]).permute(0, 3, 1, 2)
-            images = pixels.contiguous().to(torch.float32).div_(255)
-            mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
-            normalize(images, mean, std, inplace=True)
-            return images
-        mode = self.preprocessing.mode
-        return torch.stack([self.evaluate(self.pictures.open(int(i), mode)) for i in chosen])
-
-    def _varied(self, index: int) -> Tensor:
-        # Of a picture's own, so that neither its batch nor its worker matters. timm's transforms
-        # draw from all three generators.
-        random.seed(f"augmentation {self.seed} {self.epoch} {index}")
-        np.random.seed(random.getrandbits(32))
-        torch.default_generator.manual_seed(random.getrandbits(63))
-        varied: Tensor = self.vary(self.pictures.open(index, self.preprocessing.mode))
-        return varied
-
-
-class _EpochSampler(Sampler[int]):
-    """A shuffled order that is a function of seed and epoch alone."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count = count
-        self.seed = seed
-        self.epoch = 0
-        self.skip = 0
-
-    def __len__(self) -> int:
-        return max(self.count - self.skip, 0)
-
-    def __iter__(self) -> Iterator[int]:
-        start = random.Random(f"order {self.seed} {self.epoch}").getrandbits(63)
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(start))
-        yield from order[self.skip :].tolist()
-
-
-class _PictureLoader(DataLoader[Batch]):
-    """A DataLoader that raises the errors its workers hand over."""
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
@@ -312,18 +204,6 @@ def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
         seen[target] += 1
     chosen: Indices = np.sort(shuffled[np.argsort(progress, kind="stable")[:count]])
     return chosen
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put the global random generators back as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _open_folder(folder: Path) -> PictureData:

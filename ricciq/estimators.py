@@ -7,6 +7,7 @@ it by where those values stand in their quantization cells.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
@@ -64,14 +65,14 @@ class StraightThrough:
         return gradient
 
 
-class _Elementwise:
+class _Elementwise(ABC):
     """Multiplies every entry of a gradient by a factor of its own."""
 
     coordinate: ClassVar[Coordinate] = "residual"
 
+    @abstractmethod
     def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:
         """Of the shape of both."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def correct(

@@ -19,7 +19,7 @@ from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
 from ricciq.convert import Plan, convert, plan_conversion
 from ricciq.correction import Correction
-from ricciq.data import Batch, PictureData, Split, open_data
+from ricciq.data import PictureData, Split, open_data
 from ricciq.deployment import deploy
 from ricciq.errors import InterruptedRunError, UsageError
 from ricciq.estimators import named_estimator
@@ -27,6 +27,7 @@ from ricciq.evaluate import Metrics, Predict, evaluate
 from ricciq.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
 from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.journal import Journal
+from ricciq.loading import Batch
 from ricciq.modelfile import size_with_external_data
 from ricciq.models import load_model
 from ricciq.plots import plot_geometry

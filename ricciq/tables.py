@@ -52,20 +52,27 @@ def inspection_tables(values: dict[str, Any]) -> Group:
 def comparison_table(values: dict[str, Any]) -> Table:
     """A study: a row a method and learning rate."""
     bits = f"W{values['weight_bits']} A{values['act_bits']}"
-    first = values["results"][0]["method"]
+    first = shown(values["results"][0]["method"])
     title = f"{values['model']} on {values['data']}, {bits}: {values['folder']}"
     table = Table(title=shown(title))
     table.add_column("method", overflow="fold")
-    headings = ("rate x", "top-1, %", f"minus {first}, 95 %", "train loss", "drop", "diverged")
+    headings = (
+        "rate x",
+        "top-1, %",
+        f"minus {first}, 95 %",
+        "train loss",
+        "drop",
+        "diverged",
+    )
     for heading in headings:
         table.add_column(heading, no_wrap=True)
     for row in values["results"]:
         loss = row["train_loss"]
         table.add_row(
-            row["method"],
+            shown(row["method"]),
             f"{row['lr_scale']:g}",
             f"{row['mean']:.2f} ± {row['std']:.2f}",
-            f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]".replace("[", r"\["),
+            shown(f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"),
             "" if loss is None else f"{loss:.4f}",
             f"{row['drop']:.2f}",
             f"{row['divergences']} of {row['seeds']}",

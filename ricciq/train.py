@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,14 +24,15 @@ from ricciq.checkpoint import (
 )
 from ricciq.convert import quantized_layers
 from ricciq.correction import Correction, DiscreteWeight
-from ricciq.data import Batch, set_epoch
 from ricciq.errors import DivergedError, RecipeError
 from ricciq.evaluate import Metrics, evaluate
 from ricciq.flow import Geometry
+from ricciq.history import Codes, History, Tally
 from ricciq.journal import Journal
+from ricciq.loading import Batch, set_epoch
 from ricciq.oscillation import Damping
 from ricciq.recipe import Recipe, TrainingSection
-from ricciq.runfolder import RunFolder, read_csv, write_csv
+from ricciq.runfolder import RunFolder
 
 MAX_BAD_STEPS = 20
 """Steps in a row without finite gradients after which training gives up."""
@@ -135,7 +135,7 @@ def finetune(
         if done.scaler:
             trainer.scaler.load_state_dict(done.scaler)
         history = History.read(folder, done.epoch)
-    codes = _Codes(trainer.weights)
+    codes = Codes(trainer.weights)
     for epoch in range(done.epoch, recipe.training.epochs):
         started = time.perf_counter()
         set_epoch(fit, epoch)
@@ -145,8 +145,16 @@ def finetune(
         rate = tally.images / (time.perf_counter() - started)
         held = evaluate({"holdout": trainer.predict}, holdout)["holdout"]
         done.epoch = epoch + 1
-        history.add(done.epoch, tally, held, trainer, rate, codes.changed_share())
-        journal.say(_line(history.summary[-1], recipe.training.epochs))
+        history.add(
+            done.epoch,
+            tally,
+            held,
+            rate,
+            trainer.optimizer.param_groups[0]["lr"],
+            trainer.geometry,
+            codes.changed_share(),
+        )
+        journal.say(history.describe(recipe.training.epochs))
         _save(folder, trainer, done, held, history, about)
     return done
 
@@ -296,105 +304,6 @@ def _optimizer_and_schedule(
     return optimizer, schedule
 
 
-@dataclass
-class Tally:
-    """Running sums over an epoch, kept on the device."""
-
-    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    hits: Tensor = field(default_factory=lambda: torch.zeros(()))
-    images: int = 0
-    bad: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, finite: bool) -> None:
-        """Count a step; one without finite gradients only as bad."""
-        self.bad += not finite
-        if finite:
-            self.loss = self.loss.to(loss.device) + loss.detach() * len(targets)
-            self.hits = self.hits.to(loss.device) + (logits.argmax(1) == targets).sum()
-            self.images += len(targets)
-
-    def describe(self) -> str:
-        """Loss, accuracy and speed so far, for the progress bar."""
-        loss, accuracy = self.means
-        rate = self.images / (time.perf_counter() - self.started)
-        return f"loss {loss:.3f}  top-1 {accuracy:.1f} %  {rate:.0f} images/s"
-
-    @property
-    def means(self) -> tuple[float, float]:
-        """Mean loss, and accuracy in percent."""
-        images = max(self.images, 1)
-        return float(self.loss) / images, 100 * float(self.hits) / images
-
-
-class _Codes:
-    """Remembers the weights' codes, to count how many changed since it was last asked."""
-
-    def __init__(self, weights: list[DiscreteWeight]) -> None:
-        self.weights = weights
-        self.last = self._now()
-
-    def _now(self) -> dict[str, Tensor]:
-        return {name: quantizer.codes(weight) for name, weight, quantizer in self.weights}
-
-    def changed_share(self) -> dict[str, float]:
-        before, self.last = self.last, self._now()
-        return {n: float((before[n] != now).float().mean()) for n, now in self.last.items()}
-
-
-@dataclass
-class History:
-    """The rows of summary.csv (an epoch each) and geometry.csv (an epoch and layer each)."""
-
-    summary: list[dict[str, Any]] = field(default_factory=list)
-    geometry: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, folder: RunFolder, epochs: int) -> History:
-        """What an interrupted run wrote about its finished epochs."""
-
-        def rows(path: Path) -> list[dict[str, Any]]:
-            return [row for row in read_csv(path) if int(row["epoch"]) <= epochs]
-
-        return cls(rows(folder.summary), rows(folder.geometry))
-
-    def add(
-        self,
-        epoch: int,
-        tally: Tally,
-        held: Metrics,
-        trainer: Trainer,
-        rate: float,
-        codes_changed: dict[str, float],
-    ) -> None:
-        """Append an epoch."""
-        loss, accuracy = tally.means
-        self.summary.append(
-            {
-                "epoch": epoch,
-                "train_loss": loss,
-                "train_top1": accuracy,
-                "holdout_loss": held.loss,
-                "holdout_top1": held.top1,
-                "lr": trainer.optimizer.param_groups[0]["lr"],
-                "images_per_second": rate,
-                "skipped_steps": tally.bad,
-            }
-        )
-        for name, geometry in trainer.geometry.items():
-            row = {"epoch": epoch, "layer": name, **geometry._asdict()}
-            self.geometry.append({**row, "codes_changed": codes_changed[name]})
-
-
-def _line(row: dict[str, Any], epochs: int) -> str:
-    skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
-    return (
-        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  "
-        f"train top-1 {row['train_top1']:.1f} %  hold-out top-1 {row['holdout_top1']:.1f} %  "
-        f"{row['images_per_second']:.0f} images/s{skipped}"
-    )
-
-
 def _save(
     folder: RunFolder,
     trainer: Trainer,
@@ -410,8 +319,7 @@ def _save(
         chosen = {**about, "epoch": done.epoch, "holdout_top1": held.top1}
         save_tensors(folder.best, trainer.model.state_dict(), chosen)
     done.scaler = trainer.scaler.state_dict()
-    write_csv(folder.summary, history.summary)
-    write_csv(folder.geometry, history.geometry)
+    history.write(folder)
     tensors, metadata = training_state(trainer.model, trainer.optimizer, vars(done))
     save_tensors(folder.last, tensors, metadata)
     write_atomically(folder.state, json.dumps(vars(done), indent=1) + "\n")

@@ -12,8 +12,9 @@ from fashion import lay_out_fashion_mnist, needs_fashion
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ricciq.data import PictureData, open_data, set_epoch
+from ricciq.data import PictureData, open_data
 from ricciq.errors import DataError, UsageError
+from ricciq.loading import set_epoch
 from ricciq.preprocessing import Augmentation, Preprocessing
 
 TINY = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3)

@@ -19,11 +19,12 @@ from ricciq.convert import convert, quantized_layers
 from ricciq.correction import Correction
 from ricciq.errors import RecipeError, RicciqError
 from ricciq.estimators import METHODS
+from ricciq.history import Tally
 from ricciq.journal import Journal
 from ricciq.pipeline import prepare
 from ricciq.recipe import Recipe, TrainingSection
 from ricciq.runfolder import RunFolder, read_csv
-from ricciq.train import Progressed, Tally, Trainer, finetune, loss_function
+from ricciq.train import Progressed, Trainer, finetune, loss_function
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(
