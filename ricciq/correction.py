@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from ricciq.estimators import Estimator, StraightThrough
 from ricciq.flow import Geometry, RicciFlow
 from ricciq.quantizer import WeightQuantizer
+
+TOGETHER = 2**22
+"""Weights after which a group is full: enough to keep a GPU busy, little beside the model."""
 
 
 class DiscreteWeight(NamedTuple):
@@ -45,15 +48,11 @@ class Correction:
         """
         if isinstance(self.estimator, StraightThrough):
             return
-        alike: dict[tuple[int, int, torch.dtype], list[DiscreteWeight]] = defaultdict(list)
-        for item in weights:
-            if item.weight.grad is not None:
-                shape = item.weight[0].numel(), _kernel(item.weight), item.weight.grad.dtype
-                alike[shape].append(item)
-        for (_, kernel, _), group in alike.items():
+        for group in _alike(weights):
             gradient = torch.cat([_gradient(item) for item in group])
             places = [self._coordinate(self.estimator, item) for item in group]
             xi, mask = (torch.cat(parts) for parts in zip(*places, strict=True))
+            kernel = _kernel(group[0].weight)
             corrected = self.estimator.correct(gradient, xi, kernel, mask, progress)
             rows = [len(item.weight) for item in group]
             for item, part in zip(group, torch.split(corrected, rows), strict=True):
@@ -96,6 +95,18 @@ class Correction:
         if estimator.coordinate == "residual":
             return residual, mask
         return item.quantizer.ratio(item.weight).flatten(1) * mask, mask
+
+
+def _alike(weights: Iterable[DiscreteWeight]) -> Iterator[list[DiscreteWeight]]:
+    """Those with gradients, in groups of one row length, kernel and dtype, none of them large."""
+    groups: dict[tuple[int, int, torch.dtype], list[DiscreteWeight]] = defaultdict(list)
+    for item in weights:
+        if item.weight.grad is not None:
+            shape = item.weight[0].numel(), _kernel(item.weight), item.weight.grad.dtype
+            if sum(other.weight.numel() for other in groups[shape]) > TOGETHER:
+                yield groups.pop(shape)
+            groups[shape].append(item)
+    yield from groups.values()
 
 
 def _gradient(item: DiscreteWeight) -> Tensor:

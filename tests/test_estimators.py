@@ -194,6 +194,26 @@ def test_rows_and_layers_do_not_mix(draw):
     torch.testing.assert_close(corrected("ricci", row)[0], first.weight.grad[2])
 
 
+def test_many_weights_are_corrected_a_group_at_a_time(draw, monkeypatch):
+    together, apart = ([draw(4, 6, seed=seed) for seed in range(3)] for _ in range(2))
+    Correction(METHODS["ricci"])(together)
+    seen = []
+    estimator = METHODS["ricci"]
+
+    class Watched:
+        coordinate = estimator.coordinate
+
+        def correct(self, gradient, *rest):
+            seen.append(len(gradient))
+            return estimator.correct(gradient, *rest)
+
+    monkeypatch.setattr("ricciq.correction.TOGETHER", 40)
+    Correction(Watched())(apart)
+    assert seen == [8, 4]  # of 24 weights each, the third would come after 48
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one.weight.grad, other.weight.grad)
+
+
 def test_a_weight_without_gradient_is_passed_over(draw):
     item = draw(4, 6)
     item.weight.grad = None
