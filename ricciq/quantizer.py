@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -75,6 +76,16 @@ class Grid:
             return cls(1 - 2**bits, 2**bits - 1, step=2)
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
+    @cached_property
+    def just_outside(self) -> tuple[float, float]:
+        """The float32 numbers next to the ends, below the lowest code and above the highest.
+
+        Beside 0 it is the first normal one, as some devices take what is smaller for 0.
+        """
+        ends = torch.tensor([self.low, self.high], dtype=torch.float32)
+        below, above = torch.nextafter(ends, ends.new_tensor([-math.inf, math.inf])).tolist()
+        return min(below, self.low - torch.finfo(torch.float32).tiny), above
+
     @property
     def size(self) -> int:
         """How many codes there are."""
@@ -88,9 +99,10 @@ class Grid:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x -> scale * code, with STE for x and LSQ for the scale; keeps x and a mask for the backward.
+    """x -> scale * code, with STE for x and LSQ for the scale; keeps x alone for the backward.
 
-    What comes out is not kept, as the model may add to it in place.
+    What comes out is not kept, as the model may add to it in place. Nor is a mask: comparing and
+    selecting take several times as long on a CPU as the arithmetic.
     """
 
     @staticmethod
@@ -101,29 +113,26 @@ class _FakeQuantize(torch.autograd.Function):
         grid: Grid,
         gain: float,
         clip_only: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         del gain, clip_only
         scale = _scale(log_scale)  # float32, as are codes and steps under mixed precision
-        ratio = x.float() / scale
-        inside = _inside(ratio, zero_point, grid)
-        return _codes(ratio, zero_point, grid).mul_(scale).to(x.dtype), inside
+        return _codes(x.float() / scale, zero_point, grid).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         x, log_scale, zero_point, ctx.grid, ctx.gain, ctx.clip_only = inputs
-        inside = output[1]
-        ctx.mark_non_differentiable(inside)
-        ctx.save_for_backward(x, log_scale, zero_point, inside)
+        ctx.save_for_backward(x, log_scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        x, log_scale, zero_point, inside = ctx.saved_tensors
-        grad_x = grad * inside
+        x, log_scale, zero_point = ctx.saved_tensors
+        scale = _scale(log_scale)
+        ratio = x.float() / scale
+        grad_x = _masked(grad, ratio, zero_point, ctx.grid)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None, None, None
-        scale = _scale(log_scale)
-        codes = _codes(x.float() / scale, zero_point, ctx.grid)
+        codes = _codes(ratio, zero_point, ctx.grid)
         # d(scale * code)/d(scale) is code - ratio inside the range, code at its ends (LSQ, eq. 3).
         if ctx.clip_only:
             per_scale = _sum_like(scale, grad - grad_x, codes)
@@ -151,14 +160,16 @@ def _scale(log_scale: Tensor) -> Tensor:
 def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     if zero_point is None:
         return grid.round(ratio)
-    return grid.round(ratio.round().add_(zero_point)).sub_(zero_point)
+    return ratio.round().add_(zero_point).clamp_(grid.low, grid.high).sub_(zero_point)
 
 
-def _inside(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+def _masked(grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """The gradient where ``ratio`` lies within the grid's range, ends included, and 0 elsewhere."""
     if not grid.clips:
-        return torch.ones_like(ratio, dtype=torch.bool)
+        return grad
     shifted = ratio if zero_point is None else ratio + zero_point
-    return (shifted >= grid.low) & (shifted <= grid.high)
+    masked: Tensor = torch.ops.aten.hardtanh_backward(grad.float(), shifted, *grid.just_outside)
+    return masked.to(grad.dtype)
 
 
 def fake_quantize(
@@ -183,7 +194,7 @@ def fake_quantize(
         The same shape and dtype as x. Its gradient is the straight-through estimator's: passed
         unchanged where x lies within the grid's range, exactly zero outside.
     """
-    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain, clip_only)[0]
+    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain, clip_only)
     return result
 
 
@@ -286,7 +297,7 @@ class WeightQuantizer(nn.Module):
         """
         ratio = self.ratio(weight).flatten(1)
         half_cell = self.grid.step / 2
-        inside = _inside(ratio, None, self.grid)
+        inside = _masked(torch.ones_like(ratio), ratio, None, self.grid).bool()
         residual = ((ratio - self.grid.round(ratio)) / half_cell).clamp(-1, 1)
         return residual * inside, inside
 
