@@ -132,6 +132,7 @@ class TrainingSection(Section):
     label_smoothing: Share = 0.0
     damping: Annotated[float, Field(ge=0)] = 0.0
     damping_form: Literal["l2", "lne"] = "l2"
+    freezing: Annotated[float, Field(gt=0, lt=1)] | None = None
     distill: Share = 1.0
     temperature: Positive = 1.0
 

@@ -30,7 +30,7 @@ from ricciq.flow import Geometry
 from ricciq.history import Codes, History, Tally
 from ricciq.journal import Journal
 from ricciq.loading import Batch, set_epoch
-from ricciq.oscillation import Damping
+from ricciq.oscillation import Damping, Freezing
 from ricciq.recipe import Recipe, TrainingSection
 from ricciq.runfolder import RunFolder
 
@@ -131,7 +131,9 @@ def finetune(
     trainer = Trainer(model, recipe, correction, device, len(fit), teacher)
     done, history = Progressed(), History()
     if resume and folder.last.is_file():
-        done = Progressed(**restore_training_state(model, trainer.optimizer, folder.last))
+        done = Progressed(
+            **restore_training_state(trainer.changing, trainer.optimizer, folder.last)
+        )
         if done.scaler:
             trainer.scaler.load_state_dict(done.scaler)
         history = History.read(folder, done.epoch)
@@ -184,6 +186,9 @@ class Trainer:
         self.steps = steps_per_epoch * recipe.training.epochs
         self.damping = Damping(recipe.training.damping, recipe.training.damping_form)
         self.weights = discrete_weights(model)
+        self.freezing = Freezing(self.weights, recipe.training.freezing)
+        # Everything with tensors that a step changes, but for the optimizer.
+        self.changing = nn.ModuleDict({"model": model, "freezing": self.freezing})
         self.optimizer, self.schedule = _optimizer_and_schedule(
             model, recipe.training, steps_per_epoch
         )
@@ -221,7 +226,7 @@ class Trainer:
     def step(
         self, images: Tensor, targets: Tensor, tally: Tally, progress: float, measure: bool
     ) -> None:
-        """Forward, backward, correct, damp, step; progress is the share of training done."""
+        """Forward, backward, correct, damp, step, freeze; progress: share of training done."""
         # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
         averages = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         images = images.to(self.device, non_blocking=True)
@@ -245,6 +250,7 @@ class Trainer:
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
             self.scaler.step(self.optimizer)
+            self.freezing(progress)
         else:
             for buffer, before in averages:
                 buffer.copy_(before)
@@ -320,7 +326,7 @@ def _save(
         save_tensors(folder.best, trainer.model.state_dict(), chosen)
     done.scaler = trainer.scaler.state_dict()
     history.write(folder)
-    tensors, metadata = training_state(trainer.model, trainer.optimizer, vars(done))
+    tensors, metadata = training_state(trainer.changing, trainer.optimizer, vars(done))
     save_tensors(folder.last, tensors, metadata)
     write_atomically(folder.state, json.dumps(vars(done), indent=1) + "\n")
 

@@ -1,13 +1,15 @@
-"""Damping: the penalty's gradient by hand, its growth, and what it does to weights."""
+"""Damping and freezing: by hand, their growth, and what they do to weights."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 
 from ricciq import ricci
 from ricciq.correction import DiscreteWeight
-from ricciq.oscillation import Damping
+from ricciq.errors import RecipeError
+from ricciq.oscillation import MOMENTUM, Damping, Freezing
 from ricciq.quantizer import WeightQuantizer
 
 
@@ -80,3 +82,53 @@ def test_without_strength_or_gradient_nothing_happens():
     item.weight.grad = None
     Damping(1.0)([item], progress=1.0)
     assert item.weight.grad is None
+
+
+def drive(freezing, item, values, progress=1.0):
+    """Set the weights to each row of values in turn, as an optimizer would; where they end up."""
+    for value in values:
+        item.weight.data = torch.tensor([value])
+        freezing(progress)
+    return item.weight.data[0].tolist()
+
+
+def test_a_weight_that_oscillates_is_frozen_at_its_usual_code():
+    # The first is at code 1 twice as often as at 2, the second moves on and on, the third rests.
+    item = discrete([[1.2, -3.9, 0.3]], scale=1.0)
+    freezing = Freezing([item], threshold=0.3)
+    values = [[1.6 if n % 3 == 2 else 1.4, -3.9 + n / 50, 0.3] for n in range(150)]
+    end = drive(freezing, item, values)
+    assert end[0] == 1.0
+    assert end[1:] == pytest.approx(values[-1][1:])
+    assert freezing.frozen0.tolist() == [[True, False, False]]
+    assert drive(freezing, item, [[-3.0, 2.0, 0.3]]) == pytest.approx([1.0, 2.0, 0.3])
+
+
+def test_the_frequency_is_a_moving_average_of_turns():
+    item = discrete([[0.4]])
+    freezing = Freezing([item], threshold=0.9)
+    drive(freezing, item, [[0.6], [0.4], [0.4], [0.6]])  # up; down, a turn; rest; up, a turn
+    expected = (MOMENTUM * (1 - MOMENTUM)) * (1 - MOMENTUM) + MOMENTUM
+    assert freezing.frequency0.item() == pytest.approx(expected)
+
+
+def test_nothing_freezes_at_the_start_of_training():
+    item = discrete([[0.4]])
+    freezing = Freezing([item], threshold=0.001)
+    turns = [[0.6], [0.4]] * 200
+    assert drive(freezing, item, turns, progress=0.0) == pytest.approx([0.4])
+    assert drive(freezing, item, turns, progress=1.0)[0] in (0.0, 1.0)
+
+
+def test_without_a_threshold_nothing_is_kept():
+    item = discrete([[0.4]])
+    freezing = Freezing([item], threshold=None)
+    assert drive(freezing, item, [[0.6], [0.4]] * 200) == pytest.approx([0.4])
+    assert not freezing.state_dict()
+
+
+def test_standardized_weights_cannot_be_frozen():
+    item = discrete([[0.4]])
+    item.quantizer.standardize = nn.Tanh()
+    with pytest.raises(RecipeError, match=r"0\.01 cannot fix the weights of layer, .*take damping"):
+        Freezing([item], threshold=0.01)

@@ -97,7 +97,9 @@ def finished(tmp_path_factory):
     def get(method: str) -> Run:
         if method not in made:
             path = tmp_path_factory.mktemp(method)
-            made[method] = Run(path, RECIPE.override({"method.name": method}))
+            freezing = 0.005 if method == "ste" else None  # has state of its own to save
+            changes = {"method.name": method, "training.freezing": freezing}
+            made[method] = Run(path, RECIPE.override(changes))
             made[method].done = made[method].train()
         return made[method]
 
