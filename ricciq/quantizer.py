@@ -158,9 +158,10 @@ def _scale(log_scale: Tensor) -> Tensor:
 
 
 def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Of activations in the place of ``ratio``: fetching memory costs more than arithmetic."""
     if zero_point is None:
         return grid.round(ratio)
-    return ratio.round().add_(zero_point).clamp_(grid.low, grid.high).sub_(zero_point)
+    return ratio.round_().add_(zero_point).clamp_(grid.low, grid.high).sub_(zero_point)
 
 
 def _masked(grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
