@@ -58,7 +58,7 @@ class Trial(NamedTuple):
         name, *changes = self.method.split(":")
         section: dict[str, Any] = {"name": name}
         if name == base.method.name:
-            section |= base.method.changes
+            section |= base.method.model_dump(exclude_none=True)
         for change in changes:
             key, _, value = change.partition("=")
             try:

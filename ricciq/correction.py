@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ricciq.estimators import Estimator, StraightThrough
 from ricciq.flow import Geometry, RicciFlow
-from ricciq.quantizer import WeightQuantizer
+from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
 
 TOGETHER = 2**22
 """Weights after which a group is full: enough to keep a GPU busy, little beside the model."""
@@ -50,7 +51,7 @@ class Correction:
             return
         for group in _alike(weights):
             gradient = torch.cat([_gradient(item) for item in group])
-            places = [self._coordinate(self.estimator, item) for item in group]
+            places = [_coordinate(self.estimator, item.weight, item.quantizer) for item in group]
             xi, mask = (torch.cat(parts) for parts in zip(*places, strict=True))
             kernel = _kernel(group[0].weight)
             corrected = self.estimator.correct(gradient, xi, kernel, mask, progress)
@@ -67,7 +68,7 @@ class Correction:
         rows = {}
         for item in weights:
             if item.weight.grad is not None:
-                xi, mask = self._coordinate(flow, item)
+                xi, mask = _coordinate(flow, item.weight, item.quantizer)
                 gradient, kernel = _gradient(item), _kernel(item.weight)
                 corrected = self.estimator.correct(gradient, xi, kernel, mask, progress)
                 rows[item.name] = flow.measure(gradient, xi, corrected, kernel, progress)
@@ -80,7 +81,9 @@ class Correction:
         """What `RicciFlow.decay` gives for each weight as it stands, gradients or not."""
         flow = self._flow
         return {
-            item.name: flow.decay(self._coordinate(flow, item)[0], times, _kernel(item.weight))
+            item.name: flow.decay(
+                _coordinate(flow, item.weight, item.quantizer)[0], times, _kernel(item.weight)
+            )
             for item in weights
         }
 
@@ -89,12 +92,40 @@ class Correction:
         """The estimator's own; estimators that have no metric are measured with the default one."""
         return self.estimator if isinstance(self.estimator, RicciFlow) else RicciFlow()
 
-    @staticmethod
-    def _coordinate(estimator: Estimator, item: DiscreteWeight) -> tuple[Tensor, Tensor]:
-        residual, mask = item.quantizer.residual(item.weight)
-        if estimator.coordinate == "residual":
-            return residual, mask
-        return item.quantizer.ratio(item.weight).flatten(1) * mask, mask
+
+class ActivationCorrection:
+    """Applies an estimator to the gradients that a model's activation quantizers hand back.
+
+    A row is what one picture has at one quantizer, and a kernel is one activation.
+
+    Attributes:
+        progress: share of the training that is done, from 0 to 1; to be kept up to date.
+    """
+
+    def __init__(self, model: nn.Module, estimator: Estimator) -> None:
+        """Hook into every activation quantizer of a converted model."""
+        self.estimator = estimator
+        self.progress = 0.0
+        for module in model.modules():
+            if isinstance(module, ActivationQuantizer):
+                module.register_forward_pre_hook(self._watch)
+
+    def _watch(self, quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        (x,) = inputs
+        if not x.requires_grad:
+            return None
+        seen = x.view_as(x)  # x may have other readers, whose gradients are to stay as they are
+        hook = partial(self._correct, x=x.detach(), quantizer=quantizer)
+        seen.register_hook(hook)  # type: ignore[no-untyped-call]
+        return (seen,)
+
+    @torch.no_grad()
+    def _correct(self, gradient: Tensor, x: Tensor, quantizer: nn.Module) -> Tensor:
+        assert isinstance(quantizer, ActivationQuantizer)
+        xi, mask = _coordinate(self.estimator, x, quantizer)
+        rows = gradient.flatten(1)
+        corrected = self.estimator.correct(rows, xi, mask=mask, progress=self.progress)
+        return corrected.view_as(gradient)
 
 
 def _alike(weights: Iterable[DiscreteWeight]) -> Iterator[list[DiscreteWeight]]:
@@ -107,6 +138,16 @@ def _alike(weights: Iterable[DiscreteWeight]) -> Iterator[list[DiscreteWeight]]:
                 yield groups.pop(shape)
             groups[shape].append(item)
     yield from groups.values()
+
+
+def _coordinate(
+    estimator: Estimator, x: Tensor, quantizer: WeightQuantizer | ActivationQuantizer
+) -> tuple[Tensor, Tensor]:
+    """What the estimator takes as xi, (rows, n), and where the gradient is active."""
+    residual, mask = quantizer.residual(x)
+    if estimator.coordinate == "residual":
+        return residual, mask
+    return quantizer.ratio(x).flatten(1) * mask, mask
 
 
 def _gradient(item: DiscreteWeight) -> Tensor:

@@ -173,6 +173,13 @@ def _masked(grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid) 
     return masked.to(grad.dtype)
 
 
+def _residual(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Where each ratio stands in its cell, from -1 to 1 and 0 where masked; and where it is not."""
+    inside = _masked(torch.ones_like(ratio), ratio, zero_point, grid).bool()
+    from_level = ratio - _codes(ratio.clone(), zero_point, grid)
+    return (from_level / (grid.step / 2)).clamp(-1, 1) * inside, inside
+
+
 def fake_quantize(
     x: Tensor,
     log_scale: Tensor,
@@ -296,11 +303,7 @@ class WeightQuantizer(nn.Module):
             (rows, n) residual in [-1, 1], zero at the level and ±1 at a decision threshold, set to
             zero where the straight-through estimator masks; and the (rows, n) mask, true where not.
         """
-        ratio = self.ratio(weight).flatten(1)
-        half_cell = self.grid.step / 2
-        inside = _masked(torch.ones_like(ratio), ratio, None, self.grid).bool()
-        residual = ((ratio - self.grid.round(ratio)) / half_cell).clamp(-1, 1)
-        return residual * inside, inside
+        return _residual(self.ratio(weight).flatten(1), None, self.grid)
 
     @staticmethod
     def _columns(per_row: Tensor, weight: Tensor) -> Tensor:
@@ -339,6 +342,16 @@ class ActivationQuantizer(nn.Module):
         """Fix the zero point and set the step that training starts from."""
         self.log_scale.fill_(math.log(max(scale, MIN_SCALE)))
         self.zero_point.fill_(zero_point)
+
+    @torch.no_grad()
+    def ratio(self, x: Tensor) -> Tensor:
+        """The activations in units of the step, same shape."""
+        return x.float() / self.scale
+
+    @torch.no_grad()
+    def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `WeightQuantizer.residual`, of activations (B, ...): a row is a picture's."""
+        return _residual(self.ratio(x).flatten(1), self.zero_point, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """The discretized activations, same shape as x."""

@@ -97,7 +97,10 @@ class QuantizationSection(Section):
 
 
 class MethodSection(Section):
-    """The gradient estimator, and values that differ from what its name stands for."""
+    """The gradient estimator, and values that differ from what its name stands for.
+
+    It is for the weights' gradients; ``activations`` applies it to those of activations too.
+    """
 
     name: Literal["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project"] = "ricci"
     coordinate: Literal["residual", "weight"] | None = None
@@ -111,11 +114,12 @@ class MethodSection(Section):
     strength: float | None = None
     delta: float | None = None
     alpha: float | None = None
+    activations: bool = False
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the named method."""
-        return self.model_dump(exclude={"name"}, exclude_none=True)
+        """What differs from the estimator that the name stands for."""
+        return self.model_dump(exclude={"name", "activations"}, exclude_none=True)
 
 
 class TrainingSection(Section):

@@ -23,7 +23,7 @@ from ricciq.checkpoint import (
     write_atomically,
 )
 from ricciq.convert import quantized_layers
-from ricciq.correction import Correction, DiscreteWeight
+from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight
 from ricciq.errors import DivergedError, RecipeError
 from ricciq.evaluate import Metrics, evaluate
 from ricciq.flow import Geometry
@@ -186,6 +186,9 @@ class Trainer:
         self.steps = steps_per_epoch * recipe.training.epochs
         self.damping = Damping(recipe.training.damping, recipe.training.damping_form)
         self.weights = discrete_weights(model)
+        self.activations: ActivationCorrection | None = None
+        if recipe.method.activations:
+            self.activations = ActivationCorrection(model, correction.estimator)
         self.freezing = Freezing(self.weights, recipe.training.freezing)
         # Everything with tensors that a step changes, but for the optimizer.
         self.changing = nn.ModuleDict({"model": model, "freezing": self.freezing})
@@ -227,6 +230,8 @@ class Trainer:
         self, images: Tensor, targets: Tensor, tally: Tally, progress: float, measure: bool
     ) -> None:
         """Forward, backward, correct, damp, step, freeze; progress: share of training done."""
+        if self.activations is not None:
+            self.activations.progress = progress
         # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
         averages = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         images = images.to(self.device, non_blocking=True)

@@ -427,3 +427,17 @@ def test_the_latest_of_epochs_that_cannot_be_told_apart_is_chosen(tmp_path, monk
     done = run.train()
     assert (done.best_top1, done.chosen_epoch) == (90.0, 3)
     assert load_tensors(run.folder.best)[1]["holdout_top1"] == 87.0
+
+
+def test_activation_gradients_are_corrected_where_the_recipe_asks_for_it(tmp_path):
+    gradients = []
+    for number, activations in enumerate((False, True)):
+        recipe = RECIPE.override({"method.name": "project", "method.activations": activations})
+        trainer = Run(tmp_path / str(number), recipe).trainer()
+        trainer.correction = Correction(METHODS["ste"])
+        trainer.optimizer.zero_grad = lambda: None
+        trainer.step(*Run(tmp_path, RECIPE).batch(), Tally(), progress=0.5, measure=False)
+        gradients.append([w.weight.grad for w in trainer.weights])
+    last, stem = -1, 0  # of the last layer's weight nothing is behind, of the stem's everything
+    assert torch.equal(gradients[0][last], gradients[1][last])
+    assert not torch.equal(gradients[0][stem], gradients[1][stem])
