@@ -30,7 +30,7 @@ from ricciq.ricci import (
 
 Coordinate = Literal["residual", "weight"]
 Flow = Literal["linear", "euler", "none"]
-Schedule = Literal["constant", "linear", "cosine", "measured"]
+Schedule = Literal["constant", "linear", "cosine", "growing", "measured"]
 Rule = Literal["natural", "pullback", "parallel", "project"]
 SPREAD = (0.25, 4.0)
 """How far the schedule "measured" may take the flow time from its nominal value, as factors."""
@@ -155,6 +155,8 @@ class RicciFlow:
     def _time(self, progress: float) -> float:
         if self.schedule == "linear":
             return self.time * (1 - progress)
+        if self.schedule == "growing":
+            return self.time * progress
         if self.schedule == "cosine":
             return self.time * (1 + math.cos(math.pi * progress)) / 2
         return self.time

@@ -110,7 +110,7 @@ class MethodSection(Section):
     time: Annotated[float, Field(ge=0)] | None = None
     rho: Annotated[float, Field(gt=0, lt=1)] | None = None
     tau_max: Positive | None = None
-    schedule: Literal["constant", "linear", "cosine", "measured"] | None = None
+    schedule: Literal["constant", "linear", "cosine", "growing", "measured"] | None = None
     strength: float | None = None
     delta: float | None = None
     alpha: float | None = None

@@ -254,7 +254,12 @@ def test_many_rows_are_corrected_as_few() -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "shares"),
-    [("constant", [1, 1, 1]), ("linear", [1, 0.75, 0]), ("cosine", [1, 0.8535534, 0])],
+    [
+        ("constant", [1, 1, 1]),
+        ("linear", [1, 0.75, 0]),
+        ("cosine", [1, 0.8535534, 0]),
+        ("growing", [0, 0.25, 1]),
+    ],
 )
 def test_the_time_follows_its_schedule(schedule: Schedule, shares: list[float]) -> None:
     gradient, xi = sample(3, 20), sample(3, 20, seed=1)

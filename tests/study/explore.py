@@ -1,0 +1,222 @@
+"""Looks for a variant worth confirming: a setting, methods, seeds; only on training pictures.
+
+    python tests/study/explore.py FASHION FLOATS                # float starts, once
+    python tests/study/explore.py FASHION FLOATS exploration.csv w1a2 ste,lne:block=1 --lr 8e-3
+
+Fashion-MNIST's 60,000 training pictures are shuffled once: the first 45,000 train float starts and
+give every run its subset, the last 15,000 judge; the test pictures are not opened. A row is written
+as soon as its run ends, and what has a row is not run again. It differs from `ricciq compare` in
+that pictures stay in memory and the teacher answers each of them once, which halves the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.datasets import FashionMNIST
+
+import ricciq.models  # noqa: F401  registers the nets with timm
+from ricciq.calibration import calibrate
+from ricciq.compare import Trial
+from ricciq.convert import convert, plan_conversion
+from ricciq.correction import ActivationCorrection, Correction
+from ricciq.estimators import named_estimator
+from ricciq.quantizer import Bits, Kinds
+from ricciq.recipe import Recipe
+from ricciq.train import discrete_weights
+
+TRAINED, BATCH, FLOAT_EPOCHS = 45_000, 128, 10
+FIXED, DOREFA = Kinds("fixed", "fixed"), Kinds("dorefa", "pact")
+
+
+class Setting(NamedTuple):
+    """What is trained."""
+
+    model: str
+    weight_bits: Bits
+    act_bits: int
+    kinds: Kinds = Kinds()
+    scratch: bool = False
+
+
+SETTINGS = {
+    "w1a1": Setting("fashion_resnet8", 1, 1),
+    "w1a2": Setting("fashion_resnet8", 1, 2),
+    "w2a2": Setting("fashion_resnet8", 2, 2),
+    "w4a4": Setting("fashion_resnet8", 4, 4),
+    "w2a2-fixed": Setting("fashion_resnet8", 2, 2, FIXED),
+    "w2a2-dorefa": Setting("fashion_resnet8", 2, 2, DOREFA),
+    "w1a1-scratch": Setting("fashion_resnet8", 1, 1, scratch=True),
+    "w1a2-scratch": Setting("fashion_resnet8", 1, 2, scratch=True),
+    "mobile-w2a2": Setting("fashion_mobilenet", 2, 2),
+    "mobile-w3a3": Setting("fashion_mobilenet", 3, 3),
+    "mobile-w4a4": Setting("fashion_mobilenet", 4, 4),
+}
+COLUMNS = ("setting", "method", "seed", "opt", "lr", "epochs", "samples")
+RESULTS = ("top1", "loss", "train_loss", "skipped", "seconds")
+
+
+def load(folder: Path) -> tuple[Tensor, Tensor]:
+    """Normalized training pictures and their classes, shuffled always alike."""
+    data = FashionMNIST(str(folder), train=True)
+    order = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(0))
+    pixels = data.data[order].unsqueeze(1).float() / 255
+    return (pixels - 0.2860) / 0.3530, data.targets[order]
+
+
+def build(name: str) -> nn.Module:
+    """A fresh float net, fast on a CPU."""
+    model = timm.create_model(name, in_chans=1, num_classes=10)
+    return model.to(memory_format=torch.channels_last)
+
+
+def last(images: Tensor) -> Tensor:
+    """As the nets want them."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def answers(model: nn.Module, images: Tensor) -> Tensor:
+    """Logarithms of the shares of classes."""
+    parts = [F.log_softmax(model.eval()(last(part)), 1) for part in images.split(1000)]
+    return torch.cat(parts)
+
+
+def judge(model: nn.Module, images: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Top-1 in percent and loss."""
+    logs = answers(model, images)
+    return 100 * (logs.argmax(1) == targets).float().mean().item(), F.nll_loss(logs, targets).item()
+
+
+def anneal(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def train_float(name: str, images: Tensor, targets: Tensor, target: Path) -> None:
+    """A float start, with flips and shifts."""
+    torch.manual_seed(0)
+    model = build(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
+    per_epoch = TRAINED // BATCH
+    for epoch in range(FLOAT_EPOCHS):
+        model.train()
+        for step, chosen in enumerate(torch.randperm(TRAINED).split(BATCH)[:per_epoch]):
+            x = images[chosen]
+            x = x.flip(-1).where((torch.rand(len(x)) < 0.5)[:, None, None, None], x)
+            top, left = torch.randint(0, 5, (2,)).tolist()
+            x = F.pad(x, (2, 2, 2, 2), value=-0.81)[..., top : top + 28, left : left + 28]
+            anneal(optimizer, 4e-3, (epoch + step / per_epoch) / FLOAT_EPOCHS)
+            F.cross_entropy(model(last(x)), targets[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    top1, _ = judge(model, images[TRAINED:], targets[TRAINED:])
+    print(f"{name}: {top1:.2f} % of the pictures to judge by")
+    torch.save(model.state_dict(), target / f"{name}.pt")
+
+
+def train(
+    setting: Setting,
+    method: str,
+    seed: int,
+    options: argparse.Namespace,
+    start: dict[str, Tensor],
+    data: tuple[Tensor, Tensor, Tensor],
+) -> tuple[float, ...]:
+    """One run; its results."""
+    started = time.perf_counter()
+    images, targets, taught = data
+    torch.manual_seed(seed)
+    model = build(setting.model)
+    if not setting.scratch:
+        model.load_state_dict(start)
+    plan = plan_conversion(model.eval(), torch.zeros(2, 1, 28, 28), *setting[1:3])
+    convert(model, plan, setting.kinds)
+    calibrate(model, [last(part) for part in images[: 4 * BATCH].split(BATCH)])
+    section = Trial(method, 1.0, seed).recipe(Recipe()).method
+    correction = Correction(named_estimator(section.name, section.changes))
+    beside = ActivationCorrection(model, correction.estimator) if section.activations else None
+    weights = discrete_weights(model)
+    optimizer = create_optimizer_v2(model, opt=options.opt, lr=options.lr, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    subset = torch.randperm(TRAINED, generator=generator)[: options.samples]
+    per_epoch = options.samples // BATCH
+    skipped = 0
+    for epoch in range(options.epochs):
+        model.train()
+        total = 0.0
+        order = subset[torch.randperm(len(subset), generator=generator)]
+        for step, chosen in enumerate(order.split(BATCH)[:per_epoch]):
+            progress = (epoch + step / per_epoch) / options.epochs
+            anneal(optimizer, options.lr, progress)
+            if beside is not None:
+                beside.progress = progress
+            logs = F.log_softmax(model(last(images[chosen])), 1)
+            loss = F.kl_div(logs, taught[chosen], reduction="batchmean", log_target=True)
+            loss.backward()
+            if loss.isfinite():
+                correction(weights, progress)
+                optimizer.step()
+                total += loss.item()
+            else:
+                skipped += 1
+            optimizer.zero_grad()
+    top1, held = judge(model, images[TRAINED:], targets[TRAINED:])
+    return top1, held, total / per_epoch, skipped, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fashion", type=Path, help="what tests/fashion.py laid out")
+    parser.add_argument("floats", type=Path, help="folder of the float starts")
+    parser.add_argument("rows", type=Path, nargs="?", help="CSV to add to; none: train the starts")
+    parser.add_argument("settings", nargs="?", default="w1a2", help=", ".join(SETTINGS))
+    parser.add_argument("methods", nargs="?", default="ste,ricci")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--opt", default="adamw")
+    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=15_000)
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    images, targets = load(options.fashion)
+    if options.rows is None:
+        options.floats.mkdir(parents=True, exist_ok=True)
+        for name in sorted({setting.model for setting in SETTINGS.values()}):
+            train_float(name, images, targets, options.floats)
+        return
+    done = set()
+    if options.rows.is_file():
+        with options.rows.open(newline="") as file:
+            done = {tuple(row[name] for name in COLUMNS) for row in csv.DictReader(file)}
+    else:
+        options.rows.write_text(",".join((*COLUMNS, *RESULTS)) + "\n")
+    for key in options.settings.split(","):
+        setting = SETTINGS[key]
+        start = torch.load(options.floats / f"{setting.model}.pt", weights_only=True)
+        teacher = build(setting.model)
+        teacher.load_state_dict(start)
+        data = images, targets, answers(teacher, images[:TRAINED])
+        for seed in range(options.seeds):
+            for method in options.methods.split(","):
+                values = (key, method, seed, options.opt, options.lr, options.epochs)
+                what = tuple(map(str, (*values, options.samples)))
+                if what not in done:
+                    results = train(setting, method, seed, options, start, data)
+                    with options.rows.open("a", newline="") as file:
+                        csv.writer(file).writerow([*what, *(round(r, 5) for r in results)])
+
+
+if __name__ == "__main__":
+    main()
