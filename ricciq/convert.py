@@ -10,6 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ricciq.errors import ModelError
+from ricciq.grids import Bits
 from ricciq.layers import (
     CONVOLUTIONS,
     LINEARS,
@@ -22,7 +23,7 @@ from ricciq.layers import (
     quantize_output,
     turn_negative_rows,
 )
-from ricciq.quantizer import FLOAT_BITS, LSQ, ActivationQuantizer, Bits, Kinds
+from ricciq.quantizer import FLOAT_BITS, LSQ, ActivationQuantizer, Kinds
 from ricciq.recording import Call, Recording, Value, record, value_of
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}

@@ -20,22 +20,11 @@ from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.quantizer import (
-    FLOAT_BITS,
-    LSQ,
-    MIN_SCALE,
-    ActivationQuantizer,
-    Bits,
-    Kinds,
-    WeightQuantizer,
-)
+from ricciq.grids import LARGEST_CODE, Bits
+from ricciq.quantizer import FLOAT_BITS, LSQ, MIN_SCALE, ActivationQuantizer, Kinds, WeightQuantizer
 
 BIAS_LIMIT = 2**30
 """Largest bias code: half of int32, so that the sum of the products still fits beside it."""
-LARGEST_CODE = 64
-"""Largest code after stretching: two products with a uint8 add up to less than 2**15, the most that
-x86 without VNNI can hold between instructions."""
-
 
 STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame, *STANDARDIZED)
@@ -49,7 +38,7 @@ class IntegerWeights:
     """A layer as integer kernels compute it, its BatchNorm folded in.
 
     Attributes:
-        codes: weight codes on the grid, int8, (rows, ...).
+        codes: weight codes on the grid or of the codebook, int8, (rows, ...).
         stretch: the power of two that codes are multiplied by in the kernel. Bias codes count the
             step of stretched codes, so that few-bit layers do not round their bias coarsely.
         flip: (rows,) true where the code's sign is reversed, for negative BatchNorm weights.
@@ -189,7 +178,7 @@ class QuantLayer(nn.Module):
         input_scale = self.input_quantizer.scale.double()
         fitting = torch.maximum(scale, bias.abs() / (input_scale * BIAS_LIMIT)).clamp_min(MIN_SCALE)
         shrink = (scale / fitting).view(-1, *[1] * (codes.dim() - 1))
-        if grid.step == 1:  # where no code is zero, rounding would make all of them alike
+        if grid.has_zero:  # where no code is zero, rounding would make all of them alike
             codes = torch.where(shrink < 1, grid.round(codes * shrink), codes).to(torch.int8)
         # The steps a file holds are float32: round them first, so that the bias is counted in them.
         weight_scale = fitting.float()

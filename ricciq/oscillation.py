@@ -59,10 +59,9 @@ class Damping:
 
         A weight that its layer standardizes is pulled as if it were the standardized one.
         """
-        residual, _ = item.quantizer.residual(item.weight)
-        half_cell = item.quantizer.scale[:, None] * item.quantizer.grid.step / 2
-        pull = 2 * half_cell * residual
+        pull = 2 * item.quantizer.error(item.weight)
         if self.form == "lne":  # the derivative of D[0 : r] is r times the potential's Hessian
+            residual, _ = item.quantizer.residual(item.weight)
             curvature = tau(residual.unsqueeze(-1)).squeeze(-1)
             pull = pull * (1 - torch.tanh(curvature * residual).square())
         return pull.view_as(item.weight)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ricciq.quantizer import Bits, Grid
+from ricciq.grids import Bits, Codebook, Grid, count_codes
 
 _PLANE_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
@@ -41,12 +41,12 @@ def _plane(indices: Tensor, base: int, parts: Tensor) -> Plane:
     return Plane(data, table.to(torch.int32))
 
 
-def pack(codes: Tensor, bits: Bits, grid: Grid | None = None) -> list[Plane]:
+def pack(codes: Tensor, bits: Bits, grid: Grid | Codebook | None = None) -> list[Plane]:
     """Pack integer codes of a grid.
 
     Args:
         codes: any shape, whole numbers on the grid.
-        bits: 1 to 8 or ``"ternary"``.
+        bits: 1 to 8 or ``"ternary"``; those of a codebook take one plane, so not 3, 5, 6 or 7.
         grid: with as many codes as bits can tell apart; `Grid.for_weights(bits)` unless told.
 
     Returns:
@@ -56,14 +56,18 @@ def pack(codes: Tensor, bits: Bits, grid: Grid | None = None) -> list[Plane]:
         ValueError: a code is not on the grid.
     """
     grid = grid or Grid.for_weights(bits)
+    every = grid.codes.to(codes.device)
     if not torch.equal(codes, codes.round()):
         raise ValueError("codes that are not whole numbers cannot be packed")
-    offsets = codes.flatten().long() - grid.low
-    indices = offsets // grid.step
-    if ((indices < 0) | (indices >= grid.size) | (offsets % grid.step != 0)).any():
+    indices = torch.searchsorted(every, codes.flatten().to(every.dtype)).clamp(max=len(every) - 1)
+    if len(every) > count_codes(bits) or not torch.equal(every[indices], codes.flatten().to(every)):
         raise ValueError(f"codes outside the grid {grid} cannot be packed at {bits} bits")
-    if bits == "ternary":
-        return [_plane(indices, 3, torch.arange(3) + grid.low)]
+    if bits == "ternary" or len(_PLANE_WIDTHS[bits]) == 1:
+        base = count_codes(bits)
+        parts = torch.nn.functional.pad(every.long(), (0, base - len(every)))
+        return [_plane(indices, base, parts)]
+    if isinstance(grid, Codebook):
+        raise ValueError(f"codes of a codebook cannot be packed at {bits} bits")
     planes = []
     shift = 0
     for width in _PLANE_WIDTHS[bits]:

@@ -1,6 +1,6 @@
-"""Grids, scales, fake quantization and the straight-through estimator.
+"""Scales, fake quantization and the straight-through estimator.
 
-A quantizer maps a number x to ``scale * code``; the codes are the integers of a `Grid`. The
+A quantizer maps a number x to ``scale * code``; the codes are those of `ricciq.grids`. The
 gradient of that staircase is zero or infinite, so training uses the straight-through estimator
 (STE, Bengio et al. 2013, arXiv 1308.3432) for x and the learned step size (LSQ, Esser et al. 2020,
 arXiv 1902.08153) for the scale, whose logarithm is stored: it stays positive by any optimizer.
@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-Bits = int | Literal["ternary"]
-"""A bit width from 1 to 8, ``"ternary"``, or 32 for float."""
-WeightKind = Literal["lsq", "odd", "dorefa", "fixed"]
+from ricciq.grids import LARGEST_CODE, Bits, Codebook, Grid
+
+WeightKind = Literal["lsq", "odd", "dorefa", "fixed", "codebook"]
 ActKind = Literal["lsq", "pact", "fixed"]
 
 
@@ -31,7 +30,8 @@ class Kinds:
         weights: "lsq" learns a step a row (Esser et al. 2020, arXiv 1902.08153); "odd" does, with
             levels -3, -1, 1, 3 and so on below 8 bits; "dorefa" spreads odd levels over the range
             of tanh(w) in the layer (Zhou et al. 2016, arXiv 1606.06160, eq. 9; at one bit, eq. 7,
-            its two levels are the mean |w|); "fixed" keeps the steps that calibration found.
+            its two levels are the mean |w|); "fixed" keeps the steps that calibration found;
+            "codebook" learns a step a row and the codes of the layer, at 1, 2 or 4 bits or ternary.
         activations: "lsq"; "pact" learns the clipping point from what is clipped alone (Choi et al.
             2018, arXiv 1805.06085, eq. 3), with LSQ's gain and without a decay of its own; "fixed".
     """
@@ -44,58 +44,8 @@ LSQ = Kinds()
 
 FLOAT_BITS = 32
 MIN_SCALE = 2.0**-40
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The integer codes a quantizer may use: low, low + step, …, high.
-
-    With step 1 a number goes to the nearest integer (half to even, as ONNX rounds); with step 2 the
-    codes are odd, zero is a decision threshold and belongs to the cell above it.
-    """
-
-    low: int
-    high: int
-    step: int = 1
-    clips: bool = True
-    """Whether gradients are masked where a number lies beyond the ends."""
-
-    @classmethod
-    def for_weights(cls, bits: Bits, odd: bool = False) -> Grid:
-        """Signed codes: two's complement, but ±1 at one bit, no zero, and symmetric at 8 bits.
-
-        Odd ones are symmetric and have no zero; at 8 bits, where int8 holds no more, all are taken.
-        """
-        if bits == "ternary":
-            return cls(-1, 1)
-        if bits == 1:
-            return cls(-1, 1, step=2)
-        if bits == 8:  # -128 has no opposite, and negative BatchNorm weights flip signs on export
-            return cls(-127, 127)
-        if odd:
-            return cls(1 - 2**bits, 2**bits - 1, step=2)
-        return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-    @cached_property
-    def just_outside(self) -> tuple[float, float]:
-        """The float32 numbers next to the ends, below the lowest code and above the highest.
-
-        Beside 0 it is the first normal one, as some devices take what is smaller for 0.
-        """
-        ends = torch.tensor([self.low, self.high], dtype=torch.float32)
-        below, above = torch.nextafter(ends, ends.new_tensor([-math.inf, math.inf])).tolist()
-        return min(below, self.low - torch.finfo(torch.float32).tiny), above
-
-    @property
-    def size(self) -> int:
-        """How many codes there are."""
-        return (self.high - self.low) // self.step + 1
-
-    def round(self, ratio: Tensor) -> Tensor:
-        """The nearest code of each ``x / scale``, as floating-point numbers of the same shape."""
-        if self.step == 1:
-            return ratio.round().clamp_(self.low, self.high)
-        return (ratio / 2).floor_().mul_(2).add_(1).clamp_(self.low, self.high)
+CODEBOOK_WIDTHS: tuple[Bits, ...] = (1, 2, 4, "ternary")
+"""Those whose codes one lookup table undoes: `ricciq.packing` splits the others."""
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -110,7 +60,7 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor,
         log_scale: Tensor,
         zero_point: Tensor | None,
-        grid: Grid,
+        grid: Grid | Codebook,
         gain: float,
         clip_only: bool,
     ) -> Tensor:
@@ -157,33 +107,34 @@ def _scale(log_scale: Tensor) -> Tensor:
     return log_scale.clamp(math.log(MIN_SCALE), -math.log(MIN_SCALE)).exp()
 
 
-def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook) -> Tensor:
     """Of activations in the place of ``ratio``: fetching memory costs more than arithmetic."""
-    if zero_point is None:
+    if zero_point is None or isinstance(grid, Codebook):
         return grid.round(ratio)
     return ratio.round_().add_(zero_point).clamp_(grid.low, grid.high).sub_(zero_point)
 
 
-def _masked(grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+def _masked(
+    grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook
+) -> Tensor:
     """The gradient where ``ratio`` lies within the grid's range, ends included, and 0 elsewhere."""
-    if not grid.clips:
-        return grad
-    shifted = ratio if zero_point is None else ratio + zero_point
-    masked: Tensor = torch.ops.aten.hardtanh_backward(grad.float(), shifted, *grid.just_outside)
-    return masked.to(grad.dtype)
+    return grid.mask(grad, ratio if zero_point is None else ratio + zero_point)
 
 
-def _residual(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
+def _residual(
+    ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook
+) -> tuple[Tensor, Tensor]:
     """Where each ratio stands in its cell, from -1 to 1 and 0 where masked; and where it is not."""
     inside = _masked(torch.ones_like(ratio), ratio, zero_point, grid).bool()
-    from_level = ratio - _codes(ratio.clone(), zero_point, grid)
-    return (from_level / (grid.step / 2)).clamp(-1, 1) * inside, inside
+    codes = _codes(ratio.clone(), zero_point, grid)
+    from_level = ratio - codes
+    return (from_level / grid.half_cell(from_level, codes)).clamp(-1, 1) * inside, inside
 
 
 def fake_quantize(
     x: Tensor,
     log_scale: Tensor,
-    grid: Grid,
+    grid: Grid | Codebook,
     zero_point: Tensor | None = None,
     gain: float = 1.0,
     clip_only: bool = False,
@@ -215,7 +166,13 @@ class WeightQuantizer(nn.Module):
         standardize: what the layer does to its weight before using it, done before rounding; the
             methods take the weight as the layer stores it.
         kind: see `Kinds`.
+
+    Raises:
+        ValueError: a codebook has no such width.
     """
+
+    levels: nn.Parameter | None
+    """Of a codebook: its codes before rounding, over the largest there may be."""
 
     def __init__(
         self,
@@ -227,13 +184,30 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits = bits
         self.kind = kind
-        self.grid = Grid.for_weights(bits, odd=kind in ("odd", "dorefa"))
+        self.fixed_grid = Grid.for_weights(bits, odd=kind in ("odd", "dorefa"))
         if kind == "dorefa":  # nothing lies beyond its ends, but for two levels, eq. 7
-            self.grid = replace(self.grid, clips=False)
+            self.fixed_grid = replace(self.fixed_grid, clips=False)
+        learned = kind == "codebook" and bits != 8  # where int8 holds no more, all are taken
+        if learned and bits not in CODEBOOK_WIDTHS:
+            raise ValueError(f"bits is {bits!r}; a codebook takes 1, 2, 4 or ternary.")
+        # How many codes of a codebook, at first evenly spaced, make one of the grid's.
+        codes = self.fixed_grid.codes.float()
+        self.unit = float(LARGEST_CODE / codes.abs().max()) if learned else 1.0
+        levels = nn.Parameter(codes * self.unit / LARGEST_CODE) if learned else None
+        self.register_parameter("levels", levels)
         self.standardize = standardize or nn.Identity()
         if kind == "dorefa" and bits != 1:
             self.standardize = nn.Sequential(self.standardize, nn.Tanh())
-        self.log_scale = nn.Parameter(torch.zeros(rows), requires_grad=kind in ("lsq", "odd"))
+        fixed = kind in ("dorefa", "fixed")
+        self.log_scale = nn.Parameter(torch.zeros(rows), requires_grad=not fixed)
+
+    @property
+    def grid(self) -> Grid | Codebook:
+        """The codes, those of a codebook as they are now."""
+        if self.levels is None:
+            return self.fixed_grid
+        codes = (self.levels.detach() * LARGEST_CODE).round()
+        return Codebook(codes.clamp(-LARGEST_CODE, LARGEST_CODE).sort().values)
 
     @property
     def scale(self) -> Tensor:
@@ -260,14 +234,29 @@ class WeightQuantizer(nn.Module):
         top = largest.clamp_min(MIN_SCALE) / self.grid.high
         best = torch.full_like(top, math.inf)
         chosen = top.clone()
+        grid = self.grid
         for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
             scale = top * fraction
-            error = (self.grid.round(rows / scale) * scale - rows).square().sum(1, keepdim=True)
+            error = (grid.round(rows / scale) * scale - rows).square().sum(1, keepdim=True)
             chosen = torch.where(error < best, scale, chosen)
             best = torch.minimum(error, best)
         usual = chosen[live].mean() if live.any() else chosen.new_ones(())
         chosen = torch.where(live, chosen, usual / 64 if self.bits == 1 else usual)
         self.log_scale.copy_(chosen.clamp_min(MIN_SCALE).log().squeeze(1))
+        if self.levels is not None:
+            self._spread_levels(rows[live.squeeze(1)] / chosen[live.squeeze(1)])
+
+    def _spread_levels(self, ratio: Tensor, rounds: int = 20) -> None:
+        """Lloyd's algorithm: each level goes to the mean of what is nearest to it."""
+        assert self.levels is not None
+        for _ in range(rounds):
+            grid = self.grid
+            assert isinstance(grid, Codebook)
+            index = grid.index(ratio).flatten()
+            sums = torch.zeros_like(grid.codes).index_add_(0, index, ratio.flatten())
+            counts = torch.bincount(index, minlength=len(sums))
+            means = torch.where(counts > 0, sums / counts.clamp_min(1), grid.codes)
+            self.levels.copy_(means / LARGEST_CODE)
 
     def _spread(self, rows: Tensor) -> Tensor:
         """DoReFa's log steps, all alike: the layer's largest weight is at the end of the grid."""
@@ -280,9 +269,17 @@ class WeightQuantizer(nn.Module):
         standardized = self.standardize(weight)
         if self.kind == "dorefa":
             self.log_scale.data = self._spread(standardized)
-        gain = 1 / math.sqrt(weight[0].numel() * self.grid.high)
-        log_scale = self._columns(self.log_scale, weight)
-        return fake_quantize(standardized, log_scale, self.grid, gain=gain)
+        # A codebook's step is smaller by the unit, and its codes are larger.
+        gain = 1 / math.sqrt(weight[0].numel() * self.fixed_grid.high) / self.unit**2
+        log_scale, grid = self._columns(self.log_scale, weight), self.grid
+        discrete = fake_quantize(standardized, log_scale, grid, gain=gain)
+        if self.levels is None or not isinstance(grid, Codebook):
+            return discrete
+        # Zero by value; its gradient is that of the levels, with LSQ's gain and of its units.
+        scale = self.scale * LARGEST_CODE
+        damp = math.sqrt(len(self.levels) / weight.numel()) / scale.mean().square()
+        levels = self.levels.sort().values[grid.index(self.ratio(weight))]
+        return discrete + (levels - levels.detach()) * damp * self._columns(scale, weight)
 
     @torch.no_grad()
     def ratio(self, weight: Tensor) -> Tensor:
@@ -304,6 +301,14 @@ class WeightQuantizer(nn.Module):
             zero where the straight-through estimator masks; and the (rows, n) mask, true where not.
         """
         return _residual(self.ratio(weight).flatten(1), None, self.grid)
+
+    @torch.no_grad()
+    def error(self, weight: Tensor) -> Tensor:
+        """What rounding changes, w - Q(w) of the standardized weight: (rows, n), 0 where masked."""
+        ratio = self.ratio(weight).flatten(1)
+        codes = self.grid.round(ratio)
+        half = self.grid.half_cell(ratio - codes, codes)
+        return self.residual(weight)[0] * half * self.scale[:, None]
 
     @staticmethod
     def _columns(per_row: Tensor, weight: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class QuantizationSection(Section):
     weight_bits: WeightBits = 4
     act_bits: ActBits = 4
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
-    weight_quantizer: Literal["lsq", "odd", "dorefa", "fixed"] = "lsq"
+    weight_quantizer: Literal["lsq", "odd", "dorefa", "fixed", "codebook"] = "lsq"
     act_quantizer: Literal["lsq", "pact", "fixed"] = "lsq"
 
     @model_validator(mode="after")
@@ -86,6 +86,13 @@ class QuantizationSection(Section):
                 f"float weights with {self.act_bits}-bit activations have no integer kernel; give "
                 "--bits 32, or fewer weight bits"
             )
+        if self.weight_quantizer == "codebook":
+            for bits in (self.weight_bits, self.edge_bits):
+                if bits in (3, 5, 6, 7):  # they are split into planes that add up
+                    raise ValueError(
+                        f"a codebook has no {bits}-bit form; give 1, 2, 4, 8 or ternary, or "
+                        "another weight_quantizer"
+                    )
         return self
 
     @property

@@ -30,7 +30,7 @@ from ricciq.deployment import DeployedActivation, deploy
 from ricciq.graph import tidy
 from ricciq.layers import BIAS_LIMIT, QuantConv2d, QuantLayer, QuantLinear
 from ricciq.preprocessing import Preprocessing
-from ricciq.quantizer import Kinds
+from ricciq.quantizer import CODEBOOK_WIDTHS, Kinds
 
 Tensors = dict[str, np.ndarray]
 FLOAT_NOISE = 1e-5
@@ -57,7 +57,8 @@ class Residual(nn.Module):
         return self.main(x) + self.skip(x)
 
 
-weight_kinds = st.sampled_from([Kinds(), Kinds("odd"), Kinds("dorefa")])
+weight_kinds = st.sampled_from([Kinds(), Kinds("odd"), Kinds("dorefa"), Kinds("codebook")])
+codebook_widths = st.sampled_from([*CODEBOOK_WIDTHS, 8])
 weight_widths = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, "ternary"])
 activations = st.sampled_from([nn.ReLU6, nn.Identity, nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6])
 padded = [nn.Conv2d, nn.Conv2d, StdConv2d, ScaledStdConv2d]  # by what they are given
@@ -163,7 +164,9 @@ def cases(draw) -> tuple[nn.Module, Tensor, tuple[Any, int, Any, Kinds], bool]:
         randomize(model)
         pictures = 5 * torch.randn(3, channels, *size)  # often beyond the end of a ReLU6
     pictures = pictures.abs() if draw(st.booleans()) else pictures
-    widths = draw(weight_widths), draw(st.integers(1, 8)), draw(weight_widths), draw(weight_kinds)
+    kinds = draw(weight_kinds)
+    weights = codebook_widths if kinds.weights == "codebook" else weight_widths
+    widths = draw(weights), draw(st.integers(1, 8)), draw(weights), kinds
     return model, pictures, widths, draw(st.booleans())
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ricciq.grids import Codebook, Grid
 from ricciq.packing import pack, unpack
-from ricciq.quantizer import Grid
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 widths = pytest.mark.parametrize("bits", WIDTHS)
@@ -99,3 +99,23 @@ def test_a_code_off_the_grid_is_refused(bits, code):
     good = codes_of(bits)[0]
     with pytest.raises(ValueError, match="outside the grid"):
         pack(torch.tensor([good, code, good]), bits)
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes"),
+    [(1, [-50, 3]), (2, [-64, -9, 0, 50]), (2, [-4, 7, 7, 9]), ("ternary", [-2, 0, 64])],
+)
+def test_codes_of_a_codebook(bits, codes):
+    every = torch.tensor(codes)
+    drawn = every[torch.randint(len(codes), (3, 37), generator=torch.Generator().manual_seed(0))]
+    planes = pack(drawn, bits, Codebook(every.float()))
+    assert len(planes) == 1
+    assert torch.equal(unpack(planes, drawn.numel()).view_as(drawn), drawn.int())
+
+
+def test_what_a_codebook_does_not_hold_is_refused():
+    book = Codebook(torch.tensor([-4.0, -1.0, 0.0, 7.0]))
+    with pytest.raises(ValueError, match="cannot be packed at 2 bits"):
+        pack(torch.tensor([-4, 1]), 2, book)
+    with pytest.raises(ValueError, match="cannot be packed at 3 bits"):
+        pack(torch.tensor([-4, 7]), 3, book)

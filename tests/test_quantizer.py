@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq.quantizer import ActivationQuantizer, Grid, WeightQuantizer, fake_quantize
+from ricciq.grids import LARGEST_CODE, Codebook, Grid, count_codes
+from ricciq.quantizer import (
+    CODEBOOK_WIDTHS,
+    ActivationQuantizer,
+    WeightQuantizer,
+    fake_quantize,
+)
 
 WEIGHT_CODES = {
     1: [-1, 1],
@@ -32,8 +38,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @widths
 def test_the_codes_of_a_width(bits):
     grid = Grid.for_weights(bits)
-    assert list(range(grid.low, grid.high + 1, grid.step)) == WEIGHT_CODES[bits]
-    assert grid.size == len(WEIGHT_CODES[bits])
+    assert grid.codes.tolist() == WEIGHT_CODES[bits]
+    assert count_codes(bits) >= len(WEIGHT_CODES[bits])
 
 
 @widths
@@ -243,7 +249,7 @@ def test_calibration_is_close_to_the_best_of_all_steps(bits):
     best = torch.stack(tried).amin(0)
     found = rounding_error(quantizer.grid, rows, quantizer.scale)
     # On fine grids the error jitters with the step, and a search of 100 cannot catch the luckiest.
-    assert (found <= (1.05 if quantizer.grid.size <= 32 else 1.25) * best).all()
+    assert (found <= (1.05 if len(quantizer.grid.codes) <= 32 else 1.25) * best).all()
 
 
 def test_a_binary_step_is_the_mean_magnitude():
@@ -454,3 +460,80 @@ def test_a_dorefa_layer_may_run_twice():
     quantizer = WeightQuantizer(4, 2, kind="dorefa")
     quantizer(quantizer(weight)).sum().backward()
     assert weight.grad.isfinite().all()
+
+
+# Codebooks
+
+
+def codebook(rows: int, bits=2) -> WeightQuantizer:
+    return WeightQuantizer(rows, bits, kind="codebook")
+
+
+def test_a_codebook_rounds_to_the_nearest_code():
+    book = Codebook(torch.tensor([-40.0, -10.0, 0.0, 64.0]))
+    ratios = torch.tensor([-99.0, -25.1, -24.9, -5.1, -4.9, 31.9, 32.1, 99.0])
+    assert book.round(ratios).tolist() == [-40, -40, -10, -10, 0, 0, 64, 64]
+    assert (book.low, book.high) == (-40, 64)
+
+
+def test_residuals_in_the_cells_of_a_codebook_by_hand():
+    quantizer = codebook(1)
+    levels = torch.tensor([-40.0, -10.0, 0.0, 64.0]) / LARGEST_CODE
+    quantizer.levels.data = levels
+    # Half cells: 15 about -40, 15 and 5 about -10, 5 and 32 about 0, 32 about 64; the threshold
+    # at -25 belongs to the cell above it.
+    weight = torch.tensor([[-41.0, -34.0, -25.0, -13.0, -6.0, 8.0, 48.0, 65.0]])
+    residual, mask = quantizer.residual(weight)
+    expected = [[0, 6 / 15, -1, -3 / 15, 4 / 5, 8 / 32, -16 / 32, 0]]
+    torch.testing.assert_close(residual, torch.tensor(expected))
+    assert mask.tolist() == [[False, True, True, True, True, True, True, False]]
+    error = [[0, 6, -15, -3, 4, 8, -16, 0]]
+    torch.testing.assert_close(quantizer.error(weight), torch.tensor(error, dtype=torch.float32))
+
+
+def test_codes_that_have_become_one_leave_no_cell():
+    quantizer = codebook(1)
+    quantizer.levels.data = torch.tensor([-32.0, 0.0, 0.0, 32.0]) / LARGEST_CODE
+    residual, _ = quantizer.residual(torch.tensor([[-1.0, 0.0, 1.0]]))
+    assert residual.isfinite().all()
+    assert quantizer(torch.tensor([[-1.0, 0.0, 1.0]])).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("bits", CODEBOOK_WIDTHS)
+def test_a_calibrated_codebook_errs_less_than_a_grid(bits):
+    weight = normal(6, 300).pow(3)  # heavy tails
+    errors = []
+    for kind in ("lsq", "codebook"):
+        quantizer = WeightQuantizer(6, bits, kind=kind)
+        quantizer.calibrate(weight)
+        errors.append((quantizer(weight) - weight).square().mean().item())
+    assert errors[1] <= errors[0] * (1 + 1e-6) if bits == 1 else errors[1] < errors[0]
+
+
+def test_gradients_of_a_codebook_by_hand():
+    weight = torch.tensor([[-20.0, 1.0, 30.0, 99.0]], requires_grad=True)
+    quantizer = codebook(1)  # codes -64, -32, 0, 32
+    upstream = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    quantizer(weight).backward(upstream)
+    assert weight.grad.tolist() == [[1, 2, 3, 0]]
+    # Levels have the sum over what lies nearest, in their units of 64, over 64**2, and LSQ's gain.
+    gain = math.sqrt(4 / 4) / 64**2
+    expected = torch.tensor([0.0, 1.0, 2.0, 3.0 + 4.0]) * 64 * gain
+    torch.testing.assert_close(quantizer.levels.grad, expected)
+
+
+def test_a_codebook_of_the_grid_s_codes_learns_its_step_like_the_grid():
+    weight, upstream = normal(3, 50), normal(3, 50, seed=1)
+    gradients = []
+    for kind in ("lsq", "codebook"):
+        quantizer = WeightQuantizer(3, 2, kind=kind)
+        torch.nn.init.constant_(quantizer.log_scale, -math.log(quantizer.unit))
+        quantizer(weight).backward(upstream)
+        gradients.append(quantizer.log_scale.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_codebook_at_8_bits_is_the_grid_and_has_no_3_bit_form():
+    assert codebook(2, 8).grid == Grid.for_weights(8)
+    with pytest.raises(ValueError, match="bits is 3; a codebook takes 1, 2, 4 or ternary"):
+        codebook(2, 3)

@@ -1,0 +1,142 @@
+"""The codes a quantizer may use, and where a number stands among them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Bits = int | Literal["ternary"]
+"""A bit width from 1 to 8, ``"ternary"``, or 32 for float."""
+LARGEST_CODE = 64
+"""Largest code after stretching: two products with a uint8 add up to less than 2**15, the most that
+x86 without VNNI can hold between instructions."""
+
+
+def count_codes(bits: Bits) -> int:
+    """How many codes a width can tell apart."""
+    return 3 if bits == "ternary" else int(2**bits)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integer codes a quantizer may use: low, low + step, …, high.
+
+    With step 1 a number goes to the nearest integer (half to even, as ONNX rounds); with step 2 the
+    codes are odd, zero is a decision threshold and belongs to the cell above it.
+    """
+
+    low: int
+    high: int
+    step: int = 1
+    clips: bool = True
+    """Whether gradients are masked where a number lies beyond the ends."""
+
+    @classmethod
+    def for_weights(cls, bits: Bits, odd: bool = False) -> Grid:
+        """Signed codes: two's complement, but ±1 at one bit, no zero, and symmetric at 8 bits.
+
+        Odd ones are symmetric and have no zero; at 8 bits, where int8 holds no more, all are taken.
+        """
+        if bits == "ternary":
+            return cls(-1, 1)
+        if bits == 1:
+            return cls(-1, 1, step=2)
+        if bits == 8:  # -128 has no opposite, and negative BatchNorm weights flip signs on export
+            return cls(-127, 127)
+        if odd:
+            return cls(1 - 2**bits, 2**bits - 1, step=2)
+        return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    @cached_property
+    def just_outside(self) -> tuple[float, float]:
+        """The float32 numbers next to the ends, below the lowest code and above the highest.
+
+        Beside 0 it is the first normal one, as some devices take what is smaller for 0.
+        """
+        ends = torch.tensor([self.low, self.high], dtype=torch.float32)
+        below, above = torch.nextafter(ends, ends.new_tensor([-math.inf, math.inf])).tolist()
+        return min(below, self.low - torch.finfo(torch.float32).tiny), above
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is one of the codes."""
+        return self.step == 1
+
+    @property
+    def codes(self) -> Tensor:
+        """All of them, (size,), int64, increasing."""
+        return torch.arange(self.low, self.high + 1, self.step)
+
+    def round(self, ratio: Tensor) -> Tensor:
+        """The nearest code of each ``x / scale``, as floating-point numbers of the same shape."""
+        if self.step == 1:
+            return ratio.round().clamp_(self.low, self.high)
+        return (ratio / 2).floor_().mul_(2).add_(1).clamp_(self.low, self.high)
+
+    def half_cell(self, error: Tensor, codes: Tensor) -> float:  # noqa: ARG002
+        """Distance from a code to the decision threshold on the side of ``error``."""
+        return self.step / 2
+
+    def mask(self, grad: Tensor, ratio: Tensor) -> Tensor:
+        """The gradient where ``ratio`` lies within the range, ends included, and 0 elsewhere."""
+        if not self.clips:
+            return grad
+        masked: Tensor = torch.ops.aten.hardtanh_backward(grad.float(), ratio, *self.just_outside)
+        return masked.to(grad.dtype)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Learned codes: any whole numbers of int8, in the place of a `Grid`.
+
+    A number goes to the nearest of them. A table that turns packed bits into int8 holds any codes,
+    so a file that does is as small and as fast as one with a grid.
+
+    Attributes:
+        codes: (size,), whole numbers up to `LARGEST_CODE` in floating point, not decreasing.
+    """
+
+    codes: Tensor
+
+    has_zero = False
+    """Not for certain."""
+
+    @property
+    def low(self) -> int:
+        """The lowest code."""
+        return int(self.codes[0])
+
+    @property
+    def high(self) -> int:
+        """The highest code."""
+        return int(self.codes[-1])
+
+    @property
+    def thresholds(self) -> Tensor:
+        """Halfway between neighbours, (size - 1,)."""
+        return (self.codes[1:] + self.codes[:-1]) / 2
+
+    def index(self, ratio: Tensor) -> Tensor:
+        """The place of the nearest code in the list, int64, same shape."""
+        return torch.bucketize(ratio, self.thresholds, right=True)
+
+    def round(self, ratio: Tensor) -> Tensor:
+        """As `Grid.round`."""
+        return self.codes[self.index(ratio)]
+
+    def half_cell(self, error: Tensor, codes: Tensor) -> Tensor:
+        """As `Grid.half_cell`; beyond the last threshold as on the other side of the code."""
+        gaps = self.codes.diff() / 2
+        index = self.index(codes)
+        below, above = (gaps[(index + side).clamp(0, len(gaps) - 1)] for side in (-1, 0))
+        # Two codes that have become one leave no cell between them; whatever divides 0 by it is 0.
+        return torch.where(error < 0, below, above).clamp_min(torch.finfo(gaps.dtype).tiny)
+
+    def mask(self, grad: Tensor, ratio: Tensor) -> Tensor:
+        """As `Grid.mask`."""
+        return grad.where((ratio >= self.codes[0]) & (ratio <= self.codes[-1]), 0)
