@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ricciq.estimators import Estimator, StraightThrough
-from ricciq.flow import Geometry, RicciFlow
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.flow import STAGES, Geometry, RicciFlow
+from ricciq.quantizer import SLOPE_SAMPLES, ActivationQuantizer, WeightQuantizer
 
+Target = Literal["weights", "activations", "both"]
 TOGETHER = 2**22
 """Weights after which a group is full: enough to keep a GPU busy, little beside the model."""
 
@@ -33,9 +35,12 @@ class Correction:
 
     Attributes:
         estimator: what to apply.
+        on: whose gradients it corrects; those of activations are `ActivationCorrection`'s. The
+            chart is that of weights in any case.
     """
 
     estimator: Estimator
+    on: Target = "weights"
 
     @torch.no_grad()
     def __call__(self, weights: Iterable[DiscreteWeight], progress: float = 0.0) -> None:
@@ -47,7 +52,7 @@ class Correction:
             weights: in any order.
             progress: share of the training that is done, from 0 to 1.
         """
-        if isinstance(self.estimator, StraightThrough):
+        if self.on == "activations" or isinstance(self.estimator, StraightThrough):
             return
         for group in _alike(weights):
             gradient = torch.cat([_gradient(item) for item in group])
@@ -58,6 +63,38 @@ class Correction:
             rows = [len(item.weight) for item in group]
             for item, part in zip(group, torch.split(corrected, rows), strict=True):
                 item.weight.grad.copy_(part.view_as(item.weight))  # type: ignore[union-attr]
+
+    @contextmanager
+    def chart(self, weights: Iterable[DiscreteWeight]) -> Iterator[None]:
+        """Around the optimizer's step: with the chart "cell" it is taken in residuals.
+
+        A metric of residuals is a metric of weights only with the half cell h of each row: with w =
+        h r the covector G is h G in residuals, and their steps are h times as large in weights. So
+        rows whose cells are wide move as many cells as the others, by any optimizer. A layer's mean
+        step stays what the learning rate says, as h counts over its geometric mean; and no step
+        goes farther than `trust`, since beyond its cell a gradient says nothing (derived here).
+
+        A layer with 8 bits, where there is hardly a mismatch, one that standardizes its weight, and
+        one without a gradient step in weights.
+        """
+        flow = self.estimator
+        items = [item for item in weights if _has_cells(item)]
+        if not isinstance(flow, RicciFlow) or flow.chart == "weight" or not items:
+            yield
+            return
+        tensors = [item.weight for item in items]
+        halves = [item.quantizer.half_cell(item.weight) for item in items]
+        units = [half / half.log().mean().exp() for half in halves]
+        with torch.no_grad():
+            before = torch._foreach_mul(tensors, 1.0)
+            torch._foreach_div_(tensors, units)
+            torch._foreach_mul_([_grad(item) for item in items], units)
+        yield
+        with torch.no_grad():
+            torch._foreach_mul_(tensors, units)
+            for weight, start, half in zip(tensors, before, halves, strict=True):
+                reach = flow.trust * half
+                weight.copy_(torch.clamp(weight, start - reach, start + reach))
 
     @torch.no_grad()
     def measure(
@@ -70,7 +107,9 @@ class Correction:
             if item.weight.grad is not None:
                 xi, mask = _coordinate(flow, item.weight, item.quantizer)
                 gradient, kernel = _gradient(item), _kernel(item.weight)
-                corrected = self.estimator.correct(gradient, xi, kernel, mask, progress)
+                corrected = gradient
+                if self.on != "activations":
+                    corrected = self.estimator.correct(gradient, xi, kernel, mask, progress)
                 rows[item.name] = flow.measure(gradient, xi, corrected, kernel, progress)
         return rows
 
@@ -89,26 +128,77 @@ class Correction:
 
     @property
     def _flow(self) -> RicciFlow:
-        """The estimator's own; estimators that have no metric are measured with the default one."""
-        return self.estimator if isinstance(self.estimator, RicciFlow) else RicciFlow()
+        """The estimator's own; those without a metric of several weights have rows measured."""
+        if not isinstance(self.estimator, RicciFlow):
+            return RicciFlow()
+        single = self.estimator.block == 1 or self.estimator.correction == "staircase"
+        return RicciFlow(time=self.estimator.time) if single else self.estimator
 
 
 class ActivationCorrection:
     """Applies an estimator to the gradients that a model's activation quantizers hand back.
 
-    A row is what one picture has at one quantizer, and a kernel is one activation.
-
-    Attributes:
-        progress: share of the training that is done, from 0 to 1; to be kept up to date.
+    An estimator whose factor depends on the residual alone becomes the slope of the quantizers with
+    fewer than 8 bits, a part of their backward. Any other is given rows: what one picture has at
+    one quantizer, where a kernel is one activation.
     """
 
     def __init__(self, model: nn.Module, estimator: Estimator) -> None:
         """Hook into every activation quantizer of a converted model."""
         self.estimator = estimator
-        self.progress = 0.0
-        for module in model.modules():
-            if isinstance(module, ActivationQuantizer):
-                module.register_forward_pre_hook(self._watch)
+        self.quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+        self.progress = -1.0
+        self.advance(0.0)
+        if self._slope(2) is None:
+            for quantizer in self.quantizers:
+                quantizer.register_forward_pre_hook(self._watch)
+
+    def advance(self, progress: float) -> None:
+        """Tell what share of the training is done, from 0 to 1, before each step."""
+        same_stage = round(progress * STAGES) == round(self.progress * STAGES)
+        self.progress = progress
+        if same_stage:
+            return
+        for quantizer in self.quantizers:
+            if quantizer.bits < 8:
+                slope = self._slope(2**quantizer.bits)
+                on = quantizer.zero_point.device
+                quantizer.slope = None if slope is None else slope.to(on)
+
+    @contextmanager
+    def measuring(self) -> Iterator[dict[nn.Module, float]]:
+        """Around forward and backward: how far the gradients at each quantizer are turned.
+
+        Yields:
+            For each, once the backward is through, the cosine between the gradient of its inputs
+            that the straight-through estimator gives and the corrected one.
+        """
+        cosines: dict[nn.Module, float] = {}
+
+        def watch(quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                hook = partial(note, quantizer=quantizer, x=inputs[0].detach())
+                output.register_hook(hook)  # type: ignore[no-untyped-call]
+
+        @torch.no_grad()
+        def note(gradient: Tensor, quantizer: nn.Module, x: Tensor) -> None:
+            assert isinstance(quantizer, ActivationQuantizer)
+            xi, mask = _coordinate(self.estimator, x, quantizer)
+            plain = gradient.flatten(1).float() * mask
+            if quantizer.slope is None:
+                part = self.estimator.correct(plain, xi, mask=mask, progress=self.progress)
+            else:
+                part = (gradient * quantizer.slope_at(x)).flatten(1)
+            pair = plain.flatten(), part.flatten()
+            cosines[quantizer] = torch.cosine_similarity(*pair, dim=0, eps=1e-30).item()
+
+        handles = [quantizer.register_forward_hook(watch) for quantizer in self.quantizers]
+        yield cosines
+        for handle in handles:
+            handle.remove()
+
+    def _slope(self, codes: int) -> Tensor | None:
+        return self.estimator.slope(codes, SLOPE_SAMPLES, self.progress)
 
     def _watch(self, quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         (x,) = inputs
@@ -150,9 +240,19 @@ def _coordinate(
     return quantizer.ratio(x).flatten(1) * mask, mask
 
 
-def _gradient(item: DiscreteWeight) -> Tensor:
+def _has_cells(item: DiscreteWeight) -> bool:
+    """Whether the chart "cell" is for this weight."""
+    plain = isinstance(item.quantizer.standardize, nn.Identity)
+    return plain and item.quantizer.bits != 8 and item.weight.grad is not None
+
+
+def _grad(item: DiscreteWeight) -> Tensor:
     assert item.weight.grad is not None
-    return item.weight.grad.flatten(1)
+    return item.weight.grad
+
+
+def _gradient(item: DiscreteWeight) -> Tensor:
+    return _grad(item).flatten(1)
 
 
 def _kernel(weight: Tensor) -> int:

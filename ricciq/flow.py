@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,13 +26,19 @@ from ricciq.ricci import (
     project,
     pullback,
     scalar_curvature,
+    staircase_slope,
     tau,
 )
 
 Coordinate = Literal["residual", "weight"]
 Flow = Literal["linear", "euler", "none"]
 Schedule = Literal["constant", "linear", "cosine", "growing", "measured"]
-Rule = Literal["natural", "pullback", "parallel", "project"]
+Rule = Literal["natural", "pullback", "parallel", "project", "staircase"]
+Chart = Literal["weight", "cell"]
+STAGES = 64
+"""How many values a slope takes on while the flow time changes."""
+SHARPEST = 0.02
+"""The least flow time of a staircase, whose slope at 0 is zero or infinite."""
 SPREAD = (0.25, 4.0)
 """How far the schedule "measured" may take the flow time from its nominal value, as factors."""
 CACHED = 2**16
@@ -46,7 +53,8 @@ class Geometry(NamedTuple):
     decay: float  # their ratio; 1 where there is nothing to decay
     scalar_curvature: float  # of g(0)
     divergence: float  # D[0 : xi], the distance to the discrete point
-    mismatch_cosine: float  # between the gradient and the corrected one, all rows at once
+    mismatch_cosine: float  # between the gradient and the corrected one, all rows at once; of the
+    # layer's inputs instead of its weights, where only gradients of activations are corrected
     residual_cosine: float  # between xi and the gradient; a row of zeros counts as 0
 
 
@@ -63,12 +71,14 @@ class RicciFlow:
     coordinate: Coordinate = "residual"  # what callers pass as xi; a weight counts in steps
     block: Literal["row", "kernel"] | int = "row"  # who shares a metric; the last may be shorter
     flow: Flow = "linear"
-    correction: Rule = "pullback"  # parallel and project use no flow
+    correction: Rule = "pullback"  # parallel and project use no flow; staircase has no block
     time: float = 0.1  # how long the metric flows
     schedule: Schedule = "constant"  # of the time: over the training, or by each row's residuals
     rho: float = 0.9  # bound on sigma
     tau_max: float = 1.0  # bound on the curvature parameter
     strength: float = 0.9  # coefficient of project
+    chart: Chart = "weight"  # where the optimizer steps: in weights, or in their residuals
+    trust: float = 0.2  # how far a step may go in the chart "cell", as a change of the residual
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that is unknown or out of range."""
@@ -84,6 +94,8 @@ class RicciFlow:
             ("rho", 0 < self.rho < 1, "a number between 0 and 1, both excluded"),
             ("tau_max", 0 < self.tau_max < math.inf, "a finite number above 0"),
             ("strength", math.isfinite(self.strength), "a finite number"),
+            ("chart", self.chart in get_args(Chart), "weight or cell"),
+            ("trust", self.trust > 0, "a number above 0"),
         ]:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {remedy}.")
@@ -152,6 +164,40 @@ class RicciFlow:
             ends = normalized(ends, starts)
         return list(zip(starts, ends, strict=True))
 
+    def slope(self, codes: int, samples: int, progress: float) -> Tensor | None:
+        """The factor on a gradient where it depends on nothing but a number's place on its grid.
+
+        So it is with "staircase", and with blocks of one residual, where every cell has a metric of
+        its own: with no row whose determinant could be kept, the factor's mean over the cell is 1.
+
+        Args:
+            codes: how many the grid has.
+            samples: how many values to give a step.
+            progress: share of the training that is done, from 0 to 1, for the schedule.
+
+        Returns:
+            Its values from one step below the lowest code to one above the highest, 0 at both ends,
+            float32; None for other blocks, for the coordinate "weight", for the schedule
+            "measured", which depends on a row, and for "project", the same all over a cell.
+        """
+        single = self.block == 1 and self.coordinate == "residual" and self.correction != "project"
+        if self.schedule == "measured" or not (single or self.correction == "staircase"):
+            return None
+        time = self._time(round(progress * STAGES) / STAGES)
+        return _tabulated(replace(self, schedule="constant", time=time), codes, samples)
+
+    def _factor(self, r: Tensor) -> Tensor:
+        """By which a gradient of 1 at each residual of (cells,) is multiplied, 1 on average."""
+        x = r.view(-1, 1, 1)
+        t = x.new_full((1, 1, 1), self.tau_max)  # sigma is below 1 for any, as |r| is at most 1
+        start = end = lne_metric(x, t)
+        if self.flow == "linear":
+            end = flow_linear(x, t, self.time)
+        elif self.flow == "euler":
+            end = flow_euler(x, t, self.time)
+        factor = self._rule(torch.ones_like(x), x, (start, end)).flatten()
+        return factor * (r[-1] - r[0]) / torch.trapezoid(factor, r)
+
     def _time(self, progress: float) -> float:
         if self.schedule == "linear":
             return self.time * (1 - progress)
@@ -214,6 +260,8 @@ class RicciFlow:
 
     def _rule(self, gradient: Tensor, xi: Tensor, flowed: tuple[Metric, Metric]) -> Tensor:
         start, end = flowed
+        if self.correction == "staircase":
+            return gradient * _staircase(xi, self.time)
         if self.correction == "project":
             return project(xi, gradient, self.strength)
         if self.correction == "parallel":
@@ -232,6 +280,30 @@ class RicciFlow:
         rest = n % min(size, n)
         full = x[:, : n - rest].reshape(len(x), -1, min(size, n))
         return [full, x[:, n - rest :].unsqueeze(1)] if rest else [full]
+
+
+@lru_cache(maxsize=4 * STAGES)
+def _tabulated(flow: RicciFlow, codes: int, samples: int) -> Tensor:
+    """See `RicciFlow.slope`."""
+    place = torch.arange(-samples, codes * samples + 1, dtype=torch.float64) / samples
+    if flow.correction == "staircase":
+        thresholds = 2.0 * torch.arange(codes - 1) + 1
+        table = staircase_slope(2 * place, thresholds, max(flow.time, SHARPEST))
+    else:
+        r = torch.linspace(-1, 1, samples + 1, dtype=torch.float64)
+        index = ((place - place.round()) * samples).round().long() + samples // 2
+        table = flow._factor(r)[index] * ((place >= 0) & (place <= codes - 1))
+    table[[0, -1]] = 0
+    return table.float()
+
+
+def _staircase(r: Tensor, time: float) -> Tensor:
+    """Slope of an endless staircase at residuals."""
+    time = max(time, SHARPEST)
+    if time > 2:  # it is 1, to rounding error
+        return torch.ones_like(r)
+    reach = 1 + 2 * math.ceil(3 * math.sqrt(2 * time))
+    return staircase_slope(r, torch.arange(-reach, reach + 1, 2, device=r.device), time)
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:

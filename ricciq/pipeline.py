@@ -238,7 +238,8 @@ def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Pro
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
         calibrate(job.model, _first_images(job))
-    correction = Correction(named_estimator(recipe.method.name, recipe.method.changes))
+    estimator = named_estimator(recipe.method.name, recipe.method.changes)
+    correction = Correction(estimator, recipe.method.target)
     done = finetune(
         job.model,
         job.loader("fit", training=True),

@@ -44,6 +44,8 @@ LSQ = Kinds()
 
 FLOAT_BITS = 32
 MIN_SCALE = 2.0**-40
+SLOPE_SAMPLES = 64
+"""How many numbers a step of a grid has in the table of a slope."""
 CODEBOOK_WIDTHS: tuple[Bits, ...] = (1, 2, 4, "ternary")
 """Those whose codes one lookup table undoes: `ricciq.packing` splits the others."""
 
@@ -63,34 +65,64 @@ class _FakeQuantize(torch.autograd.Function):
         grid: Grid | Codebook,
         gain: float,
         clip_only: bool,
+        slope: Tensor | None,
     ) -> Tensor:
-        del gain, clip_only
+        del gain, clip_only, slope
         scale = _scale(log_scale)  # float32, as are codes and steps under mixed precision
         return _codes(x.float() / scale, zero_point, grid).mul_(scale).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        x, log_scale, zero_point, ctx.grid, ctx.gain, ctx.clip_only = inputs
-        ctx.save_for_backward(x, log_scale, zero_point)
+        x, log_scale, zero_point, ctx.grid, ctx.gain, ctx.clip_only, slope = inputs
+        ctx.save_for_backward(x, log_scale, zero_point, slope)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        x, log_scale, zero_point = ctx.saved_tensors
+        x, log_scale, zero_point, slope = ctx.saved_tensors
         scale = _scale(log_scale)
         ratio = x.float() / scale
         grad_x = _masked(grad, ratio, zero_point, ctx.grid)
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None, None, None
-        codes = _codes(ratio, zero_point, ctx.grid)
+        if slope is None and not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None, None, None
+        codes = _codes(ratio if slope is None else ratio.clone(), zero_point, ctx.grid)
+        per_scale = None
+        if ctx.needs_input_grad[1]:
+            per_scale = _step_gradient(ctx, grad, grad_x, x, codes, scale)
+        if slope is not None:
+            grad_x = _sloped(grad, ratio, zero_point, slope, ctx.grid)
+        return grad_x, per_scale, None, None, None, None, None
+
+
+def _step_gradient(
+    ctx: Any, grad: Tensor, grad_x: Tensor, x: Tensor, codes: Tensor, scale: Tensor
+) -> Tensor:
+    """Of log(scale), by LSQ's rule or PACT's."""
+    if ctx.clip_only:
+        per_scale = _sum_like(scale, grad - grad_x, codes)
+    else:
         # d(scale * code)/d(scale) is code - ratio inside the range, code at its ends (LSQ, eq. 3).
-        if ctx.clip_only:
-            per_scale = _sum_like(scale, grad - grad_x, codes)
-        else:
-            per_scale = _sum_like(scale, grad, codes) - _sum_like(scale, grad_x, x) / scale
-        # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
-        # relative change, so published learning rates keep their meaning.
-        return grad_x, per_scale * ctx.gain / scale, None, None, None, None
+        per_scale = _sum_like(scale, grad, codes) - _sum_like(scale, grad_x, x) / scale
+    # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
+    # relative change, so published learning rates keep their meaning.
+    gained: Tensor = per_scale * ctx.gain / scale
+    return gained
+
+
+def _sloped(
+    grad: Tensor, ratio: Tensor, zero_point: Tensor | None, slope: Tensor, grid: Grid
+) -> Tensor:
+    """The gradient times a tabulated slope: see `fake_quantize`."""
+    first = -grid.low if zero_point is None else zero_point - grid.low
+    fine = SLOPE_SAMPLES / grid.step
+    place = torch.add(fine * (first + grid.step) + 0.5, ratio, alpha=fine)
+    # Whole numbers are clamped: what a NaN becomes as one lies outside too, where the slope is 0.
+    index = place.to(torch.int32).clamp_(0, len(slope) - 1)
+    channels_last = index.dim() == 4 and index.is_contiguous(memory_format=torch.channels_last)
+    index = index.movedim(1, -1) if channels_last else index
+    factor = slope.index_select(0, index.reshape(-1)).view(index.shape)
+    factor = factor.movedim(-1, 1) if channels_last else factor
+    return factor.mul_(grad).to(grad.dtype)
 
 
 def _sum_like(scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -138,6 +170,7 @@ def fake_quantize(
     zero_point: Tensor | None = None,
     gain: float = 1.0,
     clip_only: bool = False,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """Round x to its grid: ``scale * (clamp(round(x / scale) + zero_point) - zero_point)``.
 
@@ -148,12 +181,15 @@ def fake_quantize(
         zero_point: the code of 0.0, a whole number in a floating-point tensor of one element.
         gain: factor on the scale's gradient; LSQ uses 1 / sqrt(elements per scale * highest code).
         clip_only: leave what lies within the range out of the scale's gradient, as PACT does.
+        slope: what the gradient of x is multiplied by instead of 1 within the range and 0 outside,
+            on a `Grid` only: `SLOPE_SAMPLES` numbers a step, from one step below the lowest code to
+            one above the highest, 0 at both ends, as beyond them.
 
     Returns:
         The same shape and dtype as x. Its gradient is the straight-through estimator's: passed
         unchanged where x lies within the grid's range, exactly zero outside.
     """
-    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain, clip_only)
+    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain, clip_only, slope)
     return result
 
 
@@ -303,6 +339,12 @@ class WeightQuantizer(nn.Module):
         return _residual(self.ratio(weight).flatten(1), None, self.grid)
 
     @torch.no_grad()
+    def half_cell(self, weight: Tensor) -> Tensor:
+        """Half a step of the grid, on average over a codebook: a number a row, for broadcasting."""
+        half = (self.grid.high - self.grid.low) / (2 * (len(self.fixed_grid.codes) - 1))
+        return self._columns(half * self.scale, weight)
+
+    @torch.no_grad()
     def error(self, weight: Tensor) -> Tensor:
         """What rounding changes, w - Q(w) of the standardized weight: (rows, n), 0 where masked."""
         ratio = self.ratio(weight).flatten(1)
@@ -328,6 +370,8 @@ class ActivationQuantizer(nn.Module):
 
     zero_point: Tensor
     observer: Callable[[Tensor], None] | None = None
+    slope: Tensor | None = None
+    """See `fake_quantize`; None is the straight-through estimator's slope of 1."""
 
     def __init__(self, bits: int, kind: ActKind = "lsq") -> None:
         super().__init__()
@@ -358,6 +402,14 @@ class ActivationQuantizer(nn.Module):
         """As `WeightQuantizer.residual`, of activations (B, ...): a row is a picture's."""
         return _residual(self.ratio(x).flatten(1), self.zero_point, self.grid)
 
+    @torch.no_grad()
+    def slope_at(self, x: Tensor) -> Tensor:
+        """What the gradient at each activation is multiplied by, same shape."""
+        ratio, ones = self.ratio(x), torch.ones_like(x, dtype=torch.float32)
+        if self.slope is None:
+            return _masked(ones, ratio, self.zero_point, self.grid)
+        return _sloped(ones, ratio, self.zero_point, self.slope, self.grid)
+
     def forward(self, x: Tensor) -> Tensor:
         """The discretized activations, same shape as x."""
         if self.observer is not None:
@@ -365,5 +417,5 @@ class ActivationQuantizer(nn.Module):
             return x
         elements = x[0].numel() if x.dim() > 1 else x.numel()
         gain = 1 / math.sqrt(elements * self.grid.high)
-        clip_only = self.kind == "pact"
-        return fake_quantize(x, self.log_scale, self.grid, self.zero_point, gain, clip_only)
+        pact = self.kind == "pact"
+        return fake_quantize(x, self.log_scale, self.grid, self.zero_point, gain, pact, self.slope)

@@ -106,14 +106,15 @@ class QuantizationSection(Section):
 class MethodSection(Section):
     """The gradient estimator, and values that differ from what its name stands for.
 
-    It is for the weights' gradients; ``activations`` applies it to those of activations too.
+    ``on`` says whose gradients it corrects: by default those of activations for ``ricci``, those of
+    weights for any other.
     """
 
     name: Literal["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project"] = "ricci"
     coordinate: Literal["residual", "weight"] | None = None
     block: Literal["row", "kernel"] | Annotated[int, Field(ge=1)] | None = None
     flow: Literal["linear", "euler", "none"] | None = None
-    correction: Literal["natural", "pullback", "parallel", "project"] | None = None
+    correction: Literal["natural", "pullback", "parallel", "project", "staircase"] | None = None
     time: Annotated[float, Field(ge=0)] | None = None
     rho: Annotated[float, Field(gt=0, lt=1)] | None = None
     tau_max: Positive | None = None
@@ -121,12 +122,19 @@ class MethodSection(Section):
     strength: float | None = None
     delta: float | None = None
     alpha: float | None = None
-    activations: bool = False
+    chart: Literal["weight", "cell"] | None = None
+    trust: Positive | None = None
+    on: Literal["weights", "activations", "both"] | None = None
 
     @property
     def changes(self) -> dict[str, Any]:
         """What differs from the estimator that the name stands for."""
-        return self.model_dump(exclude={"name", "activations"}, exclude_none=True)
+        return self.model_dump(exclude={"name", "on"}, exclude_none=True)
+
+    @property
+    def target(self) -> Literal["weights", "activations", "both"]:
+        """Whose gradients are corrected."""
+        return self.on or ("activations" if self.name == "ricci" else "weights")
 
 
 class TrainingSection(Section):

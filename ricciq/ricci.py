@@ -236,6 +236,30 @@ def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
     return (nodes + 1) / 2, vectors[0].square()
 
 
+def staircase_slope(x: Tensor, thresholds: Tensor, time: float) -> Tensor:
+    """Slope of a discretization after the linear flow, derived here.
+
+    On one coordinate a discretization induces its own derivative as a metric: a mass at each of the
+    thresholds, 0 between them. That is the gradient which is "zero or infinite" in the paper. One
+    coordinate has no curvature, and the linearized flow is the heat equation: each mass spreads as
+    a heat kernel. Among evenly spaced thresholds 1 + 2 sum_k exp(-pi^2 k^2 t) cos(pi k (x - theta))
+    is left, which goes to 1, the straight-through estimator's slope, as exponentially as every
+    perturbation; past the last threshold it fades, where that estimator stops at once.
+
+    Args:
+        x: any shape, in half cells, as are the thresholds.
+        thresholds: (count,), two half cells apart.
+        time: above 0, in units of a half cell squared.
+
+    Returns:
+        The slope at each x, same shape.
+    """
+    slope = torch.zeros_like(x)
+    for threshold in thresholds:
+        slope += torch.exp((x - threshold).square() / (-4 * time))
+    return slope / math.sqrt(math.pi * time)
+
+
 def normalized(ends: list[Metric], starts: list[Metric]) -> list[Metric]:
     """Scale the forms g(t), each (rows, blocks, n), by a factor per row to give it det g(0)."""
     changes = [a.logdet() - b.logdet() for a, b in zip(ends, starts, strict=True)]

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,7 +188,7 @@ class Trainer:
         self.damping = Damping(recipe.training.damping, recipe.training.damping_form)
         self.weights = discrete_weights(model)
         self.activations: ActivationCorrection | None = None
-        if recipe.method.activations:
+        if correction.on != "weights":
             self.activations = ActivationCorrection(model, correction.estimator)
         self.freezing = Freezing(self.weights, recipe.training.freezing)
         # Everything with tensors that a step changes, but for the optimizer.
@@ -231,30 +232,35 @@ class Trainer:
     ) -> None:
         """Forward, backward, correct, damp, step, freeze; progress: share of training done."""
         if self.activations is not None:
-            self.activations.progress = progress
+            self.activations.advance(progress)
         # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
         averages = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-            logits = self.forward(images).float()
-            with torch.no_grad():
-                taught = None if self.teacher is None else self.teacher(images).float()
-        loss = loss_function(logits, targets, taught, self.settings)
+        watching: AbstractContextManager[dict[nn.Module, float]] = nullcontext({})
+        if measure and self.activations is not None:
+            watching = self.activations.measuring()
+        with watching as cosines:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
+                logits = self.forward(images).float()
+                with torch.no_grad():
+                    taught = None if self.teacher is None else self.teacher(images).float()
+            loss = loss_function(logits, targets, taught, self.settings)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         # One number says whether all gradients are finite; a step with a NaN would ruin the run.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         finite = bool(nn.utils.get_total_norm(gradients).isfinite())
         if finite:
             if measure:
-                self.geometry = self.correction.measure(self.weights, progress)
+                self.geometry = self._measured(progress, cosines)
             self.correction(self.weights, progress)
             self.damping(self.weights, progress)
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-            self.scaler.step(self.optimizer)
+            with self.correction.chart(self.weights):
+                self.scaler.step(self.optimizer)
             self.freezing(progress)
         else:
             for buffer, before in averages:
@@ -263,6 +269,16 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         tally.add(loss, logits, targets, finite)
+
+    def _measured(self, progress: float, cosines: Mapping[nn.Module, float]) -> dict[str, Geometry]:
+        """The geometry of each layer; where only its inputs' gradients turn, how far they do."""
+        geometry = self.correction.measure(self.weights, progress)
+        if self.correction.on == "activations":
+            for name, layer in quantized_layers(self.model).items():
+                cosine = cosines.get(layer.input_quantizer or layer)  # a layer itself has none
+                if name in geometry and cosine is not None:
+                    geometry[name] = geometry[name]._replace(mismatch_cosine=cosine)
+        return geometry
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits in evaluation mode."""

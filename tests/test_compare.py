@@ -71,8 +71,8 @@ def test_methods_start_alike_and_end_apart(finished):
         read_csv(folder / "trials" / f"{method}-lr1-seed0" / "summary.csv")[0] for method in METHODS
     )
     assert first["train_loss"] != second["train_loss"]
-    again, _ = compare(RECIPE, ["ste", "ricci:time=0"], 2, folder, resume=True)
-    # A flow of no time is the straight-through estimator: the same numbers to the last digit.
+    again, _ = compare(RECIPE, ["ste", "project:strength=0"], 2, folder, resume=True)
+    # That is the straight-through estimator: the same numbers to the last digit.
     assert [r["difference"] for r in again["results"]] == [0.0, 0.0]
     assert again["results"][0]["mean"] == finished[0]["results"][0]["mean"]
 

@@ -1,11 +1,26 @@
-"""The correction of activation gradients: by hand, beside other readers, and in a recipe."""
+"""The correction of activation gradients and the optimizer's chart, by hand."""
 
+import math
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
-from ricciq.correction import ActivationCorrection
+from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight
 from ricciq.estimators import METHODS
-from ricciq.quantizer import ActivationQuantizer, fake_quantize
+from ricciq.flow import RicciFlow
+from ricciq.grids import Grid
+from ricciq.quantizer import (
+    SLOPE_SAMPLES,
+    ActivationQuantizer,
+    WeightQuantizer,
+    fake_quantize,
+)
+
+
+def staircase(time):
+    return replace(METHODS["ricci"], time=time)
 
 
 def quantizer(bits=2, scale=0.5, zero_point=0):
@@ -67,7 +82,7 @@ def test_other_readers_of_the_activations_are_let_be():
 
 def test_the_step_keeps_its_own_gradient():
     net, plain = Net(), Net()
-    ActivationCorrection(net, METHODS["ricci"])
+    ActivationCorrection(net, RicciFlow())
     gradient(net), gradient(plain)
     assert torch.equal(net.quantizer.log_scale.grad, plain.quantizer.log_scale.grad)
 
@@ -82,8 +97,197 @@ def test_progress_reaches_the_estimator():
 
 def test_without_gradients_nothing_is_done():
     net = Net()
-    ActivationCorrection(net, METHODS["ricci"])
+    ActivationCorrection(net, RicciFlow())
     quantized, _ = net(X)
     grid = net.quantizer.grid
     expected = fake_quantize(X, net.quantizer.log_scale, grid, net.quantizer.zero_point)
     assert torch.equal(quantized, expected)
+
+
+# Slopes
+
+
+def table(function, codes=4):
+    """A slope as a quantizer wants it, by what it is at each place in steps above the lowest."""
+    place = torch.arange(-SLOPE_SAMPLES, codes * SLOPE_SAMPLES + 1) / SLOPE_SAMPLES
+    values = function(place)
+    values[[0, -1]] = 0
+    return values
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("zero_point", [0, 1])
+def test_a_slope_multiplies_the_gradient_wherever_it_is_not_0(layout, zero_point):
+    made = quantizer(scale=0.5, zero_point=zero_point)
+    made.slope = table(lambda place: place + 2)
+    x = torch.tensor([-0.25, 0.0, 0.625, 1.5, 1.625, -0.75, 2.25, 1.0]).reshape(1, 2, 2, 2)
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    upstream = torch.arange(1.0, 9.0).reshape(1, 2, 2, 2)
+    made(x).backward(upstream)
+    place = x.detach() / 0.5 + zero_point
+    inside = (place > -1) & (place < 4)
+    torch.testing.assert_close(x.grad, upstream * (place + 2) * inside)
+
+
+def test_a_slope_leaves_the_step_s_gradient_and_bears_any_number():
+    gradients = []
+    for slope in (None, table(torch.ones_like)):
+        log_scale = torch.zeros((), requires_grad=True)
+        x = torch.tensor([-1e30, -0.3, 0.2, 2.4, 1e30], requires_grad=True)
+        y = fake_quantize(x, log_scale, Grid(0, 3), torch.zeros(()), slope=slope)
+        y.backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+        assert x.grad.isfinite().all()
+        gradients.append(log_scale.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_slope_bears_nan():
+    made = quantizer()
+    made.slope = table(torch.ones_like)
+    x = torch.tensor([[math.nan, math.inf, -math.inf]], requires_grad=True)
+    made(x).sum().backward()
+    assert x.grad.tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("rule", ["natural", "pullback", "parallel"])
+def test_the_slope_of_a_cell_is_its_metric_s_factor_and_1_on_average(rule):
+    flow, r = RicciFlow(block=1, correction=rule, time=0.1), torch.linspace(-1, 1, 65)
+    v = torch.tanh(r)
+    # By other means: the heat flow of tanh^2 on the circle, from a fast Fourier transform.
+    circle = torch.tanh(torch.linspace(-1, 1, 4097, dtype=torch.float64)[:-1]).square()
+    waves = torch.fft.rfft(circle)
+    waves *= torch.exp(-((math.pi * torch.arange(len(waves))) ** 2) * 0.1)
+    flowed = torch.fft.irfft(waves, n=4096)[::64]
+    flowed = torch.cat([flowed, flowed[:1]]).float()
+    factor = {
+        "natural": 1 / (1 - flowed),
+        "pullback": (1 - v.square()) / (1 - flowed),
+        "parallel": (1 - v.square()).sqrt(),
+    }[rule]
+    factor /= torch.trapezoid(factor, r) / 2
+    slope = flow.slope(4, 64, 0.0)
+    place = torch.arange(-64, 4 * 64 + 1)
+    assert (slope[(place < 0) | (place > 3 * 64)] == 0).all()
+    for level in (1, 2):
+        torch.testing.assert_close(slope[64 * level + 32 : 64 * level + 97][1:-1], factor[1:-1])
+
+
+@pytest.mark.parametrize("codes", [2, 4, 16])
+@pytest.mark.parametrize("time", [0.05, 0.25, 0.5])
+def test_the_slope_of_a_staircase_is_that_of_its_noisy_mean(codes, time):
+    # The mean of round(x + noise), clamped, has the slope sum of densities at the thresholds; the
+    # noise has the variance 2 t in half cells, t / 2 in steps.
+    slope = staircase(time).slope(codes, 64, 0.0).double()
+    place = torch.arange(-64, codes * 64 + 1, dtype=torch.float64) / 64
+    spread = math.sqrt(time / 2)
+    thresholds = torch.arange(codes - 1, dtype=torch.float64) + 0.5
+    below = torch.special.ndtr((place[:, None] - thresholds) / spread).sum(1)  # the noisy mean
+    slopes = (below[2:] - below[:-2]) * 32
+    assert (slope[1:-1] - slopes).abs().max() < 5e-3  # of their difference quotient
+    assert slope[0] == slope[-1] == 0
+
+
+def test_far_from_the_ends_a_staircase_flows_to_the_straight_through_estimator():
+    middle = [staircase(t).slope(64, 64, 0.0)[31 * 64 : 33 * 64] - 1 for t in (0.2, 0.4)]
+    largest = [float(part.abs().max()) for part in middle]
+    # Its first mode has the height 2 exp(-pi^2 t).
+    assert largest[0] == pytest.approx(2 * math.exp(-(math.pi**2) * 0.2), rel=0.01)
+    assert largest[0] / largest[1] == pytest.approx(math.exp(math.pi**2 * 0.2), rel=0.01)
+
+
+def test_a_staircase_for_weights_is_the_same_inside_a_cell():
+    flow, r = staircase(0.25), torch.linspace(-1, 1, 64 + 1)
+    middle = flow.slope(64, 64, 0.0)[32 * 64 + 32 : 33 * 64 + 33]
+    corrected = flow.correct(torch.full((1, 65), 3.0), r[None])
+    torch.testing.assert_close(corrected[0] / 3, middle, atol=1e-4, rtol=0)
+    late = replace(flow, time=3.0).correct(torch.full((1, 65), 3.0), r[None])
+    assert (late == 3).all()
+
+
+def test_the_schedule_moves_the_slope_and_only_quantizers_below_8_bits_get_it():
+    net = nn.ModuleList([quantizer(2), quantizer(8)])
+    falling = replace(METHODS["ricci"], schedule="linear")
+    correction = ActivationCorrection(net, falling)
+    torch.testing.assert_close(net[0].slope, METHODS["ricci"].slope(4, SLOPE_SAMPLES, 0.5))
+    correction.advance(0.5)
+    halfway = staircase(METHODS["ricci"].time / 2)
+    torch.testing.assert_close(net[0].slope, halfway.slope(4, SLOPE_SAMPLES, 0.0))
+    correction.advance(1.0)  # a staircase at time 0 would be zero or infinite
+    assert net[0].slope.isfinite().all()
+    assert net[1].slope is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"block": 2}, {"coordinate": "weight"}, {"schedule": "measured"}, {"correction": "project"}],
+)
+def test_what_depends_on_more_than_a_residual_has_no_slope(changes):
+    cell = RicciFlow(block=1, correction="natural")
+    assert cell.slope(4, 64, 0.5) is not None
+    assert replace(cell, **changes).slope(4, 64, 0.5) is None
+
+
+# The chart
+
+
+def layers(bits=2, scales=(0.5, 2.0)):
+    weight = nn.Parameter(torch.tensor([[0.1, -0.6, 0.3], [2.2, 1.1, -0.4]]))
+    made = WeightQuantizer(2, bits)
+    made.log_scale.data = torch.tensor(scales).log()
+    return DiscreteWeight("layer", weight, made)
+
+
+def step(optimizer, item, flow, gradient):
+    item.weight.grad = torch.tensor(gradient)
+    with Correction(flow).chart([item]):
+        optimizer.step()
+    return item.weight.detach()
+
+
+CELL = RicciFlow(chart="cell", trust=1e9)
+GRADIENT = [[0.1, -0.2, 0.0], [0.1, 0.2, 0.0]]
+
+
+def test_plain_descent_in_cells_by_hand():
+    item = layers()
+    before = item.weight.detach().clone()
+    after = step(torch.optim.SGD([item.weight], lr=1.0), item, CELL, GRADIENT)
+    # Half cells are 0.25 and 1, over their geometric mean 0.5 and 2: squared, 0.25 and 4.
+    expected = before - torch.tensor([[0.025, -0.05, 0.0], [0.4, 0.8, 0.0]])
+    torch.testing.assert_close(after, expected)
+
+
+def test_adam_moves_every_row_as_many_cells():
+    item = layers()
+    before = item.weight.detach().clone()
+    after = step(torch.optim.Adam([item.weight], lr=0.01), item, CELL, GRADIENT)
+    signs = torch.tensor(GRADIENT).sign()
+    torch.testing.assert_close(after, before - 0.01 * signs * torch.tensor([[0.5], [2.0]]))
+
+
+def test_no_step_goes_farther_than_trust():
+    item = layers()
+    before = item.weight.detach().clone()
+    flow = replace(CELL, trust=0.1)
+    after = step(torch.optim.SGD([item.weight], lr=100.0), item, flow, GRADIENT)
+    reach = 0.1 * torch.tensor([[0.25], [1.0]])
+    torch.testing.assert_close(after, before - torch.tensor(GRADIENT).sign() * reach)
+
+
+@pytest.mark.parametrize("flow", [RicciFlow(), METHODS["ste"]])
+def test_other_charts_are_that_of_the_weights(flow):
+    item = layers()
+    before = item.weight.detach().clone()
+    after = step(torch.optim.SGD([item.weight], lr=1.0), item, flow, GRADIENT)
+    torch.testing.assert_close(after, before - torch.tensor(GRADIENT))
+
+
+def test_8_bit_layers_and_those_without_gradients_are_left_alone():
+    fine, idle = layers(bits=8), layers()
+    before = idle.weight.detach().clone()
+    fine.weight.grad = torch.tensor(GRADIENT)
+    start = fine.weight.detach().clone()
+    with Correction(CELL).chart([fine, idle]):
+        torch.optim.SGD([fine.weight, idle.weight], lr=1.0).step()
+    torch.testing.assert_close(fine.weight.detach(), start - torch.tensor(GRADIENT))
+    assert torch.equal(idle.weight.detach(), before)

@@ -63,7 +63,7 @@ class Run:
         self.job = prepare(recipe, CPU, Journal())
         self.model = self.job.model
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.correction = Correction(METHODS[recipe.method.name])
+        self.correction = Correction(METHODS[recipe.method.name], recipe.method.target)
         convert(self.model, self.job.plan)
         calibrate(self.model, [images for images, _ in islice(self.job.loader("fit"), 2)])
 
@@ -369,8 +369,13 @@ def test_what_has_one_dimension_does_not_decay(tmp_path):
 
 
 def test_gradients_are_clipped_after_the_correction(tmp_path):
+    class Inflation(Correction):
+        def __call__(self, weights, progress=0.0):  # noqa: ARG002
+            for item in weights:
+                item.weight.grad.mul_(1e6)
+
     run = Run(tmp_path, RECIPE.override({"training.clip_grad": 1e-3}))
-    run.correction = lambda weights, _: [item.weight.grad.mul_(1e6) for item in weights]
+    run.correction = Inflation(METHODS["ste"])
     trainer, norms = run.trainer(), []
 
     def note(*_args):
@@ -429,11 +434,13 @@ def test_the_latest_of_epochs_that_cannot_be_told_apart_is_chosen(tmp_path, monk
     assert load_tensors(run.folder.best)[1]["holdout_top1"] == 87.0
 
 
-def test_activation_gradients_are_corrected_where_the_recipe_asks_for_it(tmp_path):
+@pytest.mark.parametrize("method", ["project", "ricci"])
+def test_activation_gradients_are_corrected_where_the_recipe_asks_for_it(tmp_path, method):
     gradients = []
-    for number, activations in enumerate((False, True)):
-        recipe = RECIPE.override({"method.name": "project", "method.activations": activations})
-        trainer = Run(tmp_path / str(number), recipe).trainer()
+    for target in ("weights", "activations"):
+        recipe = RECIPE.override({"method.name": method, "method.on": target})
+        trainer = Run(tmp_path / target, recipe).trainer()
+        # Those of weights as they are before their own correction.
         trainer.correction = Correction(METHODS["ste"])
         trainer.optimizer.zero_grad = lambda: None
         trainer.step(*Run(tmp_path, RECIPE).batch(), Tally(), progress=0.5, measure=False)
@@ -441,3 +448,17 @@ def test_activation_gradients_are_corrected_where_the_recipe_asks_for_it(tmp_pat
     last, stem = -1, 0  # of the last layer's weight nothing is behind, of the stem's everything
     assert torch.equal(gradients[0][last], gradients[1][last])
     assert not torch.equal(gradients[0][stem], gradients[1][stem])
+
+
+def test_the_default_method_corrects_activations_and_steps_in_cells(tmp_path):
+    run = Run(tmp_path, RECIPE)
+    assert (run.correction.on, run.correction.estimator) == ("activations", METHODS["ricci"])
+    trainer = run.trainer()
+    layer = next(item for item in trainer.weights if item.quantizer.bits != 8)
+    before = layer.weight.detach().clone()
+    halves = layer.quantizer.half_cell(before)  # before the step is a step away
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 10.0
+    trainer.step(*run.batch(), Tally(), progress=0.0, measure=False)
+    moved = (layer.weight.detach() - before).abs() / halves
+    assert moved.max().item() == pytest.approx(METHODS["ricci"].trust, rel=1e-3)

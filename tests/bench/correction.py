@@ -75,7 +75,9 @@ def main() -> None:
     corrections = {}
     for method in options.methods.split(","):
         section = Trial(method, 1.0, 0).recipe(Recipe()).method
-        corrections[method] = Correction(named_estimator(section.name, section.changes))
+        corrections[method] = Correction(
+            named_estimator(section.name, section.changes), section.target
+        )
     seconds = defaultdict(list)
     for number in range(WARM_UP + options.rounds):
         taken = {"step": timed(step, device)}

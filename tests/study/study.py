@@ -1,12 +1,16 @@
-"""Looks for a variant worth confirming: a setting, methods, seeds; only on training pictures.
+"""The study: settings, methods, seeds, and a row of a CSV file for every run.
 
-    python tests/study/explore.py FASHION FLOATS                # float starts, once
-    python tests/study/explore.py FASHION FLOATS exploration.csv w1a2 ste,lne:block=1 --lr 8e-3
+    python tests/fashion.py FASHION                               # lays the data out
+    python tests/study/study.py FASHION FLOATS                    # trains float starts, once
+    python tests/study/study.py FASHION FLOATS explored.csv w1a1 ste,ricci:time=0.1
+    python tests/study/study.py FASHION FLOATS confirmed.csv w1a1 ste,ricci --seeds 100-119 --test
 
 Fashion-MNIST's 60,000 training pictures are shuffled once: the first 45,000 train float starts and
-give every run its subset, the last 15,000 judge; the test pictures are not opened. A row is written
-as soon as its run ends, and what has a row is not run again. It differs from `ricciq compare` in
-that pictures stay in memory and the teacher answers each of them once, which halves the time.
+give every run its subset, the last 15,000 judge. With `--test` the 10,000 test pictures judge: for
+one method, chosen before, and seeds that had no part in the choice. A row is written as soon as its
+run ends, and what has a row is not run again. It differs from `ricciq compare` in that pictures
+stay in memory and the teacher answers each of them once, which halves the time. A method is
+written as for `ricciq compare`; an `@3` behind it stands for three times the learning rate.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from ricciq.compare import Trial
 from ricciq.convert import convert, plan_conversion
 from ricciq.correction import ActivationCorrection, Correction
 from ricciq.estimators import named_estimator
-from ricciq.quantizer import Bits, Kinds
+from ricciq.grids import Bits
+from ricciq.quantizer import Kinds
 from ricciq.recipe import Recipe
 from ricciq.train import discrete_weights
 
@@ -58,20 +63,36 @@ SETTINGS = {
     "w2a2-dorefa": Setting("fashion_resnet8", 2, 2, DOREFA),
     "w1a1-scratch": Setting("fashion_resnet8", 1, 1, scratch=True),
     "w1a2-scratch": Setting("fashion_resnet8", 1, 2, scratch=True),
+    "w2a2-scratch": Setting("fashion_resnet8", 2, 2, scratch=True),
+    "w4a4-scratch": Setting("fashion_resnet8", 4, 4, scratch=True),
+    "w2a2-fixed-scratch": Setting("fashion_resnet8", 2, 2, FIXED, scratch=True),
     "mobile-w2a2": Setting("fashion_mobilenet", 2, 2),
     "mobile-w3a3": Setting("fashion_mobilenet", 3, 3),
     "mobile-w4a4": Setting("fashion_mobilenet", 4, 4),
 }
-COLUMNS = ("setting", "method", "seed", "opt", "lr", "epochs", "samples")
+COLUMNS = ("setting", "method", "seed", "opt", "lr", "epochs", "samples", "teacher", "judged_on")
 RESULTS = ("top1", "loss", "train_loss", "skipped", "seconds")
 
 
-def load(folder: Path) -> tuple[Tensor, Tensor]:
-    """Normalized training pictures and their classes, shuffled always alike."""
-    data = FashionMNIST(str(folder), train=True)
-    order = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(0))
-    pixels = data.data[order].unsqueeze(1).float() / 255
-    return (pixels - 0.2860) / 0.3530, data.targets[order]
+class Data(NamedTuple):
+    """Normalized pictures and their classes; log shares of the teacher for those that train."""
+
+    images: Tensor
+    targets: Tensor
+    judged_images: Tensor
+    judged_targets: Tensor
+    taught: Tensor = torch.empty(0)
+
+
+def load(folder: Path, test: bool = False) -> Data:
+    """The training pictures, shuffled always alike, and those that judge."""
+    parts = [FashionMNIST(str(folder), train=train) for train in (True, False)]
+    images, judged = ((part.data.unsqueeze(1).float() / 255 - 0.2860) / 0.3530 for part in parts)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, targets = images[order], parts[0].targets[order]
+    if test:
+        return Data(images[:TRAINED], targets[:TRAINED], judged, parts[1].targets)
+    return Data(images[:TRAINED], targets[:TRAINED], images[TRAINED:], targets[TRAINED:])
 
 
 def build(name: str) -> nn.Module:
@@ -103,8 +124,9 @@ def anneal(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None
         group["lr"] = lr * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train_float(name: str, images: Tensor, targets: Tensor, target: Path) -> None:
+def train_float(name: str, data: Data, target: Path) -> None:
     """A float start, with flips and shifts."""
+    images, targets = data.images, data.targets
     torch.manual_seed(0)
     model = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
@@ -120,8 +142,8 @@ def train_float(name: str, images: Tensor, targets: Tensor, target: Path) -> Non
             F.cross_entropy(model(last(x)), targets[chosen]).backward()
             optimizer.step()
             optimizer.zero_grad()
-    top1, _ = judge(model, images[TRAINED:], targets[TRAINED:])
-    print(f"{name}: {top1:.2f} % of the pictures to judge by")
+    top1, _ = judge(model, data.judged_images, data.judged_targets)
+    print(f"{name}: {top1:.2f} % of the pictures that judge")
     torch.save(model.state_dict(), target / f"{name}.pt")
 
 
@@ -131,23 +153,25 @@ def train(
     seed: int,
     options: argparse.Namespace,
     start: dict[str, Tensor],
-    data: tuple[Tensor, Tensor, Tensor],
+    data: Data,
 ) -> tuple[float, ...]:
     """One run; its results."""
     started = time.perf_counter()
-    images, targets, taught = data
+    method, _, factor = method.partition("@")
+    rate = options.lr * float(factor or 1)
     torch.manual_seed(seed)
     model = build(setting.model)
     if not setting.scratch:
         model.load_state_dict(start)
     plan = plan_conversion(model.eval(), torch.zeros(2, 1, 28, 28), *setting[1:3])
     convert(model, plan, setting.kinds)
-    calibrate(model, [last(part) for part in images[: 4 * BATCH].split(BATCH)])
-    section = Trial(method, 1.0, seed).recipe(Recipe()).method
-    correction = Correction(named_estimator(section.name, section.changes))
-    beside = ActivationCorrection(model, correction.estimator) if section.activations else None
+    calibrate(model, [last(part) for part in data.images[: 4 * BATCH].split(BATCH)])
+    recipe = Trial(method, 1.0, seed).recipe(Recipe())
+    estimator = named_estimator(recipe.method.name, recipe.method.changes)
+    correction = Correction(estimator, recipe.method.target)
+    beside = None if correction.on == "weights" else ActivationCorrection(model, estimator)
     weights = discrete_weights(model)
-    optimizer = create_optimizer_v2(model, opt=options.opt, lr=options.lr, weight_decay=1e-4)
+    optimizer = create_optimizer_v2(model, opt=options.opt, lr=rate, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(1000 + seed)
     subset = torch.randperm(TRAINED, generator=generator)[: options.samples]
     per_epoch = options.samples // BATCH
@@ -158,20 +182,25 @@ def train(
         order = subset[torch.randperm(len(subset), generator=generator)]
         for step, chosen in enumerate(order.split(BATCH)[:per_epoch]):
             progress = (epoch + step / per_epoch) / options.epochs
-            anneal(optimizer, options.lr, progress)
+            anneal(optimizer, rate, progress)
             if beside is not None:
-                beside.progress = progress
-            logs = F.log_softmax(model(last(images[chosen])), 1)
-            loss = F.kl_div(logs, taught[chosen], reduction="batchmean", log_target=True)
+                beside.advance(progress)
+            logs = F.log_softmax(model(last(data.images[chosen])), 1)
+            if options.no_teacher:
+                loss = F.nll_loss(logs, data.targets[chosen])
+            else:
+                taught = data.taught[chosen]
+                loss = F.kl_div(logs, taught, reduction="batchmean", log_target=True)
             loss.backward()
             if loss.isfinite():
                 correction(weights, progress)
-                optimizer.step()
+                with correction.chart(weights):
+                    optimizer.step()
                 total += loss.item()
             else:
                 skipped += 1
             optimizer.zero_grad()
-    top1, held = judge(model, images[TRAINED:], targets[TRAINED:])
+    top1, held = judge(model, data.judged_images, data.judged_targets)
     return top1, held, total / per_epoch, skipped, time.perf_counter() - started
 
 
@@ -182,19 +211,21 @@ def main() -> None:
     parser.add_argument("rows", type=Path, nargs="?", help="CSV to add to; none: train the starts")
     parser.add_argument("settings", nargs="?", default="w1a2", help=", ".join(SETTINGS))
     parser.add_argument("methods", nargs="?", default="ste,ricci")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", default="0-4", help="first and last")
     parser.add_argument("--opt", default="adamw")
     parser.add_argument("--lr", type=float, default=8e-3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=15_000)
+    parser.add_argument("--no-teacher", action="store_true", help="learn from the classes")
+    parser.add_argument("--test", action="store_true", help="the test pictures judge")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
-    images, targets = load(options.fashion)
+    data = load(options.fashion, options.test)
     if options.rows is None:
         options.floats.mkdir(parents=True, exist_ok=True)
         for name in sorted({setting.model for setting in SETTINGS.values()}):
-            train_float(name, images, targets, options.floats)
+            train_float(name, data, options.floats)
         return
     done = set()
     if options.rows.is_file():
@@ -202,18 +233,22 @@ def main() -> None:
             done = {tuple(row[name] for name in COLUMNS) for row in csv.DictReader(file)}
     else:
         options.rows.write_text(",".join((*COLUMNS, *RESULTS)) + "\n")
-    for key in options.settings.split(","):
-        setting = SETTINGS[key]
-        start = torch.load(options.floats / f"{setting.model}.pt", weights_only=True)
-        teacher = build(setting.model)
-        teacher.load_state_dict(start)
-        data = images, targets, answers(teacher, images[:TRAINED])
-        for seed in range(options.seeds):
+    first, last_seed = map(int, options.seeds.split("-"))
+    taught: dict[str, Data] = {}
+    teacher, judges = not options.no_teacher, "test" if options.test else "holdout"
+    for seed in range(first, last_seed + 1):
+        for key in options.settings.split(","):
+            setting = SETTINGS[key]
+            start = torch.load(options.floats / f"{setting.model}.pt", weights_only=True)
+            if setting.model not in taught:
+                net = build(setting.model)
+                net.load_state_dict(start)
+                taught[setting.model] = data._replace(taught=answers(net, data.images))
             for method in options.methods.split(","):
                 values = (key, method, seed, options.opt, options.lr, options.epochs)
-                what = tuple(map(str, (*values, options.samples)))
+                what = tuple(map(str, (*values, options.samples, teacher, judges)))
                 if what not in done:
-                    results = train(setting, method, seed, options, start, data)
+                    results = train(setting, method, seed, options, start, taught[setting.model])
                     with options.rows.open("a", newline="") as file:
                         csv.writer(file).writerow([*what, *(round(r, 5) for r in results)])
 
