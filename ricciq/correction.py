@@ -35,8 +35,7 @@ class Correction:
 
     Attributes:
         estimator: what to apply.
-        on: whose gradients it corrects; those of activations are `ActivationCorrection`'s. The
-            chart is that of weights in any case.
+        on: whose gradients it corrects; those of activations are `ActivationCorrection`'s.
     """
 
     estimator: Estimator
@@ -65,36 +64,25 @@ class Correction:
                 item.weight.grad.copy_(part.view_as(item.weight))  # type: ignore[union-attr]
 
     @contextmanager
-    def chart(self, weights: Iterable[DiscreteWeight]) -> Iterator[None]:
-        """Around the optimizer's step: with the chart "cell" it is taken in residuals.
+    def within_trust(self, weights: Iterable[DiscreteWeight]) -> Iterator[None]:
+        """Around the optimizer's step: no weight goes farther than `RicciFlow.trust` in it.
 
-        A metric of residuals is a metric of weights only with the half cell h of each row: with w =
-        h r the covector G is h G in residuals, and their steps are h times as large in weights. So
-        rows whose cells are wide move as many cells as the others, by any optimizer. A layer's mean
-        step stays what the learning rate says, as h counts over its geometric mean; and no step
-        goes farther than `trust`, since beyond its cell a gradient says nothing (derived here).
-
-        A layer with 8 bits, where there is hardly a mismatch, one that standardizes its weight, and
-        one without a gradient step in weights.
+        A gradient at the discrete weights speaks for their cells; a step across several of them, as
+        a high learning rate takes, has nothing to go by (derived here). A layer with 8 bits, where
+        a cell is next to nothing, may go anywhere, and so may one that standardizes its weight, as
+        what it stores has no cells.
         """
-        flow = self.estimator
+        trust = self.estimator.trust if isinstance(self.estimator, RicciFlow) else None
         items = [item for item in weights if _has_cells(item)]
-        if not isinstance(flow, RicciFlow) or flow.chart == "weight" or not items:
+        if trust is None or not items:
             yield
             return
-        tensors = [item.weight for item in items]
-        halves = [item.quantizer.half_cell(item.weight) for item in items]
-        units = [half / half.log().mean().exp() for half in halves]
-        with torch.no_grad():
-            before = torch._foreach_mul(tensors, 1.0)
-            torch._foreach_div_(tensors, units)
-            torch._foreach_mul_([_grad(item) for item in items], units)
+        before = [item.weight.detach().clone() for item in items]
+        reaches = [trust * item.quantizer.half_cell(item.weight) for item in items]
         yield
         with torch.no_grad():
-            torch._foreach_mul_(tensors, units)
-            for weight, start, half in zip(tensors, before, halves, strict=True):
-                reach = flow.trust * half
-                weight.copy_(torch.clamp(weight, start - reach, start + reach))
+            for item, start, reach in zip(items, before, reaches, strict=True):
+                item.weight.clamp_(start - reach, start + reach)
 
     @torch.no_grad()
     def measure(
@@ -241,18 +229,13 @@ def _coordinate(
 
 
 def _has_cells(item: DiscreteWeight) -> bool:
-    """Whether the chart "cell" is for this weight."""
     plain = isinstance(item.quantizer.standardize, nn.Identity)
-    return plain and item.quantizer.bits != 8 and item.weight.grad is not None
-
-
-def _grad(item: DiscreteWeight) -> Tensor:
-    assert item.weight.grad is not None
-    return item.weight.grad
+    return plain and item.quantizer.bits != 8
 
 
 def _gradient(item: DiscreteWeight) -> Tensor:
-    return _grad(item).flatten(1)
+    assert item.weight.grad is not None
+    return item.weight.grad.flatten(1)
 
 
 def _kernel(weight: Tensor) -> int:

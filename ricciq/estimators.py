@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ricciq.errors import RecipeError
-from ricciq.flow import Chart, Coordinate, RicciFlow
+from ricciq.flow import Coordinate, RicciFlow
 
 
 class Estimator(Protocol):
@@ -25,10 +25,6 @@ class Estimator(Protocol):
     @property
     def coordinate(self) -> Coordinate:
         """What it takes as xi: the place in the quantization cell, or the value in steps."""
-
-    @property
-    def chart(self) -> Chart:
-        """Where the optimizer steps: see `ricciq.correction.Correction.chart`."""
 
     def slope(self, codes: int, samples: int, progress: float) -> Tensor | None:
         """As `ricciq.flow.RicciFlow.slope`; None if there is none, and `correct` is to be used."""
@@ -59,7 +55,6 @@ class StraightThrough:
     """The gradient as it is (Bengio et al. 2013, arXiv 1308.3432)."""
 
     coordinate: ClassVar[Coordinate] = "residual"
-    chart: ClassVar[Chart] = "weight"
 
     def slope(self, codes: int, samples: int, progress: float) -> Tensor | None:  # noqa: ARG002
         """None."""
@@ -81,7 +76,6 @@ class _Elementwise(ABC):
     """Multiplies every entry of a gradient by a factor of its own."""
 
     coordinate: ClassVar[Coordinate] = "residual"
-    chart: ClassVar[Chart] = "weight"
 
     def slope(self, codes: int, samples: int, progress: float) -> Tensor | None:  # noqa: ARG002
         """None: a factor may depend on the gradient too."""
@@ -164,7 +158,7 @@ class ErrorDecay(_Elementwise):
 
 
 METHODS: dict[str, Estimator] = {
-    "ricci": RicciFlow(correction="staircase", time=0.25, chart="cell"),
+    "ricci": RicciFlow(correction="staircase", time=0.25, trust=0.2),
     "ste": StraightThrough(),
     "ewgs": ElementwiseScaling(),
     "dsq": SoftQuantization(),

@@ -34,7 +34,6 @@ Coordinate = Literal["residual", "weight"]
 Flow = Literal["linear", "euler", "none"]
 Schedule = Literal["constant", "linear", "cosine", "growing", "measured"]
 Rule = Literal["natural", "pullback", "parallel", "project", "staircase"]
-Chart = Literal["weight", "cell"]
 STAGES = 64
 """How many values a slope takes on while the flow time changes."""
 SHARPEST = 0.02
@@ -77,8 +76,7 @@ class RicciFlow:
     rho: float = 0.9  # bound on sigma
     tau_max: float = 1.0  # bound on the curvature parameter
     strength: float = 0.9  # coefficient of project
-    chart: Chart = "weight"  # where the optimizer steps: in weights, or in their residuals
-    trust: float = 0.2  # how far a step may go in the chart "cell", as a change of the residual
+    trust: float | None = None  # the most half cells a weight may move in a step, if bounded
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that is unknown or out of range."""
@@ -94,8 +92,7 @@ class RicciFlow:
             ("rho", 0 < self.rho < 1, "a number between 0 and 1, both excluded"),
             ("tau_max", 0 < self.tau_max < math.inf, "a finite number above 0"),
             ("strength", math.isfinite(self.strength), "a finite number"),
-            ("chart", self.chart in get_args(Chart), "weight or cell"),
-            ("trust", self.trust > 0, "a number above 0"),
+            ("trust", self.trust is None or self.trust > 0, "a number above 0"),
         ]:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {remedy}.")

@@ -122,7 +122,6 @@ class MethodSection(Section):
     strength: float | None = None
     delta: float | None = None
     alpha: float | None = None
-    chart: Literal["weight", "cell"] | None = None
     trust: Positive | None = None
     on: Literal["weights", "activations", "both"] | None = None
 

@@ -259,7 +259,7 @@ class Trainer:
             self.damping(self.weights, progress)
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-            with self.correction.chart(self.weights):
+            with self.correction.within_trust(self.weights):
                 self.scaler.step(self.optimizer)
             self.freezing(progress)
         else:

@@ -450,7 +450,7 @@ def test_activation_gradients_are_corrected_where_the_recipe_asks_for_it(tmp_pat
     assert not torch.equal(gradients[0][stem], gradients[1][stem])
 
 
-def test_the_default_method_corrects_activations_and_steps_in_cells(tmp_path):
+def test_the_default_method_corrects_activations_and_trusts_cells(tmp_path):
     run = Run(tmp_path, RECIPE)
     assert (run.correction.on, run.correction.estimator) == ("activations", METHODS["ricci"])
     trainer = run.trainer()

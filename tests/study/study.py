@@ -194,7 +194,7 @@ def train(
             loss.backward()
             if loss.isfinite():
                 correction(weights, progress)
-                with correction.chart(weights):
+                with correction.within_trust(weights):
                     optimizer.step()
                 total += loss.item()
             else:
