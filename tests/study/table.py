@@ -1,0 +1,74 @@
+"""What rows of a study say: a line for each setting and method, paired by seed with the first.
+
+python tests/study/table.py tests/study/confirmed.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from ricciq.compare import summarize
+
+FIRST = "ste"
+SAME = ("setting", "opt", "lr", "epochs", "samples", "teacher", "judged_on")
+Row = dict[str, Any]
+
+
+def comparisons(path: Path) -> dict[tuple[str, ...], list[Row]]:
+    """Setting and recipe, and what each method gave there on the seeds it shares with the first."""
+    groups: dict[tuple[str, ...], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            method, _, rate = row["method"].partition("@")
+            key = (*(row.get(name, "") for name in SAME), rate or "1")
+            numbers = {name: float(row[name]) for name in ("top1", "loss", "train_loss")}
+            judged = {"method": method, "lr_scale": 1.0, "seed": int(row["seed"]), **numbers}
+            groups[key][method].append(judged | {"diverged": False})
+    found = {}
+    for key, methods in groups.items():
+        for method, mine in methods.items():
+            firsts = {row["seed"]: row for row in methods[FIRST]}
+            shared = [row for row in mine if row["seed"] in firsts]
+            if method != FIRST and len(shared) > 1:
+                pairs = shared + [firsts[row["seed"]] for row in shared]
+                found.setdefault(key, []).append(
+                    {
+                        kind: list(summarize(relabelled(pairs, kind), [FIRST, method], [1.0]))
+                        for kind in ("top1", "loss")
+                    }
+                )
+    return found
+
+
+def relabelled(rows: list[Row], judged_by: str) -> list[Row]:
+    """With another number in the place of top-1."""
+    return [row | {"top1": row[judged_by]} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path)
+    options = parser.parse_args()
+    print(
+        "| setting | rate | method | seeds | STE top-1, % | top-1, % | difference, 95 % | "
+        "difference of the loss, 95 % |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for key, methods in comparisons(options.rows).items():
+        for both in methods:
+            (first, other), (_, loss) = both["top1"], both["loss"]
+            print(
+                f"| {key[0]} | {key[1]} {float(key[2]):g} x {key[-1]} | {other['method']} "
+                f"| {other['seeds']} | {first['mean']:.2f} ± {first['std']:.2f} "
+                f"| {other['mean']:.2f} ± {other['std']:.2f} "
+                f"| {other['difference']:+.2f} [{other['low']:+.2f}, {other['high']:+.2f}] "
+                f"| {loss['difference']:+.4f} [{loss['low']:+.4f}, {loss['high']:+.4f}] |"
+            )
+
+
+if __name__ == "__main__":
+    main()
