@@ -136,8 +136,9 @@ class ActivationCorrection:
         self.estimator = estimator
         self.quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
         self.progress = -1.0
+        self.has_slope = estimator.slope(2, SLOPE_SAMPLES, 0.0) is not None
         self.advance(0.0)
-        if self._slope(2) is None:
+        if not self.has_slope:
             for quantizer in self.quantizers:
                 quantizer.register_forward_pre_hook(self._watch)
 
@@ -173,17 +174,19 @@ class ActivationCorrection:
             assert isinstance(quantizer, ActivationQuantizer)
             xi, mask = _coordinate(self.estimator, x, quantizer)
             plain = gradient.flatten(1).float() * mask
-            if quantizer.slope is None:
-                part = self.estimator.correct(plain, xi, mask=mask, progress=self.progress)
-            else:
+            if self.has_slope:
                 part = (gradient * quantizer.slope_at(x)).flatten(1)
+            else:
+                part = self.estimator.correct(plain, xi, mask=mask, progress=self.progress)
             pair = plain.flatten(), part.flatten()
             cosines[quantizer] = torch.cosine_similarity(*pair, dim=0, eps=1e-30).item()
 
         handles = [quantizer.register_forward_hook(watch) for quantizer in self.quantizers]
-        yield cosines
-        for handle in handles:
-            handle.remove()
+        try:
+            yield cosines
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _slope(self, codes: int) -> Tensor | None:
         return self.estimator.slope(codes, SLOPE_SAMPLES, self.progress)

@@ -101,7 +101,7 @@ class DeployedWeight(nn.Module):
         super().__init__()
         codes, flip = weights.codes, weights.flip.view(-1, *[1] * (weights.codes.dim() - 1))
         grid, bits = quantizer.grid, quantizer.bits
-        if grid.low == -grid.high:  # a row that a negative BatchNorm weight turns around
+        if grid.symmetric:  # a row that a negative BatchNorm weight turns around
             codes, flip = torch.where(flip, -codes, codes), torch.zeros_like(flip)
         if axis == 1:
             codes, flip = codes.t().contiguous(), flip.t()

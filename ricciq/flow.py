@@ -37,7 +37,7 @@ Rule = Literal["natural", "pullback", "parallel", "project", "staircase"]
 STAGES = 64
 """How many values a slope takes on while the flow time changes."""
 SHARPEST = 0.02
-"""The least flow time of a staircase, whose slope at 0 is zero or infinite."""
+"""The least flow time of a staircase: at 0 its slope is zero or infinite."""
 SPREAD = (0.25, 4.0)
 """How far the schedule "measured" may take the flow time from its nominal value, as factors."""
 CACHED = 2**16
@@ -96,6 +96,14 @@ class RicciFlow:
         ]:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {remedy}.")
+        if self.correction == "staircase":
+            for name, value, only in [
+                ("flow", self.flow, self.flow == "linear"),
+                ("coordinate", self.coordinate, self.coordinate == "residual"),
+                ("schedule", self.schedule, self.schedule != "measured"),
+            ]:
+                if not only:
+                    raise ValueError(f"{name} is {value!r}, which a staircase has not.")
 
     @torch.no_grad()
     def correct(
@@ -133,6 +141,8 @@ class RicciFlow:
         return corrected if mask is None else corrected.where(mask, gradient)
 
     def _correct_rows(self, gradient: Tensor, xi: Tensor, kernel: int, progress: float) -> Tensor:
+        if self.correction == "staircase":
+            return gradient * _staircase(xi, self._time(progress))
         flowed = self.metrics(xi, kernel, progress)
         parts = zip(self._cut(gradient, kernel), self._cut(xi, kernel), flowed, strict=True)
         corrected = torch.cat([self._rule(*part).flatten(1) for part in parts], dim=1)
@@ -173,8 +183,8 @@ class RicciFlow:
             progress: share of the training that is done, from 0 to 1, for the schedule.
 
         Returns:
-            Its values from one step below the lowest code to one above the highest, 0 at both ends,
-            float32; None for other blocks, for the coordinate "weight", for the schedule
+            Its values from one step below the lowest code to one above the highest, where it is cut
+            off to 0, float32; None for other blocks, for the coordinate "weight", for the schedule
             "measured", which depends on a row, and for "project", the same all over a cell.
         """
         single = self.block == 1 and self.coordinate == "residual" and self.correction != "project"
@@ -186,7 +196,8 @@ class RicciFlow:
     def _factor(self, r: Tensor) -> Tensor:
         """By which a gradient of 1 at each residual of (cells,) is multiplied, 1 on average."""
         x = r.view(-1, 1, 1)
-        t = x.new_full((1, 1, 1), self.tau_max)  # sigma is below 1 for any, as |r| is at most 1
+        bound = math.atanh(math.sqrt(self.rho))  # sigma <= rho for it, as |r| is at most 1
+        t = x.new_full((1, 1, 1), min(self.tau_max, bound))
         start = end = lne_metric(x, t)
         if self.flow == "linear":
             end = flow_linear(x, t, self.time)
@@ -257,8 +268,6 @@ class RicciFlow:
 
     def _rule(self, gradient: Tensor, xi: Tensor, flowed: tuple[Metric, Metric]) -> Tensor:
         start, end = flowed
-        if self.correction == "staircase":
-            return gradient * _staircase(xi, self.time)
         if self.correction == "project":
             return project(xi, gradient, self.strength)
         if self.correction == "parallel":

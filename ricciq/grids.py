@@ -68,6 +68,11 @@ class Grid:
         return self.step == 1
 
     @property
+    def symmetric(self) -> bool:
+        """Whether the opposite of every code is one."""
+        return self.low == -self.high
+
+    @property
     def codes(self) -> Tensor:
         """All of them, (size,), int64, increasing."""
         return torch.arange(self.low, self.high + 1, self.step)
@@ -90,7 +95,7 @@ class Grid:
         return masked.to(grad.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codebook:
     """Learned codes: any whole numbers of int8, in the place of a `Grid`.
 
@@ -117,13 +122,18 @@ class Codebook:
         return int(self.codes[-1])
 
     @property
+    def symmetric(self) -> bool:
+        """As `Grid.symmetric`."""
+        return torch.equal(self.codes, -self.codes.flip(0))
+
+    @property
     def thresholds(self) -> Tensor:
         """Halfway between neighbours, (size - 1,)."""
         return (self.codes[1:] + self.codes[:-1]) / 2
 
     def index(self, ratio: Tensor) -> Tensor:
         """The place of the nearest code in the list, int64, same shape."""
-        return torch.bucketize(ratio, self.thresholds, right=True)
+        return torch.bucketize(ratio.contiguous(), self.thresholds, right=True)
 
     def round(self, ratio: Tensor) -> Tensor:
         """As `Grid.round`."""
@@ -131,11 +141,13 @@ class Codebook:
 
     def half_cell(self, error: Tensor, codes: Tensor) -> Tensor:
         """As `Grid.half_cell`; beyond the last threshold as on the other side of the code."""
-        gaps = self.codes.diff() / 2
-        index = self.index(codes)
+        apart = torch.unique_consecutive(self.codes)  # two codes may have become one
+        if len(apart) == 1:
+            return torch.ones_like(error)
+        gaps = apart.diff() / 2
+        index = torch.searchsorted(apart, codes.contiguous())
         below, above = (gaps[(index + side).clamp(0, len(gaps) - 1)] for side in (-1, 0))
-        # Two codes that have become one leave no cell between them; whatever divides 0 by it is 0.
-        return torch.where(error < 0, below, above).clamp_min(torch.finfo(gaps.dtype).tiny)
+        return torch.where(error < 0, below, above)
 
     def mask(self, grad: Tensor, ratio: Tensor) -> Tensor:
         """As `Grid.mask`."""

@@ -57,7 +57,7 @@ class Codes:
         self.last = self._now()
 
     def _now(self) -> dict[str, Tensor]:
-        return {name: quantizer.codes(weight) for name, weight, quantizer in self.weights}
+        return {name: quantizer.places(weight) for name, weight, quantizer in self.weights}
 
     def changed_share(self) -> dict[str, float]:
         """Of each layer's weights."""

@@ -163,7 +163,7 @@ class QuantLayer(nn.Module):
         rounded again; such a row is, to that precision, a constant.
         """
         grid = self.weight_quantizer.grid
-        stretch = max(1, 2 ** int(math.log2(LARGEST_CODE / max(-grid.low, grid.high))))
+        stretch = max(1, 2 ** int(math.log2(LARGEST_CODE / max(1, -grid.low, grid.high))))
         codes = self.weight_quantizer.codes(self.latent)
         scale = self.weight_quantizer.scale.double() / stretch
         bias = scale.new_zeros(len(scale)) if self.bias is None else self.bias.double()

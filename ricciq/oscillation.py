@@ -82,7 +82,8 @@ class Freezing(nn.Module):
         threshold: at the end of training, between 0 and 1; None freezes nothing.
 
     Raises:
-        RecipeError: a layer standardizes its weight, so that its level is no value of its own.
+        RecipeError: a layer standardizes its weight, so that its level is no value of its own, or
+            has a codebook, whose levels move.
     """
 
     def __init__(self, weights: Sequence[DiscreteWeight], threshold: float | None) -> None:
@@ -94,6 +95,11 @@ class Freezing(nn.Module):
                 raise RecipeError(
                     f"training.freezing = {threshold:g} cannot fix the weights of {name}, which "
                     "are standardized; take damping"
+                )
+            if quantizer.levels is not None:
+                raise RecipeError(
+                    f"training.freezing = {threshold:g} cannot fix the weights of {name}, whose "
+                    "codebook moves; take damping"
                 )
             codes = quantizer.codes(weight)
             self.register_buffer(f"codes{index}", codes)

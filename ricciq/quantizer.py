@@ -267,7 +267,7 @@ class WeightQuantizer(nn.Module):
             return
         largest = rows.abs().amax(1, keepdim=True)
         live = largest > 0
-        top = largest.clamp_min(MIN_SCALE) / self.grid.high
+        top = largest.clamp_min(MIN_SCALE) / max(1, self.grid.high)
         best = torch.full_like(top, math.inf)
         chosen = top.clone()
         grid = self.grid
@@ -292,7 +292,7 @@ class WeightQuantizer(nn.Module):
             sums = torch.zeros_like(grid.codes).index_add_(0, index, ratio.flatten())
             counts = torch.bincount(index, minlength=len(sums))
             means = torch.where(counts > 0, sums / counts.clamp_min(1), grid.codes)
-            self.levels.copy_(means / LARGEST_CODE)
+            self.levels.copy_((means / LARGEST_CODE).clamp(-1, 1))
 
     def _spread(self, rows: Tensor) -> Tensor:
         """DoReFa's log steps, all alike: the layer's largest weight is at the end of the grid."""
@@ -340,9 +340,14 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def half_cell(self, weight: Tensor) -> Tensor:
-        """Half a step of the grid, on average over a codebook: a number a row, for broadcasting."""
-        half = (self.grid.high - self.grid.low) / (2 * (len(self.fixed_grid.codes) - 1))
-        return self._columns(half * self.scale, weight)
+        """Half a step of the grid, of a codebook that of its first: one a row, for broadcasting."""
+        return self._columns(self.fixed_grid.step / 2 * self.unit * self.scale, weight)
+
+    @torch.no_grad()
+    def places(self, weight: Tensor) -> Tensor:
+        """Which code each weight has: its number in a codebook, where codes themselves move."""
+        grid = self.grid
+        return grid.index(self.ratio(weight)) if isinstance(grid, Codebook) else self.codes(weight)
 
     @torch.no_grad()
     def error(self, weight: Tensor) -> Tensor:

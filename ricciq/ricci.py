@@ -242,9 +242,10 @@ def staircase_slope(x: Tensor, thresholds: Tensor, time: float) -> Tensor:
     On one coordinate a discretization induces its own derivative as a metric: a mass at each of the
     thresholds, 0 between them. That is the gradient which is "zero or infinite" in the paper. One
     coordinate has no curvature, and the linearized flow is the heat equation: each mass spreads as
-    a heat kernel. Among evenly spaced thresholds 1 + 2 sum_k exp(-pi^2 k^2 t) cos(pi k (x - theta))
-    is left, which goes to 1, the straight-through estimator's slope, as exponentially as every
-    perturbation; past the last threshold it fades, where that estimator stops at once.
+    a heat kernel. Far from the ends of evenly spaced thresholds theta that leaves
+    1 + 2 sum_k exp(-pi^2 k^2 t) cos(pi k (x - theta)), which goes to 1, the straight-through
+    estimator's slope, as exponentially as every perturbation. Toward the last threshold and past it
+    the slope fades, where that estimator stops at once.
 
     Args:
         x: any shape, in half cells, as are the thresholds.

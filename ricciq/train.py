@@ -238,7 +238,7 @@ class Trainer:
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         watching: AbstractContextManager[dict[nn.Module, float]] = nullcontext({})
-        if measure and self.activations is not None:
+        if measure and self.activations is not None and self.correction.on == "activations":
             watching = self.activations.measuring()
         with watching as cosines:
             with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
@@ -273,11 +273,10 @@ class Trainer:
     def _measured(self, progress: float, cosines: Mapping[nn.Module, float]) -> dict[str, Geometry]:
         """The geometry of each layer; where only its inputs' gradients turn, how far they do."""
         geometry = self.correction.measure(self.weights, progress)
-        if self.correction.on == "activations":
-            for name, layer in quantized_layers(self.model).items():
-                cosine = cosines.get(layer.input_quantizer or layer)  # a layer itself has none
-                if name in geometry and cosine is not None:
-                    geometry[name] = geometry[name]._replace(mismatch_cosine=cosine)
+        for name, layer in quantized_layers(self.model).items():
+            quantizer = layer.input_quantizer
+            if name in geometry and quantizer is not None and quantizer in cosines:
+                geometry[name] = geometry[name]._replace(mismatch_cosine=cosines[quantizer])
         return geometry
 
     def predict(self, images: Tensor) -> Tensor:

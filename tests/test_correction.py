@@ -227,6 +227,41 @@ def test_what_depends_on_more_than_a_residual_has_no_slope(changes):
     assert replace(cell, **changes).slope(4, 64, 0.5) is None
 
 
+def test_a_staircase_for_weights_keeps_to_the_schedule():
+    falling, r = replace(METHODS["ricci"], schedule="linear"), torch.linspace(-1, 1, 9)[None]
+    halfway = staircase(falling.time / 2).correct(torch.ones(1, 9), r)
+    torch.testing.assert_close(falling.correct(torch.ones(1, 9), r, progress=0.5), halfway)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"flow": "euler"}, {"coordinate": "weight"}, {"schedule": "measured"}]
+)
+def test_what_a_staircase_has_not_is_refused(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"{name} is .*, which a staircase has not"):
+        replace(METHODS["ricci"], **changes)
+
+
+def test_the_slope_of_a_cell_is_finite_at_any_curvature():
+    steep = RicciFlow(block=1, correction="natural", flow="none", tau_max=1e3)
+    assert steep.slope(4, 64, 0.0).isfinite().all()
+
+
+def test_measured_cosines_by_hand():
+    net = nn.Sequential(quantizer(2), quantizer(8, scale=0.01))
+    correction = ActivationCorrection(net, METHODS["ricci"])
+    x = torch.tensor([[0.3, 0.5, 0.75, 1.0]], requires_grad=True)
+    upstream = torch.tensor([[1.0, -2.0, 3.0, 4.0]])
+    with correction.measuring() as cosines:
+        net(x).backward(upstream)
+    factor = net[0].slope_at(x)
+    turned = torch.cosine_similarity(upstream * factor, upstream, dim=1).item()
+    assert cosines[net[0]] == pytest.approx(turned, abs=1e-6)
+    assert turned < 0.999
+    assert cosines[net[1]] == pytest.approx(1, abs=1e-6)  # 8 bits are left alone
+    assert not net[0]._forward_hooks
+
+
 # Trust
 
 

@@ -14,6 +14,8 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ricciq.deployment import deploy
+from ricciq.grids import LARGEST_CODE
 from ricciq.layers import (
     BIAS_LIMIT,
     QuantConv2d,
@@ -23,7 +25,7 @@ from ricciq.layers import (
     quantize_output,
     turn_negative_rows,
 )
-from ricciq.quantizer import ActivationQuantizer
+from ricciq.quantizer import ActivationQuantizer, Kinds
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 # BatchNorm weights of one layer: ordinary, negative, zero, tiny of both signs, huge.
@@ -335,3 +337,16 @@ def test_a_weight_that_is_lent_is_discrete_when_read():
     assert torch.equal(layer.weight, twin.weight_quantizer(twin.weight))
     layer.weight.sum().backward()
     assert linear.weight.grad is not None
+
+
+def test_a_turned_row_of_a_codebook_deploys_to_the_same_numbers():
+    # The ends of these codes are opposites, but not what lies between.
+    layer = QuantConv2d.from_float(
+        nn.Conv2d(3, 4, 3, bias=False), 2, 2, nn.BatchNorm2d(4), Kinds("codebook")
+    )
+    layer.weight_quantizer.levels.data = torch.tensor([-64.0, -20.0, 5.0, 64.0]) / LARGEST_CODE
+    layer.input_quantizer.set_range(0.4, 0)
+    layer.norm.weight.data = torch.tensor([1.0, -1.0, 0.5, -2.0])
+    layer.eval()
+    x = torch.rand(2, 3, 6, 6)
+    torch.testing.assert_close(deploy(nn.Sequential(layer))(x), layer(x), atol=1e-4, rtol=1e-4)

@@ -21,6 +21,13 @@ def discrete(weight, bits=3, scale=1.0):
     return DiscreteWeight("layer", weight, quantizer)
 
 
+def test_a_moving_codebook_cannot_be_frozen():
+    weight = torch.randn(2, 8)
+    item = DiscreteWeight("layer", weight, WeightQuantizer(2, 2, kind="codebook"))
+    with pytest.raises(RecipeError, match="weights of layer, whose codebook moves; take damping"):
+        Freezing([item], 0.02)
+
+
 def test_damping_by_hand():
     # Levels 2, 0 and -2 in steps of 2; 9 lies above the highest, 6, and is let be.
     item = discrete([[2.5, -0.25, -2.0, 9.0]], scale=2.0)

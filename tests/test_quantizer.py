@@ -494,9 +494,38 @@ def test_residuals_in_the_cells_of_a_codebook_by_hand():
 def test_codes_that_have_become_one_leave_no_cell():
     quantizer = codebook(1)
     quantizer.levels.data = torch.tensor([-32.0, 0.0, 0.0, 32.0]) / LARGEST_CODE
-    residual, _ = quantizer.residual(torch.tensor([[-1.0, 0.0, 1.0]]))
-    assert residual.isfinite().all()
-    assert quantizer(torch.tensor([[-1.0, 0.0, 1.0]])).tolist() == [[0, 0, 0]]
+    weight = torch.tensor([[-1.0, 0.0, 1.0]])
+    assert quantizer.residual(weight)[0].tolist() == [[-1 / 16, 0, 1 / 16]]
+    assert quantizer.error(weight).tolist() == [[-1, 0, 1]]
+    assert quantizer(weight).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("code", [-32.0, 0.0, 32.0])
+def test_a_codebook_of_one_code_is_one_number(code):
+    quantizer = codebook(2)
+    quantizer.levels.data = torch.full((4,), code / LARGEST_CODE)
+    weight = normal(2, 9)
+    assert (quantizer(weight) == code).all()
+    assert all(
+        values.isfinite().all() for values in (*quantizer.residual(weight), quantizer.error(weight))
+    )
+    assert (quantizer.half_cell(weight) == 16).all()
+    quantizer.calibrate(weight)
+    assert quantizer.scale.isfinite().all()
+
+
+def test_only_a_codebook_whose_every_code_has_an_opposite_is_symmetric():
+    assert Codebook(torch.tensor([-64.0, -5.0, 5.0, 64.0])).symmetric
+    assert not Codebook(torch.tensor([-64.0, -20.0, 5.0, 64.0])).symmetric
+
+
+def test_levels_that_move_change_no_places():
+    quantizer, weight = codebook(2), 40 * normal(2, 50)
+    before = quantizer.places(weight)
+    quantizer.levels.data += 1 / LARGEST_CODE
+    moved = quantizer.places(weight) != before
+    assert (quantizer.codes(weight)[~moved] != 0).any()
+    assert moved.float().mean() < 0.1
 
 
 @pytest.mark.parametrize("bits", CODEBOOK_WIDTHS)

@@ -2,7 +2,7 @@
 
     python tests/fashion.py FASHION                               # lays the data out
     python tests/study/study.py FASHION FLOATS                    # trains float starts, once
-    python tests/study/study.py FASHION FLOATS explored.csv w1a1 ste,ricci:time=0.1
+    python tests/study/study.py FASHION FLOATS rows.csv w1a1 ste,ricci:time=0.1
     python tests/study/study.py FASHION FLOATS confirmed.csv w1a1 ste,ricci --seeds 100-119 --test
 
 Fashion-MNIST's 60,000 training pictures are shuffled once: the first 45,000 train float starts and
