@@ -103,7 +103,9 @@ class RicciFlow:
                 ("schedule", self.schedule, self.schedule != "measured"),
             ]:
                 if not only:
-                    raise ValueError(f"{name} is {value!r}, which a staircase has not.")
+                    raise ValueError(
+                        f"{name} is {value!r}, which a staircase has not; give another correction."
+                    )
 
     @torch.no_grad()
     def correct(

@@ -181,13 +181,14 @@ def test_what_a_rate_costs_is_counted_to_the_first_rate():
 
 def test_a_trial_changes_method_rate_and_seed_only():
     base = RECIPE.override({"method.name": "ricci", "method.rho": 0.5})
-    trial = Trial("ricci:block=9:time=0.05:flow=euler", 3.0, 7)
+    trial = Trial("ricci:block=9:time=0.05:correction=natural", 3.0, 7)
     recipe = trial.recipe(base)
-    assert recipe.method.changes == {"rho": 0.5, "block": 9, "time": 0.05, "flow": "euler"}
+    changes = {"rho": 0.5, "block": 9, "time": 0.05, "correction": "natural"}
+    assert recipe.method.changes == changes
     assert math.isclose(recipe.training.lr, 3 * base.training.lr)
     assert recipe.seed == 7
     assert Trial("ste", 1.0, 7).recipe(base).method.changes == {}
-    assert trial.name == "ricci_block=9_time=0.05_flow=euler-lr3-seed7"
+    assert trial.name == "ricci_block=9_time=0.05_correction=natural-lr3-seed7"
 
 
 BAD = ["stee", "ste:rho=0.5", "ricci:", "ricci:rho=2", "ricci:tim=1", "ricci:block=[", "ste:name=x"]
