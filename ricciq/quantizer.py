@@ -352,10 +352,10 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def error(self, weight: Tensor) -> Tensor:
         """What rounding changes, w - Q(w) of the standardized weight: (rows, n), 0 where masked."""
-        ratio = self.ratio(weight).flatten(1)
-        codes = self.grid.round(ratio)
-        half = self.grid.half_cell(ratio - codes, codes)
-        return self.residual(weight)[0] * half * self.scale[:, None]
+        ratio, grid = self.ratio(weight).flatten(1), self.grid
+        codes = grid.round(ratio)
+        half = grid.half_cell(ratio - codes, codes)
+        return _residual(ratio, None, grid)[0] * half * self.scale[:, None]
 
     @staticmethod
     def _columns(per_row: Tensor, weight: Tensor) -> Tensor:
