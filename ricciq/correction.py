@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ricciq.estimators import Estimator, StraightThrough
+from ricciq.estimators import Displacing, Estimator, StraightThrough
 from ricciq.flow import STAGES, Geometry, RicciFlow
-from ricciq.quantizer import SLOPE_SAMPLES, ActivationQuantizer, WeightQuantizer
+from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.rounding import SLOPE_SAMPLES
 
 Target = Literal["weights", "activations", "both"]
 TOGETHER = 2**22
@@ -121,6 +122,17 @@ class Correction:
             return RicciFlow()
         single = self.estimator.block == 1 or self.estimator.correction == "staircase"
         return RicciFlow(time=self.estimator.time) if single else self.estimator
+
+
+def override_forward(model: nn.Module, correction: Correction) -> None:
+    """Let an estimator that is `Displacing` say what a converted model rounds in training."""
+    estimator = correction.estimator
+    if not isinstance(estimator, Displacing):
+        return
+    for module in model.modules():
+        weights = isinstance(module, WeightQuantizer) and correction.on != "activations"
+        if weights or (isinstance(module, ActivationQuantizer) and correction.on != "weights"):
+            setattr(module, "place", estimator.place)  # noqa: B010  mypy takes it for a tensor
 
 
 class ActivationCorrection:

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ class Estimator(Protocol):
         """
 
 
+@runtime_checkable
+class Displacing(Protocol):
+    """An estimator that changes the forward pass of training too."""
+
+    def place(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
+        """What is rounded in the place of numbers, both counted in steps and of one shape.
+
+        Args:
+            ratio: any shape.
+            cell: how far apart the levels are around each.
+        """
+
+
 @dataclass(frozen=True)
 class StraightThrough:
     """The gradient as it is (Bengio et al. 2013, arXiv 1308.3432)."""
@@ -70,6 +83,14 @@ class StraightThrough:
     ) -> Tensor:
         """See `Estimator.correct`."""
         return gradient
+
+
+class StochasticRounding(StraightThrough):
+    """Up or down by chance, right on average (Gupta et al. 2015, arXiv 1502.02551, section 3.1)."""
+
+    def place(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
+        """Moved by up to half a cell: the nearer level is the likelier to be the nearest then."""
+        return ratio + (torch.rand_like(ratio) - 0.5) * cell
 
 
 class _Elementwise(ABC):
@@ -165,6 +186,7 @@ METHODS: dict[str, Estimator] = {
     "ede": ErrorDecay(),
     "lne": RicciFlow(flow="none", correction="natural"),
     "project": RicciFlow(correction="project"),
+    "stochastic": StochasticRounding(),
 }
 """What each method name stands for."""
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.grids import LARGEST_CODE, Bits
-from ricciq.quantizer import FLOAT_BITS, LSQ, MIN_SCALE, ActivationQuantizer, Kinds, WeightQuantizer
+from ricciq.quantizer import FLOAT_BITS, LSQ, ActivationQuantizer, Kinds, WeightQuantizer
+from ricciq.rounding import MIN_SCALE
 
 BIAS_LIMIT = 2**30
 """Largest bias code: half of int32, so that the sum of the products still fits beside it."""

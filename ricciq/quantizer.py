@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ricciq.grids import LARGEST_CODE, Bits, Codebook, Grid
+from ricciq.rounding import MIN_SCALE, fake_quantize, masked, positive, round_codes, sloped
 
 WeightKind = Literal["lsq", "odd", "dorefa", "fixed", "codebook"]
 ActKind = Literal["lsq", "pact", "fixed"]
@@ -41,156 +42,12 @@ class Kinds:
 
 
 LSQ = Kinds()
+Place = Callable[[Tensor, Tensor | float], Tensor]
+"""What is rounded in the place of numbers: see `ricciq.estimators.Displacing`."""
 
 FLOAT_BITS = 32
-MIN_SCALE = 2.0**-40
-SLOPE_SAMPLES = 64
-"""How many numbers a step of a grid has in the table of a slope."""
 CODEBOOK_WIDTHS: tuple[Bits, ...] = (1, 2, 4, "ternary")
 """Those whose codes one lookup table undoes: `ricciq.packing` splits the others."""
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """x -> scale * code, with STE for x and LSQ for the scale; keeps x alone for the backward.
-
-    What comes out is not kept, as the model may add to it in place. Nor is a mask: comparing and
-    selecting take several times as long on a CPU as the arithmetic.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        log_scale: Tensor,
-        zero_point: Tensor | None,
-        grid: Grid | Codebook,
-        gain: float,
-        clip_only: bool,
-        slope: Tensor | None,
-    ) -> Tensor:
-        del gain, clip_only, slope
-        scale = _scale(log_scale)  # float32, as are codes and steps under mixed precision
-        return _codes(x.float() / scale, zero_point, grid).mul_(scale).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        x, log_scale, zero_point, ctx.grid, ctx.gain, ctx.clip_only, slope = inputs
-        ctx.save_for_backward(x, log_scale, zero_point, slope)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        x, log_scale, zero_point, slope = ctx.saved_tensors
-        scale = _scale(log_scale)
-        ratio = x.float() / scale
-        grad_x = _masked(grad, ratio, zero_point, ctx.grid)
-        if slope is None and not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None, None, None, None
-        codes = _codes(ratio if slope is None else ratio.clone(), zero_point, ctx.grid)
-        per_scale = None
-        if ctx.needs_input_grad[1]:
-            per_scale = _step_gradient(ctx, grad, grad_x, x, codes, scale)
-        if slope is not None:
-            grad_x = _sloped(grad, ratio, zero_point, slope, ctx.grid)
-        return grad_x, per_scale, None, None, None, None, None
-
-
-def _step_gradient(
-    ctx: Any, grad: Tensor, grad_x: Tensor, x: Tensor, codes: Tensor, scale: Tensor
-) -> Tensor:
-    """Of log(scale), by LSQ's rule or PACT's."""
-    if ctx.clip_only:
-        per_scale = _sum_like(scale, grad - grad_x, codes)
-    else:
-        # d(scale * code)/d(scale) is code - ratio inside the range, code at its ends (LSQ, eq. 3).
-        per_scale = _sum_like(scale, grad, codes) - _sum_like(scale, grad_x, x) / scale
-    # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
-    # relative change, so published learning rates keep their meaning.
-    gained: Tensor = per_scale * ctx.gain / scale
-    return gained
-
-
-def _sloped(
-    grad: Tensor, ratio: Tensor, zero_point: Tensor | None, slope: Tensor, grid: Grid
-) -> Tensor:
-    """The gradient times a tabulated slope: see `fake_quantize`."""
-    first = -grid.low if zero_point is None else zero_point - grid.low
-    fine = SLOPE_SAMPLES / grid.step
-    place = torch.add(fine * (first + grid.step) + 0.5, ratio, alpha=fine)
-    # Whole numbers are clamped: what a NaN becomes as one lies outside too, where the slope is 0.
-    index = place.to(torch.int32).clamp_(0, len(slope) - 1)
-    channels_last = index.dim() == 4 and index.is_contiguous(memory_format=torch.channels_last)
-    index = index.movedim(1, -1) if channels_last else index
-    factor = slope.index_select(0, index.reshape(-1)).view(index.shape)
-    factor = factor.movedim(-1, 1) if channels_last else factor
-    return factor.mul_(grad).to(grad.dtype)
-
-
-def _sum_like(scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Sums of a * b over what shares a step, in float32."""
-    if scale.dim() == 0 and a.dtype == b.dtype == torch.float32:
-        if a.is_contiguous(memory_format=torch.channels_last):
-            a, b = a.movedim(1, -1), b.movedim(1, -1)
-        return torch.dot(a.reshape(-1), b.reshape(-1))  # no product of their size in between
-    return (a.float() * b).sum_to_size(scale.shape)
-
-
-def _scale(log_scale: Tensor) -> Tensor:
-    """exp, kept between 2**-40 and 2**40: a far too high learning rate must not end in NaN."""
-    return log_scale.clamp(math.log(MIN_SCALE), -math.log(MIN_SCALE)).exp()
-
-
-def _codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook) -> Tensor:
-    """Of activations in the place of ``ratio``: fetching memory costs more than arithmetic."""
-    if zero_point is None or isinstance(grid, Codebook):
-        return grid.round(ratio)
-    return ratio.round_().add_(zero_point).clamp_(grid.low, grid.high).sub_(zero_point)
-
-
-def _masked(
-    grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook
-) -> Tensor:
-    """The gradient where ``ratio`` lies within the grid's range, ends included, and 0 elsewhere."""
-    return grid.mask(grad, ratio if zero_point is None else ratio + zero_point)
-
-
-def _residual(
-    ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook
-) -> tuple[Tensor, Tensor]:
-    """Where each ratio stands in its cell, from -1 to 1 and 0 where masked; and where it is not."""
-    inside = _masked(torch.ones_like(ratio), ratio, zero_point, grid).bool()
-    codes = _codes(ratio.clone(), zero_point, grid)
-    from_level = ratio - codes
-    return (from_level / grid.half_cell(from_level, codes)).clamp(-1, 1) * inside, inside
-
-
-def fake_quantize(
-    x: Tensor,
-    log_scale: Tensor,
-    grid: Grid | Codebook,
-    zero_point: Tensor | None = None,
-    gain: float = 1.0,
-    clip_only: bool = False,
-    slope: Tensor | None = None,
-) -> Tensor:
-    """Round x to its grid: ``scale * (clamp(round(x / scale) + zero_point) - zero_point)``.
-
-    Args:
-        x: any shape.
-        log_scale: natural logarithm of the step, broadcastable to x.
-        grid: the codes, counted with the zero point added.
-        zero_point: the code of 0.0, a whole number in a floating-point tensor of one element.
-        gain: factor on the scale's gradient; LSQ uses 1 / sqrt(elements per scale * highest code).
-        clip_only: leave what lies within the range out of the scale's gradient, as PACT does.
-        slope: what the gradient of x is multiplied by instead of 1 within the range and 0 outside,
-            on a `Grid` only: `SLOPE_SAMPLES` numbers a step, from one step below the lowest code to
-            one above the highest, 0 at both ends, as beyond them.
-
-    Returns:
-        The same shape and dtype as x. Its gradient is the straight-through estimator's: passed
-        unchanged where x lies within the grid's range, exactly zero outside.
-    """
-    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain, clip_only, slope)
-    return result
 
 
 class WeightQuantizer(nn.Module):
@@ -209,6 +66,7 @@ class WeightQuantizer(nn.Module):
 
     levels: nn.Parameter | None
     """Of a codebook: its codes before rounding, over the largest there may be."""
+    place: Place | None = None
 
     def __init__(
         self,
@@ -248,7 +106,7 @@ class WeightQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The steps, shape (rows,), positive."""
-        return _scale(self.log_scale.detach())
+        return positive(self.log_scale.detach())
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor, candidates: int = 100) -> None:
@@ -308,13 +166,16 @@ class WeightQuantizer(nn.Module):
         # A codebook's step is smaller by the unit, and its codes are larger.
         gain = 1 / math.sqrt(weight[0].numel() * self.fixed_grid.high) / self.unit**2
         log_scale, grid = self._columns(self.log_scale, weight), self.grid
+        if self.training and self.place is not None:
+            standardized = _displaced(standardized, log_scale, None, grid, gain, self.place)
         discrete = fake_quantize(standardized, log_scale, grid, gain=gain)
         if self.levels is None or not isinstance(grid, Codebook):
             return discrete
         # Zero by value; its gradient is that of the levels, with LSQ's gain and of its units.
         scale = self.scale * LARGEST_CODE
         damp = math.sqrt(len(self.levels) / weight.numel()) / scale.mean().square()
-        levels = self.levels.sort().values[grid.index(self.ratio(weight))]
+        ratio = (standardized / self._columns(self.scale, weight)).detach()
+        levels = self.levels.sort().values[grid.index(ratio)]
         return discrete + (levels - levels.detach()) * damp * self._columns(scale, weight)
 
     @torch.no_grad()
@@ -377,6 +238,7 @@ class ActivationQuantizer(nn.Module):
     observer: Callable[[Tensor], None] | None = None
     slope: Tensor | None = None
     """See `fake_quantize`; None is the straight-through estimator's slope of 1."""
+    place: Place | None = None
 
     def __init__(self, bits: int, kind: ActKind = "lsq") -> None:
         super().__init__()
@@ -389,7 +251,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The step, a scalar tensor, positive."""
-        return _scale(self.log_scale.detach())
+        return positive(self.log_scale.detach())
 
     @torch.no_grad()
     def set_range(self, scale: float, zero_point: int) -> None:
@@ -412,8 +274,8 @@ class ActivationQuantizer(nn.Module):
         """What the gradient at each activation is multiplied by, same shape."""
         ratio, ones = self.ratio(x), torch.ones_like(x, dtype=torch.float32)
         if self.slope is None:
-            return _masked(ones, ratio, self.zero_point, self.grid)
-        return _sloped(ones, ratio, self.zero_point, self.slope, self.grid)
+            return masked(ones, ratio, self.zero_point, self.grid)
+        return sloped(ones, ratio, self.zero_point, self.slope, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """The discretized activations, same shape as x."""
@@ -422,5 +284,41 @@ class ActivationQuantizer(nn.Module):
             return x
         elements = x[0].numel() if x.dim() > 1 else x.numel()
         gain = 1 / math.sqrt(elements * self.grid.high)
+        if self.training and self.place is not None:
+            x = _displaced(x, self.log_scale, self.zero_point, self.grid, gain, self.place)
         pact = self.kind == "pact"
         return fake_quantize(x, self.log_scale, self.grid, self.zero_point, gain, pact, self.slope)
+
+
+def _displaced(
+    x: Tensor,
+    log_scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid | Codebook,
+    gain: float,
+    place: Place,
+) -> Tensor:
+    """Moved to its place, but not across an end of the range: what is masked stays so."""
+    with torch.no_grad():
+        scale = positive(log_scale)
+        ratio = x.float() / scale
+        offset = 0 if zero_point is None else zero_point
+        ends = [ratio.new_tensor(end) - offset for end in (grid.low, grid.high)]
+        codes = round_codes(ratio.clone(), zero_point, grid)
+        placed = place(ratio, 2 * grid.half_cell(ratio - codes, codes)).clamp(*ends)
+        inside = masked(torch.ones_like(ratio), ratio, zero_point, grid)
+        shift = (placed - ratio) * inside
+    # The shift is constant in steps: what `fake_quantize` takes for a part of x, and with it for a
+    # part of the step's gradient, is taken back by the term that is zero.
+    given_back = (log_scale - log_scale.detach()) * (gain / scale)
+    return x + (shift * (scale + given_back)).to(x.dtype)
+
+
+def _residual(
+    ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook
+) -> tuple[Tensor, Tensor]:
+    """Where each ratio stands in its cell, from -1 to 1 and 0 where masked; and where it is not."""
+    inside = masked(torch.ones_like(ratio), ratio, zero_point, grid).bool()
+    codes = round_codes(ratio.clone(), zero_point, grid)
+    from_level = ratio - codes
+    return (from_level / grid.half_cell(from_level, codes)).clamp(-1, 1) * inside, inside

@@ -110,7 +110,7 @@ class MethodSection(Section):
     weights for any other.
     """
 
-    name: Literal["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project"] = "ricci"
+    name: Literal["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project", "stochastic"] = "ricci"
     coordinate: Literal["residual", "weight"] | None = None
     block: Literal["row", "kernel"] | Annotated[int, Field(ge=1)] | None = None
     flow: Literal["linear", "euler", "none"] | None = None

@@ -24,7 +24,12 @@ from ricciq.checkpoint import (
     write_atomically,
 )
 from ricciq.convert import quantized_layers
-from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight
+from ricciq.correction import (
+    ActivationCorrection,
+    Correction,
+    DiscreteWeight,
+    override_forward,
+)
 from ricciq.errors import DivergedError, RecipeError
 from ricciq.evaluate import Metrics, evaluate
 from ricciq.flow import Geometry
@@ -187,6 +192,7 @@ class Trainer:
         self.steps = steps_per_epoch * recipe.training.epochs
         self.damping = Damping(recipe.training.damping, recipe.training.damping_form)
         self.weights = discrete_weights(model)
+        override_forward(model, correction)
         self.activations: ActivationCorrection | None = None
         if correction.on != "weights":
             self.activations = ActivationCorrection(model, correction.estimator)

@@ -11,12 +11,8 @@ from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight
 from ricciq.estimators import METHODS
 from ricciq.flow import RicciFlow
 from ricciq.grids import Grid
-from ricciq.quantizer import (
-    SLOPE_SAMPLES,
-    ActivationQuantizer,
-    WeightQuantizer,
-    fake_quantize,
-)
+from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.rounding import SLOPE_SAMPLES, fake_quantize
 
 
 def staircase(time):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq.correction import Correction, DiscreteWeight
+from ricciq.correction import Correction, DiscreteWeight, override_forward
 from ricciq.errors import RecipeError
 from ricciq.estimators import METHODS, StraightThrough, named_estimator
 from ricciq.flow import RicciFlow
-from ricciq.quantizer import WeightQuantizer
+from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
 
 CORRECTING = ["ricci", "ewgs", "dsq", "ede", "lne", "project"]
 FLOWING = ["ricci", "lne", "project"]
@@ -43,7 +43,7 @@ def corrected(method: str, item: DiscreteWeight, **changes) -> Tensor:
 
 
 def test_the_methods_by_name():
-    assert list(METHODS) == ["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project"]
+    assert list(METHODS) == ["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project", "stochastic"]
     assert METHODS["ste"] == StraightThrough()
     assert METHODS["ricci"] == RicciFlow(correction="staircase", time=0.25, trust=0.2)
     assert (METHODS["lne"].flow, METHODS["lne"].correction) == ("none", "natural")
@@ -260,7 +260,7 @@ def test_measuring_changes_nothing_and_gives_finite_numbers(draw, method):
     assert torch.equal(item.weight.grad, before)
     assert all(math.isfinite(value) for value in geometry)
     assert geometry.perturbation_start > 0
-    if method == "ste":
+    if isinstance(METHODS[method], StraightThrough):
         assert geometry.mismatch_cosine == pytest.approx(1, abs=1e-6)
     else:
         after = corrected(method, item)
@@ -275,3 +275,79 @@ def test_estimators_without_a_metric_show_the_decay_of_the_default_one(draw):
     assert decay == Correction(METHODS["ricci"]).decay([item], times)
     first, last = decay["layer"]
     assert 0 < last < first / 5
+
+
+# Estimators that change the forward pass
+
+PLACES = {1: [-0.5, 0.0, 0.9], 2: [-1.7, -0.25, 0.6], "ternary": [-0.9, 0.3, 0.75]}
+
+
+def trained_mean(quantizer: WeightQuantizer | ActivationQuantizer, x: Tensor, repeats=20_000):
+    """What a quantizer in training gives on average, and each value it gave."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        many = x.repeat(repeats, 1).T.contiguous()
+        given = quantizer(many.view(1, -1)).view_as(many)
+    return given.detach().mean(1), given.unique()
+
+
+@pytest.mark.parametrize("bits", PLACES)
+def test_stochastic_rounding_is_right_on_average(bits):
+    quantizer = WeightQuantizer(1, bits)
+    quantizer.place = METHODS["stochastic"].place
+    wanted = torch.tensor(PLACES[bits])
+    mean, values = trained_mean(quantizer.train(), wanted)
+    torch.testing.assert_close(mean, wanted, rtol=0, atol=0.02)  # 1 / sqrt(20,000) is 0.007
+    assert set(values.tolist()) <= set(quantizer.grid.codes.tolist())
+    nearest = quantizer.eval()(wanted.view(1, -1)).view(-1)
+    assert torch.equal(nearest, quantizer.grid.round(wanted))
+
+
+def test_activations_are_rounded_by_chance_around_their_zero_point():
+    quantizer = ActivationQuantizer(2)
+    quantizer.set_range(0.5, zero_point=1)
+    quantizer.place = METHODS["stochastic"].place
+    x = torch.tensor([-0.4, 0.1, 0.8, 5.0])  # 5 lies beyond the last level, 1
+    mean, values = trained_mean(quantizer.train(), x)
+    torch.testing.assert_close(mean, torch.tensor([-0.4, 0.1, 0.8, 1.0]), rtol=0, atol=0.01)
+    assert values.tolist() == [-0.5, 0.0, 0.5, 1.0]
+
+
+def test_a_displaced_forward_has_the_straight_through_gradient():
+    quantizer = WeightQuantizer(1, 2)
+    quantizer.place = lambda ratio, cell: ratio + 0.5 * cell
+    weight = torch.tensor([[-3.0, -1.6, 0.2, 0.8, 1.4]], requires_grad=True)
+    discrete = quantizer.train()(weight)
+    assert discrete.tolist() == [[-2, -1, 1, 1, 1]]  # -1.1, 0.7, and no farther than the last code
+    discrete.backward(torch.ones_like(weight))
+    assert weight.grad.tolist() == [[0, 1, 1, 1, 0]]
+    # LSQ: the code, less the ratio where it is within the range; the shift has no part in it.
+    expected = (-2 + (-1 + 1.6) + (1 - 0.2) + (1 - 0.8) + 1) / math.sqrt(5)
+    assert quantizer.log_scale.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_codebook_s_levels_learn_from_the_code_that_was_taken():
+    quantizer = WeightQuantizer(1, 2, kind="codebook")
+    quantizer.place = lambda ratio, cell: ratio + cell / 2 + 1
+    weight = quantizer.scale * torch.tensor([[-64.0, -60.0]])
+    taken = quantizer.train()(weight).detach() / quantizer.scale
+    quantizer(weight).sum().backward()
+    assert taken.flatten().tolist() == quantizer.grid.codes[[1, 1]].tolist()
+    assert quantizer.levels.grad.nonzero().flatten().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("on", "weights", "activations"),
+    [("weights", True, False), ("activations", False, True), ("both", True, True)],
+)
+def test_an_override_reaches_the_quantizers_it_is_for(on, weights, activations):
+    model = torch.nn.ModuleList([WeightQuantizer(1, 2), ActivationQuantizer(2)])
+    override_forward(model, Correction(METHODS["stochastic"], on))
+    assert [module.place is not None for module in model] == [weights, activations]
+
+
+def test_other_methods_leave_the_forward_pass_alone():
+    model = torch.nn.ModuleList([WeightQuantizer(1, 2), ActivationQuantizer(2)])
+    for name in set(METHODS) - {"stochastic"}:
+        override_forward(model, Correction(METHODS[name], "both"))
+    assert [module.place for module in model] == [None, None]

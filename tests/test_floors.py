@@ -25,7 +25,8 @@ FLOORS = {
     1.5: "correction loading",
     1: "recipe calibration estimators evaluate inspection pictures checkpoint",
     0.5: "nets graph packing preprocessing runtime recording",
-    0.25: "modelfile flow quantizer",
+    0.3: "quantizer",
+    0.25: "modelfile flow rounding",
     0: "errors grids ricci journal tables",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -7,12 +7,8 @@ import torch
 from torch import Tensor
 
 from ricciq.grids import LARGEST_CODE, Codebook, Grid, count_codes
-from ricciq.quantizer import (
-    CODEBOOK_WIDTHS,
-    ActivationQuantizer,
-    WeightQuantizer,
-    fake_quantize,
-)
+from ricciq.quantizer import CODEBOOK_WIDTHS, ActivationQuantizer, WeightQuantizer
+from ricciq.rounding import fake_quantize
 
 WEIGHT_CODES = {
     1: [-1, 1],

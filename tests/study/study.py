@@ -33,7 +33,7 @@ import ricciq.models  # noqa: F401  registers the nets with timm
 from ricciq.calibration import calibrate
 from ricciq.compare import Trial
 from ricciq.convert import convert, plan_conversion
-from ricciq.correction import ActivationCorrection, Correction
+from ricciq.correction import ActivationCorrection, Correction, override_forward
 from ricciq.estimators import named_estimator
 from ricciq.grids import Bits
 from ricciq.quantizer import Kinds
@@ -169,6 +169,7 @@ def train(
     recipe = Trial(method, 1.0, seed).recipe(Recipe())
     estimator = named_estimator(recipe.method.name, recipe.method.changes)
     correction = Correction(estimator, recipe.method.target)
+    override_forward(model, correction)
     beside = None if correction.on == "weights" else ActivationCorrection(model, estimator)
     weights = discrete_weights(model)
     optimizer = create_optimizer_v2(model, opt=options.opt, lr=rate, weight_decay=1e-4)

@@ -1,0 +1,184 @@
+"""Rounding to a grid with gradients: the straight-through estimator and learned steps.
+
+Numbers become codes of `ricciq.grids` times a step. The gradient of that staircase is zero or
+infinite, so training uses the straight-through estimator (STE, Bengio et al. 2013, arXiv 1308.3432)
+for the numbers and the learned step size (LSQ, Esser et al. 2020, arXiv 1902.08153) for the step,
+whose logarithm is stored: it stays positive by any optimizer.
+
+All of it is arithmetic on single numbers, and large tensors take longer to fetch than to compute
+with. So a CPU gets them in pieces that stay in its cache, and a compiler sees them whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ricciq.grids import Codebook, Grid
+
+MIN_SCALE = 2.0**-40
+SLOPE_SAMPLES = 64
+"""How many numbers a step of a grid has in the table of a slope."""
+CACHED = 2**17
+"""Numbers each thread of a CPU is given at a time, with what is computed from them."""
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """x -> scale * code, with STE for x and LSQ for the scale; keeps x alone for the backward.
+
+    What comes out is not kept, as the model may add to it in place. Nor is a mask: comparing and
+    selecting take several times as long on a CPU as the arithmetic.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        log_scale: Tensor,
+        zero_point: Tensor | None,
+        grid: Grid | Codebook,
+        gain: float,
+        clip_only: bool,
+        slope: Tensor | None,
+    ) -> Tensor:
+        del gain, clip_only, slope
+        x = _dense(x)
+        result = torch.empty_like(x)
+        for scale, part, rounded in _pieces([positive(log_scale)], [x, result]):
+            # float32, as are codes and steps under mixed precision
+            codes = round_codes(part.float() / scale, zero_point, grid)
+            rounded.copy_(codes.mul_(scale))
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        x, log_scale, zero_point, ctx.grid, ctx.gain, ctx.clip_only, slope = inputs
+        ctx.save_for_backward(x, log_scale, zero_point, slope)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, log_scale, zero_point, slope = ctx.saved_tensors
+        x, scales = _dense(x), positive(log_scale)
+        grad_x, per_scale = torch.empty_like(x), torch.zeros_like(scales)
+        learned = ctx.needs_input_grad[1]
+        pieces = _pieces([scales, per_scale], [x, grads[0], grad_x])
+        for scale, total, part, part_grad, result in pieces:
+            numbers, grad = part.float(), part_grad.float()
+            ratio = numbers / scale
+            passed = masked(grad, ratio, zero_point, ctx.grid)
+            if slope is None:
+                result.copy_(passed)
+            else:
+                result.copy_(sloped(grad, ratio, zero_point, slope, ctx.grid))
+            if not learned:
+                continue
+            codes = round_codes(ratio, zero_point, ctx.grid)
+            if ctx.clip_only:  # PACT
+                total.add_(_sum_like(scale, grad - passed, codes))
+            else:
+                # d(scale * code)/d(scale) is code - ratio inside, code at the ends (LSQ, eq. 3).
+                within = _sum_like(scale, passed, numbers) / scale
+                total.add_(_sum_like(scale, grad, codes) - within)
+        # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
+        # relative change, so published learning rates keep their meaning.
+        gained = per_scale * ctx.gain / scales if learned else None
+        return grad_x, gained, None, None, None, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With nothing between its numbers, in whatever order: channels last stays so."""
+    return x if x.permute(_order(x)).is_contiguous() else x.contiguous()
+
+
+def _order(x: Tensor) -> list[int]:
+    """The dimensions as they lie in memory."""
+    return sorted(range(x.dim()), key=x.stride, reverse=True)
+
+
+def _pieces(steps: Sequence[Tensor], numbers: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Parts of steps, and of as many numbers as a CPU's cache holds; the others get them whole.
+
+    Args:
+        steps: of one number each, or one for every row of the numbers.
+        numbers: of one shape. The first and the last are dense, in the same order; what is written
+            to parts of the last is in it.
+    """
+    first, held = numbers[0], CACHED * torch.get_num_threads()
+    if torch.compiler.is_compiling() or not first.is_cpu:
+        yield *steps, *numbers
+    elif steps[0].dim() == 0:
+        order = _order(first)
+        flat = [torch.split(x.permute(order).reshape(-1), held) for x in numbers]
+        yield from ((*steps, *parts) for parts in zip(*flat, strict=True))
+    else:
+        rows = max(1, held // max(1, first[0].numel()))
+        yield from zip(*(torch.split(x, rows) for x in (*steps, *numbers)), strict=True)
+
+
+def sloped(
+    grad: Tensor, ratio: Tensor, zero_point: Tensor | None, slope: Tensor, grid: Grid
+) -> Tensor:
+    """The gradient times a tabulated slope: see `fake_quantize`."""
+    first = -grid.low if zero_point is None else zero_point - grid.low
+    fine = SLOPE_SAMPLES / grid.step
+    place = torch.add(fine * (first + grid.step) + 0.5, ratio, alpha=fine)
+    # Whole numbers are clamped: what a NaN becomes as one lies outside too, where the slope is 0.
+    index = place.to(torch.int32).clamp_(0, len(slope) - 1)
+    return torch.take(slope, index.long()).mul_(grad)
+
+
+def _sum_like(scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Sums of a * b over what shares a step, in float32."""
+    if a.dim() == 1 and scale.dim() == 0:
+        return torch.dot(a, b)  # no product of their size in between
+    return (a * b).sum_to_size(scale.shape)
+
+
+def positive(log_scale: Tensor) -> Tensor:
+    """exp, kept between 2**-40 and 2**40: a far too high learning rate must not end in NaN."""
+    return log_scale.clamp(math.log(MIN_SCALE), -math.log(MIN_SCALE)).exp()
+
+
+def round_codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook) -> Tensor:
+    """Of activations in the place of ``ratio``: fetching memory costs more than arithmetic."""
+    if zero_point is None or isinstance(grid, Codebook):
+        return grid.round(ratio)
+    return ratio.round_().add_(zero_point).clamp_(grid.low, grid.high).sub_(zero_point)
+
+
+def masked(grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook) -> Tensor:
+    """The gradient where ``ratio`` lies within the grid's range, ends included, and 0 elsewhere."""
+    return grid.mask(grad, ratio if zero_point is None else ratio + zero_point)
+
+
+def fake_quantize(
+    x: Tensor,
+    log_scale: Tensor,
+    grid: Grid | Codebook,
+    zero_point: Tensor | None = None,
+    gain: float = 1.0,
+    clip_only: bool = False,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """Round x to its grid: ``scale * (clamp(round(x / scale) + zero_point) - zero_point)``.
+
+    Args:
+        x: any shape.
+        log_scale: natural logarithm of the step, of one number or (rows, 1, ...), one a row of x.
+        grid: the codes, counted with the zero point added.
+        zero_point: the code of 0.0, a whole number in a floating-point tensor of one element.
+        gain: factor on the scale's gradient; LSQ uses 1 / sqrt(elements per scale * highest code).
+        clip_only: leave what lies within the range out of the scale's gradient, as PACT does.
+        slope: what the gradient of x is multiplied by instead of 1 within the range and 0 outside,
+            on a `Grid` only: `SLOPE_SAMPLES` numbers a step, from one step below the lowest code to
+            one above the highest, 0 at both ends, as within them.
+
+    Returns:
+        The same shape and dtype as x. Its gradient is the straight-through estimator's: passed
+        unchanged where x lies within the grid's range, exactly zero outside.
+    """
+    result: Tensor = _FakeQuantize.apply(x, log_scale, zero_point, grid, gain, clip_only, slope)
+    return result
