@@ -179,7 +179,7 @@ class ErrorDecay(_Elementwise):
 
 
 METHODS: dict[str, Estimator] = {
-    "ricci": RicciFlow(correction="staircase", time=0.25, trust=0.2),
+    "ricci": RicciFlow(correction="staircase", time=0.25, max_codes=4, trust=0.2),
     "ste": StraightThrough(),
     "ewgs": ElementwiseScaling(),
     "dsq": SoftQuantization(),

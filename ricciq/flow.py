@@ -76,6 +76,7 @@ class RicciFlow:
     rho: float = 0.9  # bound on sigma
     tau_max: float = 1.0  # bound on the curvature parameter
     strength: float = 0.9  # coefficient of project
+    max_codes: int = 256  # a staircase of activations with more has STE's slope
     trust: float | None = None  # the most half cells a weight may move in a step, if bounded
 
     def __post_init__(self) -> None:
@@ -92,6 +93,7 @@ class RicciFlow:
             ("rho", 0 < self.rho < 1, "a number between 0 and 1, both excluded"),
             ("tau_max", 0 < self.tau_max < math.inf, "a finite number above 0"),
             ("strength", math.isfinite(self.strength), "a finite number"),
+            ("max_codes", type(self.max_codes) is int and self.max_codes >= 2, "an integer from 2"),
             ("trust", self.trust is None or self.trust > 0, "a number above 0"),
         ]:
             if not good:
@@ -186,11 +188,16 @@ class RicciFlow:
 
         Returns:
             Its values from one step below the lowest code to one above the highest, where it is cut
-            off to 0, float32; None for other blocks, for the coordinate "weight", for the schedule
-            "measured", which depends on a row, and for "project", the same all over a cell.
+            off to 0, float32; None for a staircase with more than `max_codes`, for other blocks,
+            for the coordinate "weight", for the schedule "measured", which depends on a row, and
+            for "project", the same all over a cell.
         """
-        single = self.block == 1 and self.coordinate == "residual" and self.correction != "project"
-        if self.schedule == "measured" or not (single or self.correction == "staircase"):
+        if self.correction == "staircase":
+            depends = codes <= self.max_codes
+        else:
+            depends = self.block == 1 and self.coordinate == "residual"
+            depends &= self.correction != "project" and self.schedule != "measured"
+        if not depends:
             return None
         time = self._time(round(progress * STAGES) / STAGES)
         return _tabulated(replace(self, schedule="constant", time=time), codes, samples)

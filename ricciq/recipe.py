@@ -122,6 +122,7 @@ class MethodSection(Section):
     strength: float | None = None
     delta: float | None = None
     alpha: float | None = None
+    max_codes: Annotated[int, Field(ge=2)] | None = None
     trust: Positive | None = None
     on: Literal["weights", "activations", "both"] | None = None
 

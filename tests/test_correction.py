@@ -16,7 +16,7 @@ from ricciq.rounding import SLOPE_SAMPLES, fake_quantize
 
 
 def staircase(time):
-    return replace(METHODS["ricci"], time=time)
+    return replace(METHODS["ricci"], time=time, max_codes=256)
 
 
 def quantizer(bits=2, scale=0.5, zero_point=0):
@@ -198,6 +198,20 @@ def test_a_staircase_for_weights_is_the_same_inside_a_cell():
     torch.testing.assert_close(corrected[0] / 3, middle, atol=1e-4, rtol=0)
     late = replace(flow, time=3.0).correct(torch.full((1, 65), 3.0), r[None])
     assert (late == 3).all()
+
+
+def test_finer_grids_than_asked_for_keep_the_straight_through_slope():
+    net = nn.ModuleList([quantizer(bits) for bits in (1, 2, 3, 8)])
+    ActivationCorrection(net, METHODS["ricci"])
+    assert [made.slope is not None for made in net] == [True, True, False, False]
+    ActivationCorrection(net, staircase(0.25))
+    assert [made.slope is not None for made in net] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("codes", [1, 4.0, True])
+def test_codes_that_no_grid_has_are_refused(codes):
+    with pytest.raises(ValueError, match=f"max_codes is {codes}; give an integer from 2"):
+        RicciFlow(max_codes=codes)
 
 
 def test_the_schedule_moves_the_slope_and_only_quantizers_below_8_bits_get_it():

@@ -45,7 +45,7 @@ def corrected(method: str, item: DiscreteWeight, **changes) -> Tensor:
 def test_the_methods_by_name():
     assert list(METHODS) == ["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project", "stochastic"]
     assert METHODS["ste"] == StraightThrough()
-    assert METHODS["ricci"] == RicciFlow(correction="staircase", time=0.25, trust=0.2)
+    assert METHODS["ricci"] == RicciFlow(correction="staircase", time=0.25, max_codes=4, trust=0.2)
     assert (METHODS["lne"].flow, METHODS["lne"].correction) == ("none", "natural")
     assert METHODS["project"].correction == "project"
 

@@ -59,6 +59,8 @@ SETTINGS = {
     "w1a2": Setting("fashion_resnet8", 1, 2),
     "w2a2": Setting("fashion_resnet8", 2, 2),
     "w4a4": Setting("fashion_resnet8", 4, 4),
+    "w1a1-fixed": Setting("fashion_resnet8", 1, 1, FIXED),
+    "w1a2-fixed": Setting("fashion_resnet8", 1, 2, FIXED),
     "w2a2-fixed": Setting("fashion_resnet8", 2, 2, FIXED),
     "w2a2-dorefa": Setting("fashion_resnet8", 2, 2, DOREFA),
     "w1a1-scratch": Setting("fashion_resnet8", 1, 1, scratch=True),
