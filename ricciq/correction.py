@@ -162,7 +162,7 @@ class ActivationCorrection:
             return
         for quantizer in self.quantizers:
             if quantizer.bits < 8:
-                slope = self._slope(2**quantizer.bits)
+                slope = self.estimator.slope(2**quantizer.bits, SLOPE_SAMPLES, progress)
                 on = quantizer.zero_point.device
                 quantizer.slope = None if slope is None else slope.to(on)
 
@@ -199,9 +199,6 @@ class ActivationCorrection:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _slope(self, codes: int) -> Tensor | None:
-        return self.estimator.slope(codes, SLOPE_SAMPLES, self.progress)
 
     def _watch(self, quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         (x,) = inputs

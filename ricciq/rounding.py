@@ -174,7 +174,7 @@ def fake_quantize(
         clip_only: leave what lies within the range out of the scale's gradient, as PACT does.
         slope: what the gradient of x is multiplied by instead of 1 within the range and 0 outside,
             on a `Grid` only: `SLOPE_SAMPLES` numbers a step, from one step below the lowest code to
-            one above the highest, 0 at both ends, as within them.
+            one above the highest, 0 at both ends, as beyond them.
 
     Returns:
         The same shape and dtype as x. Its gradient is the straight-through estimator's: passed
