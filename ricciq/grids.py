@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -35,6 +34,18 @@ class Grid:
     step: int = 1
     clips: bool = True
     """Whether gradients are masked where a number lies beyond the ends."""
+    just_outside: tuple[float, float] = field(init=False, repr=False, compare=False)
+    """The float32 numbers next to the ends, below the lowest code and above the highest.
+
+    Beside 0 it is the first normal one, as some devices take what is smaller for 0.
+    """
+
+    def __post_init__(self) -> None:
+        """Work the neighbours out once, where no compiler is watching."""
+        ends = torch.tensor([self.low, self.high], dtype=torch.float32)
+        below, above = torch.nextafter(ends, ends.new_tensor([-math.inf, math.inf])).tolist()
+        below = min(below, self.low - torch.finfo(torch.float32).tiny)
+        object.__setattr__(self, "just_outside", (below, above))
 
     @classmethod
     def for_weights(cls, bits: Bits, odd: bool = False) -> Grid:
@@ -51,16 +62,6 @@ class Grid:
         if odd:
             return cls(1 - 2**bits, 2**bits - 1, step=2)
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-    @cached_property
-    def just_outside(self) -> tuple[float, float]:
-        """The float32 numbers next to the ends, below the lowest code and above the highest.
-
-        Beside 0 it is the first normal one, as some devices take what is smaller for 0.
-        """
-        ends = torch.tensor([self.low, self.high], dtype=torch.float32)
-        below, above = torch.nextafter(ends, ends.new_tensor([-math.inf, math.inf])).tolist()
-        return min(below, self.low - torch.finfo(torch.float32).tiny), above
 
     @property
     def has_zero(self) -> bool:

@@ -106,10 +106,12 @@ def _pieces(steps: Sequence[Tensor], numbers: Sequence[Tensor]) -> Iterator[Sequ
         numbers: of one shape. The first and the last are dense, in the same order; what is written
             to parts of the last is in it.
     """
-    first, held = numbers[0], CACHED * torch.get_num_threads()
+    first = numbers[0]
     if torch.compiler.is_compiling() or not first.is_cpu:
         yield *steps, *numbers
-    elif steps[0].dim() == 0:
+        return
+    held = CACHED * torch.get_num_threads()
+    if steps[0].dim() == 0:
         order = _order(first)
         flat = [torch.split(x.permute(order).reshape(-1), held) for x in numbers]
         yield from ((*steps, *parts) for parts in zip(*flat, strict=True))
