@@ -1,6 +1,6 @@
 """The state of a run in one safetensors file, saved atomically and restored exactly.
 
-Tensors are stored under dotted names (``model.…``, ``optimizer.…``, ``random.…``); whatever is no
+Tensors are stored under dotted names (``model.…``, ``optimizer.…``); whatever is no
 tensor is JSON in the file's metadata. Nothing is pickled.
 """
 
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -25,9 +23,21 @@ from ricciq.errors import CheckpointError, RicciqError
 METADATA_KEY = "ricciq"
 
 
+class State(NamedTuple):
+    """What `load_tensors` found, and where."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    path: Path
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Replace a file by what a block writes to the path it is given, or leave it as it was.
+
+    Args:
+        path: of the file.
+        previous: what it is renamed to, if it is to be kept.
 
     Raises:
         RicciqError: the disk is full or the folder cannot be written.
@@ -37,7 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
+        if previous is not None and path.is_file():
+            path.replace(previous)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise RicciqError(
             f"cannot write {path} ({error}); free some space or choose another --output"
@@ -47,21 +60,42 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace a file by new content, or leave it as it was; errors are those of `replacing`."""
-    with replacing(path) as temporary:
+def _sync_folder(folder: Path) -> None:
+    """Make renamings last through a power failure, where folders can be opened for that."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def write_atomically(path: Path, data: bytes | str, previous: Path | None = None) -> None:
+    """Replace a file by new content, or leave it as it was; the rest is as in `replacing`."""
+    with replacing(path, previous) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    previous: Path | None = None,
+) -> None:
     """Write tensors and JSON metadata to one file, atomically.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: what JSON can hold.
+        previous: what the file that is there is renamed to, if it is to be kept.
 
     Raises:
         RicciqError: the disk is full or the folder cannot be written.
     """
     # Clones: a quantizer may stand in two places, and safetensors refuses shared memory.
     whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(whole, {METADATA_KEY: json.dumps(metadata)}))
+    write_atomically(path, save(whole, {METADATA_KEY: json.dumps(metadata)}), previous)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -102,27 +136,18 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path
 def training_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything needed to go on, as tensors and as JSON."""
+    """Everything needed to go on, as tensors and as JSON.
+
+    No generator is among it: what a step draws by chance follows from the seed and its number.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     stored = _without_tensors(optimizer.state_dict(), "optimizer", tensors)
-    tensors["random.torch"] = torch.get_rng_state()
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    metadata = {
-        "progress": dict(progress),
-        "optimizer": stored,
-        "random": {
-            "python": random.getstate(),
-            "numpy": [kind, [int(w) for w in words], int(position), int(has_gauss), float(gauss)],
-        },
-    }
+    metadata = {"progress": dict(progress), "optimizer": stored}
     return tensors, metadata
 
 
 def restore_training_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: State
 ) -> dict[str, Any]:
     """Put a saved state back.
 
@@ -132,7 +157,7 @@ def restore_training_state(
     Raises:
         CheckpointError: the file is damaged or belongs to another recipe.
     """
-    tensors, metadata = load_tensors(path)
+    tensors, metadata, path = state
     part = "model."
     weights = {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
     load_model_state(model, weights, path)
@@ -140,14 +165,7 @@ def restore_training_state(
         stored = _with_tensors(metadata["optimizer"], tensors)
         stored["state"] = {int(index): values for index, values in stored["state"].items()}
         optimizer.load_state_dict(stored)
-        torch.set_rng_state(tensors["random.torch"])
-        device = next(model.parameters()).device
-        if device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], device)
-        version, words, gauss = metadata["random"]["python"]
-        random.setstate((version, tuple(words), gauss))
-        kind, keys, *rest = metadata["random"]["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        _lay_out_as_parameters(optimizer)
         progress: dict[str, Any] = metadata["progress"]
     except (
         LookupError,
@@ -161,6 +179,14 @@ def restore_training_state(
             f"{path} is not the state of this run ({error}); start again with --overwrite"
         ) from None
     return progress
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Files hold numbers row by row; fused optimizers take moments as the weights lie in memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import traceback
@@ -119,16 +120,19 @@ def quantize(
             "compile": compile_,
         },
     )
-    from ricciq import pipeline
+    from ricciq import pipeline, preparation
 
     journal = _begin(messages)
     if dry_run:
-        job = pipeline.prepare(merged, pipeline.choose_device(merged.device), journal)
-        _print(pipeline.describe(job), as_json, plan_table)
+        on = preparation.choose_device(merged.device)
+        job = preparation.prepare(merged, on, journal, weights=False)
+        _print(preparation.describe(job), as_json, plan_table)
         return
     report, folder = pipeline.run(
         merged, output, resume=resume, overwrite=overwrite, journal=journal
     )
+    if os.environ.get("RANK", "0") != "0":  # torchrun started several; the first one speaks
+        return
     if as_json:
         print(json.dumps({**report.to_dict(), "run_folder": str(folder)}))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -24,8 +25,9 @@ from ricciq.errors import DivergedError, InterruptedRunError, RecipeError, Usage
 from ricciq.estimators import named_estimator
 from ricciq.evaluate import evaluate
 from ricciq.journal import Journal
-from ricciq.pipeline import choose_device, prepare, train
+from ricciq.pipeline import train
 from ricciq.plots import plot_curves, plot_seeds
+from ricciq.preparation import choose_device, prepare
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder, read_csv, write_csv
 from ricciq.trained import rebuild
@@ -111,6 +113,16 @@ def compare(
         InterruptedRunError: the user stopped it.
     """
     journal = journal or Journal()
+    if recipe.data.batch_size == "auto":
+        raise UsageError(
+            "batch_size auto may differ from run to run, which a comparison must not; give "
+            "--batch-size 64 or another"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"compare was started in {os.environ['WORLD_SIZE']} processes and runs in one; start "
+            "it without torchrun"
+        )
     trials = _plan(recipe, methods, seeds, lr_scales)
     device = choose_device(recipe.device)
     folder = choose_run_folder(recipe, output, resume=resume, overwrite=overwrite, kind=StudyFolder)
@@ -189,7 +201,8 @@ def _judged(
         with folder.locked():
             row = {**trial._asdict(), **_trained(recipe, device, folder, journal)}
             write_atomically(result, json.dumps(row) + "\n")
-            folder.last.unlink(missing_ok=True)  # the weights stay; this was for resuming
+            for state in (folder.last, folder.previous):  # the weights stay
+                state.unlink(missing_ok=True)
     if split == "holdout":
         return row | {"top1": row["holdout_top1"], "loss": row["holdout_loss"]}
     if "top1" not in row:
@@ -199,7 +212,7 @@ def _judged(
             pictures = open_data(recipe.data.name, recipe.data.dir).loader(
                 "val",
                 trained.preprocessing,
-                batch_size=recipe.data.batch_size,
+                batch_size=recipe.data.known_batch_size,
                 workers=recipe.data.workers,
                 training=False,
             )

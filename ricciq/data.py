@@ -18,6 +18,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader
 
+from ricciq.distributed import World
 from ricciq.errors import DataError, UsageError
 from ricciq.loading import Batch, picture_loader
 from ricciq.pictures import Indices, PictureArrays, PictureFiles, Pictures
@@ -140,6 +141,7 @@ class PictureData:
         augmentation: Augmentation | None = None,
         train_samples: int | None = None,
         pin_memory: bool = False,
+        world: World | None = None,
     ) -> DataLoader[Batch]:
         """Batches of one split: pictures (B, C, H, W) float32 and targets (B,) int64.
 
@@ -157,10 +159,12 @@ class PictureData:
             augmentation: what to vary in training; None varies nothing.
             train_samples: take this many pictures of "fit", fixed and stratified.
             pin_memory: as in torch's DataLoader.
+            world: the processes that share the pictures, each a batch of every step.
 
         Raises:
             DataError: while iterating, for a picture that cannot be read.
-            UsageError: more train_samples than there are pictures, or an unknown auto_augment.
+            UsageError: more train_samples than there are pictures, fewer pictures than a batch for
+                every process, or an unknown auto_augment.
         """
         pictures, indices = self._splits[split]
         if train_samples is not None:
@@ -181,6 +185,7 @@ class PictureData:
             seed=seed,
             augmentation=augmentation,
             pin_memory=pin_memory,
+            world=world or World(),
         )
 
 

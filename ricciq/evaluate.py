@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,20 @@ class Metrics:
     samples: int
     agreement: float
     max_abs_diff: float
+
+
+def pooled(parts: Sequence[Metrics]) -> Metrics:
+    """The metrics of all samples from those of parts that have no sample in common."""
+    samples = sum(part.samples for part in parts)
+
+    def mean(name: str) -> float:
+        return sum(float(getattr(part, name)) * part.samples for part in parts) / samples
+
+    return Metrics(
+        **{name: mean(name) for name in ("top1", "top5", "loss", "agreement")},
+        samples=samples,
+        max_abs_diff=max(part.max_abs_diff for part in parts),
+    )
 
 
 @dataclass

@@ -2,44 +2,70 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ricciq.correction import DiscreteWeight
+from ricciq.distributed import World
 from ricciq.evaluate import Metrics
-from ricciq.flow import Geometry
 from ricciq.runfolder import RunFolder, read_csv, write_csv
 
 
 @dataclass
 class Tally:
-    """Running sums over an epoch, kept on the device."""
+    """Running sums over an epoch, kept on the device.
+
+    Attributes:
+        loss: of all pictures together.
+        hits: pictures whose class was guessed.
+        images: pictures in steps with finite gradients.
+        bad: steps without.
+        seconds: spent on steps, over all sittings.
+    """
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     hits: Tensor = field(default_factory=lambda: torch.zeros(()))
     images: int = 0
     bad: int = 0
-    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
 
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, finite: bool) -> None:
-        """Count a step; one without finite gradients only as bad."""
-        self.bad += not finite
-        if finite:
-            self.loss = self.loss.to(loss.device) + loss.detach() * len(targets)
-            self.hits = self.hits.to(loss.device) + (logits.argmax(1) == targets).sum()
-            self.images += len(targets)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Tally:
+        """What `to_dict` gave; an empty mapping is an epoch's start."""
+        sums = {name: torch.tensor(values[name]) for name in ("loss", "hits") if name in values}
+        return cls(**{**values, **sums})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, exactly."""
+        return {**vars(self), "loss": float(self.loss), "hits": float(self.hits)}
+
+    def over(self, world: World) -> Tally:
+        """Of all processes together; time and bad steps they have in common."""
+        sums = torch.stack([self.loss.cpu(), self.hits.cpu()])
+        loss, hits = world.total(sums)
+        images = int(world.total(torch.tensor(self.images)))
+        return Tally(loss, hits, images, self.bad, self.seconds)
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch of a step with finite gradients."""
+        self.loss = self.loss.to(loss.device) + loss * len(targets)
+        self.hits = self.hits.to(loss.device) + (logits.argmax(1) == targets).sum()
+        self.images += len(targets)
 
     def describe(self) -> str:
         """Loss, accuracy and speed so far, for the progress bar."""
         loss, accuracy = self.means
-        rate = self.images / (time.perf_counter() - self.started)
-        return f"loss {loss:.3f}  top-1 {accuracy:.1f} %  {rate:.0f} images/s"
+        return f"loss {loss:.3f}  top-1 {accuracy:.1f} %  {self.rate:.0f} images/s"
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return self.images / self.seconds if self.seconds else 0.0
 
     @property
     def means(self) -> tuple[float, float]:
@@ -48,21 +74,28 @@ class Tally:
         return float(self.loss) / images, 100 * float(self.hits) / images
 
 
-class Codes:
-    """Remembers the weights' codes, to count how many changed since it was last asked."""
+class Codes(nn.Module):
+    """Remembers the weights' codes, to count how many changed since it was last asked.
+
+    Its buffers are what has to be saved to go on within an epoch.
+    """
 
     def __init__(self, weights: list[DiscreteWeight]) -> None:
         """Take the codes of now."""
+        super().__init__()
         self.weights = weights
-        self.last = self._now()
-
-    def _now(self) -> dict[str, Tensor]:
-        return {name: quantizer.places(weight) for name, weight, quantizer in self.weights}
+        for index, (_, weight, quantizer) in enumerate(weights):
+            places = quantizer.places(weight).to(torch.int16)  # a codebook has up to 256
+            self.register_buffer(f"places{index}", places)
 
     def changed_share(self) -> dict[str, float]:
         """Of each layer's weights."""
-        before, self.last = self.last, self._now()
-        return {n: float((before[n] != now).float().mean()) for n, now in self.last.items()}
+        shares = {}
+        for index, (name, weight, quantizer) in enumerate(self.weights):
+            before, now = self.get_buffer(f"places{index}"), quantizer.places(weight)
+            shares[name] = float((before != now).float().mean())
+            before.copy_(now)
+        return shares
 
 
 @dataclass
@@ -86,12 +119,11 @@ class History:
         epoch: int,
         tally: Tally,
         held: Metrics,
-        rate: float,
         lr: float,
-        geometry: Mapping[str, Geometry],
+        geometry: Mapping[str, Mapping[str, float]],
         codes_changed: Mapping[str, float],
     ) -> None:
-        """Append an epoch; rate is its pictures a second, lr the last step's learning rate."""
+        """Append an epoch; lr is the last step's learning rate."""
         loss, accuracy = tally.means
         self.summary.append(
             {
@@ -101,12 +133,12 @@ class History:
                 "holdout_loss": held.loss,
                 "holdout_top1": held.top1,
                 "lr": lr,
-                "images_per_second": rate,
+                "images_per_second": tally.rate,
                 "skipped_steps": tally.bad,
             }
         )
         for name, measured in geometry.items():
-            row = {"epoch": epoch, "layer": name, **measured._asdict()}
+            row = {"epoch": epoch, "layer": name, **measured}
             self.geometry.append({**row, "codes_changed": codes_changed[name]})
 
     def write(self, folder: RunFolder) -> None:

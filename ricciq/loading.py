@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import normalize
 
-from ricciq.errors import DataError
+from ricciq.distributed import World
+from ricciq.errors import DataError, UsageError
 from ricciq.pictures import Indices, PictureArrays, Pictures
 from ricciq.preprocessing import Augmentation, Preprocessing
 
@@ -31,15 +33,25 @@ def picture_loader(
     seed: int,
     augmentation: Augmentation | None,
     pin_memory: bool,
+    world: World,
 ) -> DataLoader[Batch]:
     """The chosen pictures in batches; see `ricciq.data.PictureData.loader`."""
+    together = batch_size * world.size
+    if training and world.size > 1 and len(indices) < together:
+        raise UsageError(
+            f"{len(indices)} pictures are no batch of {batch_size} for each of {world.size} "
+            "processes; lower --batch-size or start fewer"
+        )
+    if not training:
+        indices = indices[world.rank :: world.size]
     vary = augmentation.transform(preprocessing) if training and augmentation else None
     samples = _Samples(pictures, indices, preprocessing, vary, seed)
     return _PictureLoader(
         samples,
         batch_size=batch_size,
-        sampler=_EpochSampler(len(samples), seed) if training else None,
+        sampler=_EpochSampler(len(samples), seed, batch_size, world) if training else None,
         drop_last=training and len(samples) >= batch_size,
+        worker_init_fn=_leave_stopping_to_the_parent,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_as_is,
@@ -60,7 +72,7 @@ def set_epoch(loader: DataLoader[Batch], epoch: int, skip_batches: int = 0) -> N
     if not (isinstance(samples, _Samples) and isinstance(sampler, _EpochSampler)):
         raise TypeError("set_epoch needs a training loader made by PictureData.loader")
     samples.epoch = sampler.epoch = epoch
-    sampler.skip = skip_batches * (loader.batch_size or 1)
+    sampler.skip = skip_batches
 
 
 class _Samples(Dataset[Batch]):
@@ -119,21 +131,32 @@ class _Samples(Dataset[Batch]):
 
 
 class _EpochSampler(Sampler[int]):
-    """A shuffled order that is a function of seed and epoch alone."""
+    """A process's share of a shuffled order that is a function of seed and epoch alone.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count = count
+    Batches of all processes are dealt by turns, so that together they see in a step what one
+    process with as many times the batch size would.
+    """
+
+    def __init__(self, count: int, seed: int, batch_size: int, world: World) -> None:
+        self.count, self.batch_size, self.world = count, batch_size, world
         self.seed = seed
         self.epoch = 0
         self.skip = 0
+        """Batches of this process left out at the start."""
 
     def __len__(self) -> int:
-        return max(self.count - self.skip, 0)
+        together = self.batch_size * self.world.size
+        share = self.count if self.world.size == 1 else self.count // together * self.batch_size
+        return max(share - self.skip * self.batch_size, 0)
 
     def __iter__(self) -> Iterator[int]:
         start = random.Random(f"order {self.seed} {self.epoch}").getrandbits(63)
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(start))
-        yield from order[self.skip :].tolist()
+        if self.world.size > 1:
+            together = self.batch_size * self.world.size
+            whole = order[: self.count // together * together]
+            order = whole.view(-1, self.world.size, self.batch_size)[:, self.world.rank].flatten()
+        yield from order[self.skip * self.batch_size :].tolist()
 
 
 class _PictureLoader(DataLoader[Batch]):
@@ -144,6 +167,11 @@ class _PictureLoader(DataLoader[Batch]):
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+
+
+def _leave_stopping_to_the_parent(worker: int) -> None:  # noqa: ARG001
+    """Ctrl-C reaches every process of a terminal; the parent finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

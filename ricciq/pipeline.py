@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from ricciq import __version__
 from ricciq.bench import Latency, measure_latency
 from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
-from ricciq.convert import Plan, convert, plan_conversion
-from ricciq.correction import Correction
-from ricciq.data import PictureData, Split, open_data
+from ricciq.convert import convert
 from ricciq.deployment import deploy
-from ricciq.errors import InterruptedRunError, UsageError
-from ricciq.estimators import named_estimator
+from ricciq.distributed import World, joined
+from ricciq.errors import InterruptedRunError, RicciqError
 from ricciq.evaluate import Metrics, Predict, evaluate
 from ricciq.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
 from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.journal import Journal
-from ricciq.loading import Batch
+from ricciq.memory import LARGEST_BATCH
 from ricciq.modelfile import size_with_external_data
-from ricciq.models import load_model
 from ricciq.plots import plot_geometry
-from ricciq.preprocessing import Preprocessing
+from ricciq.preparation import (
+    Job,
+    choose_device,
+    correction_of,
+    find_batch_size,
+    is_distilled,
+    prepare,
+)
 from ricciq.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.report import Report
 from ricciq.runfolder import RunFolder, choose_run_folder, read_csv, write_csv
 from ricciq.runtime import open_session, session_predictor
-from ricciq.train import Progressed, check_training, discrete_weights, finetune
+from ricciq.train import Progressed, finetune, last_state
+from ricciq.trainer import discrete_weights
 
 FLOW_TIMES = [n / 50 for n in range(16)]
 """At which the decay of the perturbation is drawn."""
@@ -70,136 +74,35 @@ def run(
     """
     journal = journal or Journal()
     device = choose_device(recipe.device)
-    folder: RunFolder = choose_run_folder(recipe, output, resume=resume, overwrite=overwrite)
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
+    with joined(device) as world, torch.random.fork_rng(cuda):
+        if not world.is_first:
+            journal = Journal()
+
+        def choose(path: Path | None) -> Path:
+            return choose_run_folder(recipe, path, resume=resume, overwrite=overwrite).path
+
+        folder = RunFolder(world.from_first(lambda: choose(output)))
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
-        reference = _check_validation(job, journal)
-        with folder.locked():
-            # Again, now that nobody else can write: minutes have passed since the first look.
-            choose_run_folder(recipe, folder.path, resume=resume, overwrite=overwrite)
-            if not resume:
-                folder.begin(recipe)
-            journal.log_to(folder.log)
-            journal.say(f"run folder: {folder.path}")
+        reference = world.from_first(lambda: _check_validation(job, journal))
+        with folder.locked() if world.is_first else nullcontext():
+            if world.is_first:
+                choose(folder.path)  # minutes have passed since the first look, without the lock
+                if not resume:
+                    folder.begin(recipe)
+                journal.log_to(folder.log)
+                journal.say(f"run folder: {folder.path}")
             try:
-                _export_float(job, folder)
-                done = train(job, folder, resume=resume, journal=journal)
-                report = _finish(job, folder, reference, done, journal)
+                if world.is_first:
+                    _export_float(job, folder)
+                done = train(job, folder, resume=resume, journal=journal, world=world)
+                report = world.from_first(lambda: _finish(job, folder, reference, done, journal))
             except KeyboardInterrupt:
                 raise InterruptedRunError(
-                    f"stopped; `--output {folder.path} --resume` goes on from the last saved epoch"
+                    f"stopped; `--output {folder.path} --resume` goes on from the last saved state"
                 ) from None
     return report, folder.path
-
-
-class Job(NamedTuple):
-    """A recipe with everything it names loaded, and the plan made."""
-
-    recipe: Recipe
-    device: torch.device
-    data: PictureData
-    model: nn.Module
-    preprocessing: Preprocessing
-    plan: Plan
-    messages: list[str]
-
-    def loader(
-        self, split: Split, *, training: bool = False, samples: int | None = None
-    ) -> DataLoader[Batch]:
-        """Batches of one split as the recipe wants them, or of so many samples of it."""
-        settings = self.recipe.data
-        if samples is None and split == "fit":
-            samples = settings.train_samples
-        return self.data.loader(
-            split,
-            self.preprocessing,
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            training=training,
-            seed=self.recipe.seed,
-            augmentation=settings.augmentation if training else None,
-            train_samples=samples,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What has to be known to rebuild the model without its data."""
-        return {
-            "ricciq": __version__,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "preprocessing": self.preprocessing.to_dict(),
-            "class_names": self.data.class_names,
-            "plan": asdict(self.plan),
-        }
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a recipe names.
-
-    Raises:
-        UsageError: this machine has none of that name.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name} is not on this machine ({torch.cuda.device_count()} CUDA devices); "
-            "take --device cpu"
-        )
-    return device
-
-
-def prepare(recipe: Recipe, device: torch.device, journal: Journal) -> Job:
-    """Open the data, load the model and plan its conversion; nothing is written or changed."""
-    named_estimator(recipe.method.name, recipe.method.changes)
-    check_training(recipe.training)
-    data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
-    loaded = load_model(
-        recipe.model.name,
-        num_classes=data.num_classes,
-        channels=data.channels,
-        checkpoint=recipe.model.checkpoint,
-        pretrained=recipe.model.pretrained,
-        input_size=recipe.data.input_size,
-        seed=recipe.seed,
-    )
-    for message in loaded.messages:
-        journal.say(message)
-    model = loaded.model.to(device)
-    bits = recipe.quantization
-    example = torch.zeros(2, *loaded.preprocessing.input_size, device=device)
-    plan = plan_conversion(model, example, bits.weight_bits, bits.act_bits, bits.edge_bits)
-    return Job(recipe, device, data, model, loaded.preprocessing, plan, loaded.messages)
-
-
-def describe(job: Job) -> dict[str, Any]:
-    """The plan of a run that has not started, as plain values."""
-    layers = [
-        {
-            "name": layer.name,
-            "weight_bits": layer.weight_bits,
-            "act_bits": layer.act_bits,
-            "parameters": sum(
-                p.numel() for p in job.model.get_submodule(layer.name).parameters(recurse=False)
-            ),
-        }
-        for layer in job.plan.layers
-    ]
-    epochs = job.recipe.training.epochs
-    return {
-        "model": job.recipe.model.name,
-        "data": job.recipe.data.name,
-        "device": str(job.device),
-        "epochs": epochs,
-        "steps": epochs * len(job.loader("fit", training=True)),
-        "layers": layers,
-        "kept": [asdict(kept) for kept in job.plan.kept],
-        "recipe": job.recipe.model_dump(mode="json"),
-    }
 
 
 def _check_validation(job: Job, journal: Journal) -> Metrics:
@@ -217,7 +120,14 @@ def _export_float(job: Job, folder: RunFolder) -> None:
     export_onnx(copy.deepcopy(job.model).cpu(), folder.float_onnx, job.preprocessing, stored)
 
 
-def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Progressed:
+def train(
+    job: Job,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    journal: Journal,
+    world: World | None = None,
+) -> Progressed:
     """Convert, calibrate and fine-tune a job's model; leave the chosen epoch's weights in it.
 
     Args:
@@ -225,11 +135,13 @@ def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Pro
         folder: begun and locked; receives the states and the rows of every epoch.
         resume: go on from the folder's last state.
         journal: where progress is shown.
+        world: the processes that train together.
 
     Raises:
         RicciqError: as `ricciq.train.finetune`.
     """
-    recipe = job.recipe
+    recipe, world = job.recipe, world or World()
+    batch_size = _batch_size(job, folder, resume, journal, world)
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
     convert(job.model, job.plan, recipe.quantization.kinds)
     journal.say(
@@ -238,21 +150,23 @@ def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Pro
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
         calibrate(job.model, _first_images(job))
-    estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    correction = Correction(estimator, recipe.method.target)
+    correction = correction_of(recipe)
     done = finetune(
         job.model,
-        job.loader("fit", training=True),
-        job.loader("holdout"),
+        job.loader("fit", training=True, batch_size=batch_size, world=world),
+        job.loader("holdout", world=world),
         recipe,
         correction,
         device=job.device,
         folder=folder,
-        teacher=teacher if job.plan.layers and recipe.training.distill else None,
+        teacher=teacher if is_distilled(job) else None,
         about=job.about,
         journal=journal,
         resume=resume,
+        world=world,
     )
+    if not world.is_first:
+        return done
     if not folder.best.is_file():  # no epoch was asked for: what calibration gave is the best
         save_tensors(folder.best, job.model.state_dict(), job.about)
     tensors, _ = load_tensors(folder.best)
@@ -263,10 +177,28 @@ def train(job: Job, folder: RunFolder, *, resume: bool, journal: Journal) -> Pro
     return done
 
 
+def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, world: World) -> int:
+    """The recipe's; where it says "auto" that of the run so far, or what is found to fit."""
+    if job.recipe.data.batch_size != "auto":
+        return job.recipe.data.batch_size
+    state = last_state(folder, journal) if resume and world.is_first else None
+    known = world.from_first(lambda: state and state.metadata.get("progress", {}).get("batch_size"))
+    if known:
+        return int(known)
+    size = min(world.gather(find_batch_size(job)))
+    if not size:
+        raise RicciqError(
+            f"the memory of {job.device} is not enough for one picture of {job.recipe.model.name}; "
+            "choose a smaller model or input size"
+        )
+    journal.say(f"batch size {size}: the largest of 1, 2, 4 … {LARGEST_BATCH} that fits")
+    return size
+
+
 def _first_images(job: Job) -> Iterator[Tensor]:
     """The pictures to calibrate on, of every class alike, one batch in memory at a time."""
     settings = job.recipe.data
-    wanted = settings.calibration_batches * settings.batch_size
+    wanted = settings.calibration_batches * settings.known_batch_size
     there = len(job.loader("fit").dataset)  # type: ignore[arg-type]
     for images, _ in job.loader("fit", samples=min(wanted, there)):
         yield images.to(job.device)

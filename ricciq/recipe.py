@@ -61,13 +61,18 @@ class DataSection(Section):
 
     name: str = ""
     dir: Path | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     workers: Count = 0
     input_size: Annotated[int, Field(ge=1)] | None = None
     train_samples: Annotated[int, Field(ge=1)] | None = None
     holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     calibration_batches: Annotated[int, Field(ge=1)] = 8
     augmentation: Augmentation = Augmentation()
+
+    @property
+    def known_batch_size(self) -> int:
+        """That of the recipe; one that fits nearly everywhere as long as it is to be found out."""
+        return 64 if self.batch_size == "auto" else self.batch_size
 
 
 class QuantizationSection(Section):
@@ -148,6 +153,10 @@ class TrainingSection(Section):
     warmup_epochs: Count = 0
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Positive | None = None
+    grad_accum_steps: Annotated[int, Field(ge=1)] = 1
+    grad_checkpointing: bool = False
+    freeze_bn: bool = False
+    save_minutes: Annotated[float, Field(ge=0)] = 10.0
     label_smoothing: Share = 0.0
     damping: Annotated[float, Field(ge=0)] = 0.0
     damping_form: Literal["l2", "lne"] = "l2"

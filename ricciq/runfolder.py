@@ -33,6 +33,7 @@ class RunFolder:
         self.geometry_plot = path / "geometry.png"
         self.layers = path / "layers.csv"
         self.last = path / "last.safetensors"
+        self.previous = path / "previous.safetensors"
         self.best = path / "best.safetensors"
         self.state = path / "state.json"
         self.onnx = path / "model.onnx"

@@ -1,47 +1,43 @@
-"""The fine-tuning loop: forward through fake quantization, backward, Ricci correction, step."""
+"""The fine-tuning loop: epoch after epoch, the states that a run goes on from, and when it ends."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ricciq.checkpoint import (
+    State,
+    load_tensors,
     restore_training_state,
     save_tensors,
     training_state,
     write_atomically,
 )
-from ricciq.convert import quantized_layers
-from ricciq.correction import (
-    ActivationCorrection,
-    Correction,
-    DiscreteWeight,
-    override_forward,
-)
-from ricciq.errors import DivergedError, RecipeError
-from ricciq.evaluate import Metrics, evaluate
-from ricciq.flow import Geometry
-from ricciq.history import Codes, History, Tally
+from ricciq.correction import Correction
+from ricciq.distributed import World
+from ricciq.errors import CheckpointError, DivergedError, RicciqError
+from ricciq.evaluate import Metrics, evaluate, pooled
+from ricciq.history import History, Tally
 from ricciq.journal import Journal
 from ricciq.loading import Batch, set_epoch
-from ricciq.oscillation import Damping, Freezing
-from ricciq.recipe import Recipe, TrainingSection
+from ricciq.memory import halve_until, is_out_of_memory
+from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder
+from ricciq.stopping import Stopped, Stopping, stopping_between_steps
+from ricciq.trainer import Trainer
 
 MAX_BAD_STEPS = 20
 """Steps in a row without finite gradients after which training gives up."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,12 +47,17 @@ class Progressed:
     Attributes:
         epoch: epochs finished.
         steps: optimizer steps taken.
-        images: pictures trained on.
-        seconds: time spent training, over all sittings.
-        skipped: steps skipped because gradients were not finite.
+        images: pictures trained on in finished epochs.
+        seconds: time spent on steps of finished epochs, over all sittings.
+        skipped: steps skipped in finished epochs because gradients were not finite.
+        bad_in_a_row: the last steps that were.
         best_top1: the highest hold-out top-1 of an epoch, percent.
         chosen_epoch: the epoch whose weights were kept, counted from 1; 0 before the first.
         chosen_top1: its hold-out top-1, percent.
+        batch: batches of the unfinished epoch that were used.
+        tally: sums over them; see `Tally`.
+        geometry: of each layer at the unfinished epoch's last step, once that is done.
+        batch_size: pictures in a batch of one process.
         scaler: state of the loss scaler, empty unless training in float16.
     """
 
@@ -65,37 +66,15 @@ class Progressed:
     images: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    bad_in_a_row: int = 0
     best_top1: float = 0.0
     chosen_epoch: int = 0
     chosen_top1: float = 0.0
+    batch: int = 0
+    tally: dict[str, Any] = field(default_factory=dict)
+    geometry: dict[str, dict[str, float]] = field(default_factory=dict)
+    batch_size: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
-
-
-def loss_function(
-    logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, settings: TrainingSection
-) -> Tensor:
-    """Cross-entropy, blended with the divergence from the float model's softened guesses.
-
-    Args:
-        logits: (B, classes) of the model under training.
-        targets: (B,) class numbers.
-        teacher_logits: (B, classes) of the float model, or None without distillation.
-        settings: ``distill`` is the teacher's share, ``temperature`` softens both sides.
-
-    Returns:
-        A scalar, in nats (Hinton et al. 2015, arXiv 1503.02531).
-    """
-    hard = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
-    if teacher_logits is None:
-        return hard
-    t = settings.temperature
-    soft = F.kl_div(
-        F.log_softmax(logits / t, 1),
-        F.log_softmax(teacher_logits / t, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return (1 - settings.distill) * hard + settings.distill * t**2 * soft
 
 
 def finetune(
@@ -111,21 +90,23 @@ def finetune(
     about: Mapping[str, Any],
     journal: Journal,
     resume: bool = False,
+    world: World | None = None,
 ) -> Progressed:
-    """Train a converted, calibrated model in place, saving its state every epoch.
+    """Train a converted, calibrated model in place, saving its state now and then.
 
     Args:
         model: on ``device``.
-        fit: training batches.
-        holdout: batches held out of the training data, to choose the best epoch with.
+        fit: training batches; this process's share of them.
+        holdout: batches held out of the training data, to choose the best epoch with; its share.
         recipe: schedule, batch size, mixed precision, compilation and seed.
         correction: what happens to the gradients between backward and step.
         device: where to compute.
-        folder: receives the states, summary.csv and geometry.csv.
+        folder: receives the states, summary.csv and geometry.csv from the first process.
         teacher: the float model to distil from, on ``device``.
         about: stored beside the best epoch's weights.
         journal: where progress is shown.
         resume: go on from the folder's last state.
+        world: the processes that train together.
 
     Returns:
         How far it came; ``folder.best`` holds the best epoch's weights.
@@ -133,228 +114,177 @@ def finetune(
     Raises:
         DivergedError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
         RecipeError: timm knows no such optimizer or schedule.
+        RicciqError: there is not enough memory for a step.
+        Stopped: the user asked to stop; the state is saved.
     """
-    trainer = Trainer(model, recipe, correction, device, len(fit), teacher)
-    done, history = Progressed(), History()
-    if resume and folder.last.is_file():
-        done = Progressed(
-            **restore_training_state(trainer.changing, trainer.optimizer, folder.last)
-        )
-        if done.scaler:
-            trainer.scaler.load_state_dict(done.scaler)
-        history = History.read(folder, done.epoch)
-    codes = Codes(trainer.weights)
-    for epoch in range(done.epoch, recipe.training.epochs):
-        started = time.perf_counter()
-        set_epoch(fit, epoch)
-        with journal.bar(f"epoch {epoch + 1}/{recipe.training.epochs}", len(fit)) as advance:
-            tally = trainer.epoch(fit, done, advance)
-        done.seconds += time.perf_counter() - started
-        rate = tally.images / (time.perf_counter() - started)
-        held = evaluate({"holdout": trainer.predict}, holdout)["holdout"]
-        done.epoch = epoch + 1
-        history.add(
-            done.epoch,
-            tally,
-            held,
-            rate,
-            trainer.optimizer.param_groups[0]["lr"],
-            trainer.geometry,
-            codes.changed_share(),
-        )
-        journal.say(history.describe(recipe.training.epochs))
-        _save(folder, trainer, done, held, history, about)
-    return done
+    world = world or World()
+    trainer = Trainer(model, recipe, correction, device, len(fit), teacher, world)
+    sitting = _Sitting(trainer, folder, recipe, about, fit.batch_size or 1)
+    if resume:
+        sitting.restore(world.from_first(lambda: last_state(folder, journal)))
+    # Every step seeds the generator; the caller's is to stay as it is.
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        stopping_between_steps(world) as stopping,
+    ):
+        try:
+            while sitting.done.epoch < recipe.training.epochs:
+                sitting.train(fit, stopping, journal)
+                held = evaluate({"holdout": trainer.predict}, stopping.watch(holdout))["holdout"]
+                sitting.end_epoch(pooled(world.gather(held)))
+                journal.say(sitting.history.describe(recipe.training.epochs))
+        except Stopped:
+            sitting.save()
+            raise
+    return sitting.done
 
 
-def discrete_weights(model: nn.Module) -> list[DiscreteWeight]:
-    """The weights of a converted model's discrete layers, with their quantizers."""
-    return [
-        DiscreteWeight(name, layer.latent, layer.weight_quantizer)
-        for name, layer in quantized_layers(model).items()
-    ]
+def last_state(folder: RunFolder, journal: Journal) -> State | None:
+    """The newest state of a run that is intact; None if it has none yet.
+
+    Raises:
+        CheckpointError: there are states, and none of them is intact.
+    """
+    there = [path for path in (folder.last, folder.previous) if path.is_file()]
+    for path in there:
+        try:
+            return State(*load_tensors(path), path)
+        except CheckpointError as error:
+            if path == there[-1]:
+                raise
+            journal.say(f"{error}; going on from {there[-1].name}")
+    return None
 
 
-class Trainer:
-    """One optimizer step after another; nothing here touches a file."""
+class _Sitting:
+    """Work on a run until it ends or is stopped: where it stands, and what it leaves on disk."""
 
     def __init__(
         self,
-        model: nn.Module,
+        trainer: Trainer,
+        folder: RunFolder,
         recipe: Recipe,
-        correction: Correction,
-        device: torch.device,
-        steps_per_epoch: int,
-        teacher: nn.Module | None = None,
+        about: Mapping[str, Any],
+        batch_size: int,
     ) -> None:
-        self.model, self.teacher, self.device = model, teacher, device
-        self.settings, self.correction = recipe.training, correction
-        self.steps = steps_per_epoch * recipe.training.epochs
-        self.damping = Damping(recipe.training.damping, recipe.training.damping_form)
-        self.weights = discrete_weights(model)
-        override_forward(model, correction)
-        self.activations: ActivationCorrection | None = None
-        if correction.on != "weights":
-            self.activations = ActivationCorrection(model, correction.estimator)
-        self.freezing = Freezing(self.weights, recipe.training.freezing)
-        # Everything with tensors that a step changes, but for the optimizer.
-        self.changing = nn.ModuleDict({"model": model, "freezing": self.freezing})
-        self.optimizer, self.schedule = _optimizer_and_schedule(
-            model, recipe.training, steps_per_epoch
-        )
-        on_cuda = device.type == "cuda"
-        self.amp = on_cuda if recipe.amp is None else recipe.amp
-        half = on_cuda and not torch.cuda.is_bf16_supported()
-        self.dtype = torch.float16 if half else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and half)
-        compiled = on_cuda if recipe.compile is None else recipe.compile
-        self.forward = torch.compile(model) if compiled else model
-        self.geometry: dict[str, Geometry] = {}
-        self.bad_in_a_row = 0
+        self.trainer, self.folder, self.about = trainer, folder, about
+        self.settings, self.world = recipe.training, trainer.world
+        self.done, self.tally, self.history = Progressed(batch_size=batch_size), Tally(), History()
+        self.saved = time.monotonic()
 
-    def epoch(
-        self, fit: DataLoader[Batch], done: Progressed, advance: Callable[[Callable[[], str]], None]
-    ) -> Tally:
-        """Train on every batch once; the geometry is measured at the last one."""
-        self.model.train()
-        tally, self.geometry = Tally(), {}
-        for number, (images, targets) in enumerate(fit, start=1):
-            progress = done.steps / self.steps
-            self.step(images, targets, tally, progress, measure=number == len(fit))
-            done.steps += 1
-            done.images += len(targets)
-            self.schedule.step_update(done.steps)
-            if self.bad_in_a_row >= MAX_BAD_STEPS:
-                raise DivergedError(
-                    f"training gave no finite gradients for {MAX_BAD_STEPS} steps in a row; "
-                    f"lower --lr {self.settings.lr}"
-                )
-            advance(tally.describe)
-        done.skipped += tally.bad
-        return tally
+    def restore(self, state: State | None) -> None:
+        """Go on from a state; from the start without one."""
+        if state is None:
+            return
+        trainer = self.trainer
+        values = restore_training_state(trainer.changing, trainer.optimizer, state)
+        try:
+            self.done = Progressed(**values)
+        except TypeError:
+            raise CheckpointError(
+                f"{state.path} is the state of another version of ricciq; start again with "
+                "--overwrite"
+            ) from None
+        self.tally = Tally.from_dict(self.done.tally)
+        self.history = History.read(self.folder, self.done.epoch)
+        if self.done.scaler:
+            trainer.scaler.load_state_dict(self.done.scaler)
 
-    def step(
-        self, images: Tensor, targets: Tensor, tally: Tally, progress: float, measure: bool
-    ) -> None:
-        """Forward, backward, correct, damp, step, freeze; progress: share of training done."""
-        if self.activations is not None:
-            self.activations.advance(progress)
-        # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
-        averages = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        images = images.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
-        watching: AbstractContextManager[dict[nn.Module, float]] = nullcontext({})
-        if measure and self.activations is not None and self.correction.on == "activations":
-            watching = self.activations.measuring()
-        with watching as cosines:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-                logits = self.forward(images).float()
-                with torch.no_grad():
-                    taught = None if self.teacher is None else self.teacher(images).float()
-            loss = loss_function(logits, targets, taught, self.settings)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    def train(self, fit: DataLoader[Batch], stopping: Stopping, journal: Journal) -> None:
+        """Train on what is left of an epoch; the geometry is measured at its last step."""
+        done, tally = self.done, self.tally
+        set_epoch(fit, done.epoch, done.batch)
+        self.trainer.begin_epoch()
+        steps = math.ceil(len(fit) / self.settings.grad_accum_steps)
+        title = f"epoch {done.epoch + 1}/{self.settings.epochs}"
+        groups = _grouped(fit, self.settings.grad_accum_steps)
+        started = time.perf_counter()
+        with journal.bar(title, steps) as advance:
+            for number, batches in enumerate(stopping.watch(groups), start=1):
+                finite = self._step(batches, measure=number == steps)
+                done.steps += 1
+                done.batch += len(batches)
+                done.bad_in_a_row = 0 if finite else done.bad_in_a_row + 1
+                if done.bad_in_a_row >= MAX_BAD_STEPS:
+                    raise DivergedError(
+                        f"training gave no finite gradients for {MAX_BAD_STEPS} steps in a row; "
+                        f"lower --lr {self.settings.lr}"
+                    )
+                now = time.perf_counter()
+                tally.seconds += now - started
+                started = now
+                advance(tally.describe)
+                if time.monotonic() - self.saved > 60 * self.settings.save_minutes:
+                    self.save()
 
-        self.scaler.unscale_(self.optimizer)
-        # One number says whether all gradients are finite; a step with a NaN would ruin the run.
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        finite = bool(nn.utils.get_total_norm(gradients).isfinite())
-        if finite:
-            if measure:
-                self.geometry = self._measured(progress, cosines)
-            self.correction(self.weights, progress)
-            self.damping(self.weights, progress)
-            if self.settings.clip_grad is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-            with self.correction.within_trust(self.weights):
-                self.scaler.step(self.optimizer)
-            self.freezing(progress)
+    def _step(self, batches: list[Batch], measure: bool) -> bool:
+        """One step of the trainer.
+
+        Raises:
+            RicciqError: there is not enough memory for it; the message says for what there is.
+        """
+        trainer = self.trainer
+        try:
+            finite = trainer.step(batches, self.tally, self.done.steps, measure)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
         else:
-            for buffer, before in averages:
-                buffer.copy_(before)
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        tally.add(loss, logits, targets, finite)
-
-    def _measured(self, progress: float, cosines: Mapping[nn.Module, float]) -> dict[str, Geometry]:
-        """The geometry of each layer; where only its inputs' gradients turn, how far they do."""
-        geometry = self.correction.measure(self.weights, progress)
-        for name, layer in quantized_layers(self.model).items():
-            quantizer = layer.input_quantizer
-            if name in geometry and quantizer is not None and quantizer in cosines:
-                geometry[name] = geometry[name]._replace(mismatch_cosine=cosines[quantizer])
-        return geometry
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits in evaluation mode."""
-        logits: Tensor = self.model.eval()(images.to(self.device))
-        return logits
-
-
-def check_training(settings: TrainingSection) -> None:
-    """Find out whether timm can do what the settings ask for, before anything is done.
-
-    Raises:
-        RecipeError: it knows no such optimizer or schedule.
-    """
-    _optimizer_and_schedule(nn.Linear(1, 1), settings, steps_per_epoch=1)
-
-
-def _optimizer_and_schedule(
-    model: nn.Module, settings: TrainingSection, steps_per_epoch: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """From timm's factories; what has one dimension (steps, biases, BatchNorm) does not decay."""
-    try:
-        optimizer = create_optimizer_v2(
-            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
+            if measure:
+                geometry = trainer.geometry.items()
+                self.done.geometry = {name: measured._asdict() for name, measured in geometry}
+            return finite
+        images, targets = batches[0]
+        half = len(targets) // 2
+        size = halve_until(lambda n: trainer.fits((images[:n], targets[:n])), half)
+        remedy = "choose a smaller model or input size"
+        if size:
+            steps = -(-len(targets) * self.settings.grad_accum_steps // size)
+            remedy = f"give --batch-size {size}, and --grad-accum-steps {steps} for steps as large"
+        raise RicciqError(
+            f"the memory of {trainer.device} is not enough for a step with batch size "
+            f"{len(targets)}, {f'but {size} fitted' if size else 'nor for one picture'}; {remedy}"
         )
-    # timm asserts that CUDA, APEX or bitsandbytes is there for those optimizers that need it.
-    except (ValueError, AssertionError, ImportError) as error:
-        raise RecipeError(
-            f"training.opt = {settings.opt} cannot be used ({error}); take sgd or adamw"
-        ) from None
-    if getattr(optimizer, "is_second_order", False):
-        raise RecipeError(
-            f"training.opt = {settings.opt} needs second derivatives; take sgd or adamw"
-        )
-    try:
-        schedule, _ = create_scheduler_v2(
-            optimizer,
-            sched=settings.sched,
-            num_epochs=max(settings.epochs, 1),
-            warmup_epochs=settings.warmup_epochs,
-            min_lr=settings.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-        )
-    except (ValueError, AssertionError) as error:
-        raise RecipeError(
-            f"training.sched = {settings.sched} cannot be used ({error}); take cosine"
-        ) from None
-    if schedule is None:
-        raise RecipeError(f"training.sched = {settings.sched} is no schedule of timm; take cosine")
-    return optimizer, schedule
+
+    def end_epoch(self, held: Metrics) -> None:
+        """Write the epoch's results; the state last, since it is what says that it is done."""
+        done, tally = self.done, self.tally.over(self.world)
+        done.epoch += 1
+        rate = self.trainer.optimizer.param_groups[0]["lr"]
+        changed = self.trainer.codes.changed_share()
+        self.history.add(done.epoch, tally, held, rate, done.geometry, changed)
+        done.images += tally.images
+        done.seconds += tally.seconds
+        done.skipped += tally.bad
+        done.batch, done.geometry, self.tally = 0, {}, Tally()
+        done.best_top1 = max(done.best_top1, held.top1)
+        better = held.top1 >= done.best_top1 - _standard_error(done.best_top1, held.samples)
+        if better:
+            done.chosen_epoch, done.chosen_top1 = done.epoch, held.top1
+        if self.world.is_first:
+            if better:
+                chosen = {**self.about, "epoch": done.epoch, "holdout_top1": held.top1}
+                save_tensors(self.folder.best, self.trainer.model.state_dict(), chosen)
+            self.history.write(self.folder)
+        self.save()
+
+    def save(self) -> None:
+        """Put the state where a resumed run finds it, and keep the one before."""
+        self.saved = time.monotonic()
+        if not self.world.is_first:
+            return
+        done, trainer, folder = self.done, self.trainer, self.folder
+        done.tally, done.scaler = self.tally.to_dict(), trainer.scaler.state_dict()
+        tensors, metadata = training_state(trainer.changing, trainer.optimizer, vars(done))
+        save_tensors(folder.last, tensors, metadata, previous=folder.previous)
+        write_atomically(folder.state, json.dumps(vars(done), indent=1) + "\n")
 
 
-def _save(
-    folder: RunFolder,
-    trainer: Trainer,
-    done: Progressed,
-    held: Metrics,
-    history: History,
-    about: Mapping[str, Any],
-) -> None:
-    """Write the epoch's results; the state last, since it is what says that the epoch is done."""
-    done.best_top1 = max(done.best_top1, held.top1)
-    if held.top1 >= done.best_top1 - _standard_error(done.best_top1, held.samples):
-        done.chosen_epoch, done.chosen_top1 = done.epoch, held.top1
-        chosen = {**about, "epoch": done.epoch, "holdout_top1": held.top1}
-        save_tensors(folder.best, trainer.model.state_dict(), chosen)
-    done.scaler = trainer.scaler.state_dict()
-    history.write(folder)
-    tensors, metadata = training_state(trainer.changing, trainer.optimizer, vars(done))
-    save_tensors(folder.last, tensors, metadata)
-    write_atomically(folder.state, json.dumps(vars(done), indent=1) + "\n")
+def _grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of so many; the last may be shorter."""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
 
 
 def _standard_error(percent: float, samples: int) -> float:

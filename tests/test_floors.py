@@ -12,14 +12,16 @@ import ricciq
 PACKAGE = Path(ricciq.__file__).parent
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 # Halves where a floor of the plan holds two storeys: packing, preprocessing and runtime stand on
-# errors or quantizer, train stands on convert. A name may be listed before its module exists.
+# errors or quantizer, train stands on trainer and that on convert. A name may be listed before
+# its module exists.
 FLOORS = {
     7: "__main__",
     6: "cli",
     5: "compare",
     4: "pipeline trained",
-    3.5: "train",
-    3: "convert export history",
+    3.8: "preparation train",
+    3.5: "trainer",
+    3: "convert export history optimization",
     2.5: "deployment",
     2: "oscillation layers data models runfolder report bench doctor plots",
     1.5: "correction loading",
@@ -27,7 +29,9 @@ FLOORS = {
     0.5: "nets graph packing preprocessing runtime recording",
     0.3: "quantizer",
     0.25: "modelfile flow rounding",
-    0: "errors grids ricci journal tables",
+    0.2: "stopping",
+    0.1: "distributed",
+    0: "errors grids ricci journal tables memory",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

@@ -27,7 +27,7 @@ from ricciq.compare import Trial
 from ricciq.correction import ActivationCorrection, Correction
 from ricciq.estimators import named_estimator
 from ricciq.recipe import Recipe
-from ricciq.train import discrete_weights
+from ricciq.trainer import discrete_weights
 
 WARM_UP = 2
 

@@ -38,7 +38,7 @@ from ricciq.estimators import named_estimator
 from ricciq.grids import Bits
 from ricciq.quantizer import Kinds
 from ricciq.recipe import Recipe
-from ricciq.train import discrete_weights
+from ricciq.trainer import discrete_weights
 
 TRAINED, BATCH, FLOAT_EPOCHS = 45_000, 128, 10
 FIXED, DOREFA = Kinds("fixed", "fixed"), Kinds("dorefa", "pact")

@@ -1,0 +1,93 @@
+"""What is minimized and by what: the loss, and timm's optimizers and schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ricciq.errors import RecipeError
+from ricciq.recipe import TrainingSection
+
+
+def loss_function(
+    logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, settings: TrainingSection
+) -> Tensor:
+    """Cross-entropy, blended with the divergence from the float model's softened guesses.
+
+    Args:
+        logits: (B, classes) of the model under training.
+        targets: (B,) class numbers.
+        teacher_logits: (B, classes) of the float model, or None without distillation.
+        settings: ``distill`` is the teacher's share, ``temperature`` softens both sides.
+
+    Returns:
+        A scalar, in nats (Hinton et al. 2015, arXiv 1503.02531).
+    """
+    hard = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
+    if teacher_logits is None:
+        return hard
+    t = settings.temperature
+    soft = F.kl_div(
+        F.log_softmax(logits / t, 1),
+        F.log_softmax(teacher_logits / t, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - settings.distill) * hard + settings.distill * t**2 * soft
+
+
+def optimizer_and_schedule(
+    model: nn.Module, settings: TrainingSection, updates_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """From timm's factories; what has one dimension (steps, biases, BatchNorm) does not decay.
+
+    Those of torch's optimizers that have a fused form are used in it.
+
+    Raises:
+        RecipeError: timm knows no such optimizer or schedule.
+    """
+    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    try:
+        optimizer = create_optimizer_v2(model, opt=settings.opt, **options)
+        if "fused" in optimizer.defaults:
+            optimizer = create_optimizer_v2(model, opt=settings.opt, fused=True, **options)
+    # timm asserts that CUDA, APEX or bitsandbytes is there for those optimizers that need it.
+    except (ValueError, AssertionError, ImportError) as error:
+        raise RecipeError(
+            f"training.opt = {settings.opt} cannot be used ({error}); take sgd or adamw"
+        ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise RecipeError(
+            f"training.opt = {settings.opt} needs second derivatives; take sgd or adamw"
+        )
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=settings.sched,
+            num_epochs=max(settings.epochs, 1),
+            warmup_epochs=settings.warmup_epochs,
+            min_lr=settings.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise RecipeError(
+            f"training.sched = {settings.sched} cannot be used ({error}); take cosine"
+        ) from None
+    if schedule is None:
+        raise RecipeError(f"training.sched = {settings.sched} is no schedule of timm; take cosine")
+    return optimizer, schedule
+
+
+def check_training(settings: TrainingSection) -> None:
+    """Find out whether timm can do what the settings ask for, before anything is done.
+
+    Raises:
+        RecipeError: it knows no such optimizer or schedule.
+    """
+    optimizer_and_schedule(nn.Linear(1, 1), settings, updates_per_epoch=1)

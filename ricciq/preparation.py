@@ -1,0 +1,227 @@
+"""A recipe made ready: its data open, its model loaded, its conversion planned."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ricciq import __version__
+from ricciq.convert import Plan, convert, plan_conversion
+from ricciq.correction import Correction
+from ricciq.data import PictureData, Split, open_data
+from ricciq.distributed import World, local_device
+from ricciq.errors import UsageError
+from ricciq.estimators import named_estimator
+from ricciq.grids import count_codes
+from ricciq.journal import Journal
+from ricciq.loading import Batch
+from ricciq.memory import StepMemory, free_memory, halve_until, largest_batch, step_memory
+from ricciq.models import load_model
+from ricciq.optimization import check_training
+from ricciq.preprocessing import Preprocessing
+from ricciq.recipe import Recipe
+from ricciq.trainer import Trainer
+
+
+class Job(NamedTuple):
+    """A recipe with everything it names loaded, and the plan made."""
+
+    recipe: Recipe
+    device: torch.device
+    data: PictureData
+    model: nn.Module
+    preprocessing: Preprocessing
+    plan: Plan
+    messages: list[str]
+
+    def loader(
+        self,
+        split: Split,
+        *,
+        training: bool = False,
+        samples: int | None = None,
+        batch_size: int | None = None,
+        world: World | None = None,
+    ) -> DataLoader[Batch]:
+        """Batches of one split as the recipe wants them, or as the arguments do.
+
+        Args:
+            split: see `PictureData.loader`.
+            training: shuffle and augment.
+            samples: take so many of them.
+            batch_size: pictures in a batch.
+            world: the processes to share the pictures with.
+        """
+        settings = self.recipe.data
+        if samples is None and split == "fit":
+            samples = settings.train_samples
+        return self.data.loader(
+            split,
+            self.preprocessing,
+            batch_size=batch_size or settings.known_batch_size,
+            workers=settings.workers,
+            training=training,
+            seed=self.recipe.seed,
+            augmentation=settings.augmentation if training else None,
+            train_samples=samples,
+            pin_memory=self.device.type == "cuda",
+            world=world,
+        )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What has to be known to rebuild the model without its data."""
+        return {
+            "ricciq": __version__,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "preprocessing": self.preprocessing.to_dict(),
+            "class_names": self.data.class_names,
+            "plan": asdict(self.plan),
+        }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe names.
+
+    Raises:
+        UsageError: this machine has none of that name.
+    """
+    name = local_device(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name} is not on this machine ({torch.cuda.device_count()} CUDA devices); "
+            "take --device cpu"
+        )
+    return device
+
+
+def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: bool = True) -> Job:
+    """Open the data, load the model and plan its conversion; nothing is written or changed.
+
+    Args:
+        recipe: what to do.
+        device: where the model goes.
+        journal: where messages are shown.
+        weights: load those that timm knows; a plan can do without.
+    """
+    named_estimator(recipe.method.name, recipe.method.changes)
+    check_training(recipe.training)
+    data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
+    loaded = load_model(
+        recipe.model.name,
+        num_classes=data.num_classes,
+        channels=data.channels,
+        checkpoint=recipe.model.checkpoint,
+        pretrained=recipe.model.pretrained and weights,
+        input_size=recipe.data.input_size,
+        seed=recipe.seed,
+    )
+    for message in loaded.messages:
+        journal.say(message)
+    # Convolutions are faster so, on GPUs and CPUs.
+    model = loaded.model.to(device).to(memory_format=torch.channels_last)
+    bits = recipe.quantization
+    example = torch.zeros(2, *loaded.preprocessing.input_size, device=device)
+    plan = plan_conversion(model, example, bits.weight_bits, bits.act_bits, bits.edge_bits)
+    return Job(recipe, device, data, model, loaded.preprocessing, plan, loaded.messages)
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """The plan of a run that has not started, as plain values: sizes and memory in bytes.
+
+    The memory is what can be counted beforehand; see `ricciq.memory.StepMemory`.
+    """
+    settings = job.recipe.training
+    layers: list[dict[str, Any]] = []
+    for layer in job.plan.layers:
+        module = job.model.get_submodule(layer.name)
+        parameters = sum(p.numel() for p in module.parameters(recurse=False))
+        layers.append(
+            {
+                "name": layer.name,
+                "weight_bits": layer.weight_bits,
+                "act_bits": layer.act_bits,
+                "parameters": parameters,
+                "bytes": math.ceil(parameters * math.log2(count_codes(layer.weight_bits)) / 8),
+            }
+        )
+    discrete = sum(layer["parameters"] for layer in layers)
+    whole = sum(p.numel() for p in job.model.parameters())
+    _, memory = _tried(job)
+    batch_size = batch_size_for(job, memory)
+    batches = len(job.loader("fit", training=True, batch_size=batch_size))
+    return {
+        "model": job.recipe.model.name,
+        "data": job.recipe.data.name,
+        "device": str(job.device),
+        "epochs": settings.epochs,
+        "steps": settings.epochs * math.ceil(batches / settings.grad_accum_steps),
+        "batch_size": batch_size,
+        "float_bytes": 4 * whole,
+        "bytes": sum(layer["bytes"] for layer in layers) + 4 * (whole - discrete),
+        "training_memory": memory.bytes(batch_size),
+        "layers": layers,
+        "kept": [asdict(kept) for kept in job.plan.kept],
+        "recipe": job.recipe.model_dump(mode="json"),
+    }
+
+
+def find_batch_size(job: Job) -> int:
+    """The largest power of two, up to `ricciq.memory.LARGEST_BATCH`, whose gradients fit."""
+    trainer, memory = _tried(job)
+    shape = job.preprocessing.input_size
+    # The optimizer makes its moments in the first step; until then something has to stand for them.
+    moments = [torch.empty_like(p) for p in trainer.model.parameters() for _ in _moments(trainer)]
+
+    def fits(size: int) -> bool:
+        return trainer.fits((torch.zeros(size, *shape), torch.zeros(size, dtype=torch.long)))
+
+    size = halve_until(fits, batch_size_for(job, memory))
+    del moments
+    return size
+
+
+def _tried(job: Job) -> tuple[Trainer, StepMemory]:
+    """A trainer of a converted copy of a job's model, and what its steps take."""
+    recipe = job.recipe
+    model = copy.deepcopy(job.model)
+    convert(model, job.plan, recipe.quantization.kinds)
+    teacher = job.model.eval() if is_distilled(job) else None
+    trainer = Trainer(model, recipe, correction_of(recipe), job.device, 1, teacher)
+    images = torch.zeros(2, *job.preprocessing.input_size, device=job.device)
+    with torch.autocast(job.device.type, trainer.dtype, enabled=trainer.amp):
+        return trainer, step_memory(model, images, teacher, len(_moments(trainer)))
+
+
+def _moments(trainer: Trainer) -> tuple[str, ...]:
+    """What the optimizer keeps for each weight: those of Adam and its like, or a momentum."""
+    return ("first", "second") if "betas" in trainer.optimizer.defaults else ("first",)
+
+
+def batch_size_for(job: Job, memory: StepMemory) -> int:
+    """That of the recipe, or what should fit into the memory there is."""
+    wanted = job.recipe.data.batch_size
+    if wanted != "auto":
+        return wanted
+    pictures = len(job.loader("fit").dataset)  # type: ignore[arg-type]
+    return min(largest_batch(memory, free_memory(job.device)), pictures)
+
+
+def correction_of(recipe: Recipe) -> Correction:
+    """What a recipe's method does to gradients."""
+    estimator = named_estimator(recipe.method.name, recipe.method.changes)
+    return Correction(estimator, recipe.method.target)
+
+
+def is_distilled(job: Job) -> bool:
+    """Whether the float model teaches: not where nothing becomes discrete."""
+    return bool(job.plan.layers and job.recipe.training.distill)

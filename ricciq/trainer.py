@@ -1,0 +1,230 @@
+"""One optimizer step after another: forward, backward, correct, step. Nothing touches a file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ricciq.convert import quantized_layers
+from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight, override_forward
+from ricciq.distributed import World
+from ricciq.errors import RecipeError
+from ricciq.flow import Geometry
+from ricciq.history import Codes, Tally
+from ricciq.loading import Batch
+from ricciq.memory import is_out_of_memory
+from ricciq.optimization import loss_function, optimizer_and_schedule
+from ricciq.oscillation import Damping, Freezing
+from ricciq.recipe import Recipe
+
+
+def discrete_weights(model: nn.Module) -> list[DiscreteWeight]:
+    """The weights of a converted model's discrete layers, with their quantizers."""
+    return [
+        DiscreteWeight(name, layer.latent, layer.weight_quantizer)
+        for name, layer in quantized_layers(model).items()
+    ]
+
+
+class Trainer:
+    """Takes batches and changes a converted, calibrated model.
+
+    Args:
+        model: on ``device``; stays usable by itself.
+        recipe: schedule, mixed precision, compilation and seed.
+        correction: what happens to the gradients between backward and step.
+        device: where to compute.
+        batches_per_epoch: of each process.
+        teacher: the float model to distil from, on ``device``.
+        world: the processes that average their gradients.
+
+    Raises:
+        RecipeError: timm knows no such optimizer or schedule, or the model cannot recompute its
+            activations.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        correction: Correction,
+        device: torch.device,
+        batches_per_epoch: int,
+        teacher: nn.Module | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.model, self.device, self.world = model, device, world or World()
+        self.settings, self.correction, self.seed = recipe.training, correction, recipe.seed
+        self.updates_per_epoch = -(-batches_per_epoch // self.settings.grad_accum_steps)
+        self.updates = self.updates_per_epoch * self.settings.epochs
+        self.damping = Damping(self.settings.damping, self.settings.damping_form)
+        self.weights = discrete_weights(model)
+        override_forward(model, correction)
+        self.activations: ActivationCorrection | None = None
+        if correction.on != "weights":
+            self.activations = ActivationCorrection(model, correction.estimator)
+        self.freezing = Freezing(self.weights, self.settings.freezing)
+        self.codes = Codes(self.weights)
+        # Everything with tensors that a step changes, but for the optimizer.
+        self.changing = nn.ModuleDict(
+            {"model": model, "freezing": self.freezing, "codes": self.codes}
+        )
+        self.optimizer, self.schedule = optimizer_and_schedule(
+            model, self.settings, self.updates_per_epoch
+        )
+        on_cuda = device.type == "cuda"
+        self.amp = on_cuda if recipe.amp is None else recipe.amp
+        half = on_cuda and not torch.cuda.is_bf16_supported()
+        self.dtype = torch.float16 if half else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and half)
+        if self.settings.grad_checkpointing:
+            _recompute_activations(model)
+        self.parallel: DistributedDataParallel | None = None
+        if self.world.size > 1:
+            self.parallel = DistributedDataParallel(model)
+        self.eager: nn.Module = self.parallel or model
+        self.forward, self.teacher = self.eager, teacher
+        if on_cuda if recipe.compile is None else recipe.compile:
+            self.forward = cast(nn.Module, torch.compile(self.eager))
+            self.teacher = teacher and cast(nn.Module, torch.compile(teacher))
+        self.averages = list(model.buffers())
+        self.saved_averages = [torch.empty_like(buffer) for buffer in self.averages]
+        self.geometry: dict[str, Geometry] = {}
+
+    def begin_epoch(self) -> None:
+        """Put the model into training; with ``freeze_bn``, its BatchNorms into evaluation."""
+        self.model.train()
+        self.geometry = {}
+        if self.settings.freeze_bn:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    def step(self, batches: Sequence[Batch], tally: Tally, update: int, measure: bool) -> bool:
+        """Forward, backward, correct, damp, step, freeze.
+
+        Args:
+            batches: whose gradients are added up, each weighted by its pictures.
+            tally: what is counted.
+            update: how many optimizer steps were taken before. Whatever a step draws by chance
+                follows from the seed, this number and the process.
+            measure: leave the geometry in `geometry`.
+
+        Returns:
+            Whether the gradients were finite; if not, nothing has changed.
+        """
+        progress = update / self.updates
+        chance = random.Random(f"step {self.seed} {update} {self.world.rank}")
+        torch.manual_seed(chance.getrandbits(63))
+        if self.activations is not None:
+            self.activations.advance(progress)
+        # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
+        self._copy(self.averages, self.saved_averages)
+        watching: AbstractContextManager[dict[nn.Module, float]] = nullcontext({})
+        if measure and self.activations is not None and self.correction.on == "activations":
+            watching = self.activations.measuring()
+        with watching as cosines:
+            seen = self._backward(batches, self.eager if measure else self.forward)
+
+        self.scaler.unscale_(self.optimizer)
+        # One number says whether all gradients are finite; a step with a NaN would ruin the run.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite = bool(nn.utils.get_total_norm(gradients).isfinite())
+        if finite:
+            if measure:
+                self.geometry = self._measured(progress, cosines)
+            self.correction(self.weights, progress)
+            self.damping(self.weights, progress)
+            if self.settings.clip_grad is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+            with self.correction.within_trust(self.weights):
+                self.scaler.step(self.optimizer)
+            self.freezing(progress)
+        else:
+            self._copy(self.saved_averages, self.averages)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.schedule.step_update(update + 1)
+        tally.bad += not finite
+        for loss, logits, targets in seen if finite else ():
+            tally.add(loss, logits, targets)
+        return finite
+
+    def _backward(
+        self, batches: Sequence[Batch], forward: nn.Module
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Add up gradients; loss, logits and targets of each batch."""
+        pictures = sum(len(targets) for _, targets in batches)
+        seen = []
+        for number, (images, targets) in enumerate(batches, start=1):
+            last = number == len(batches)
+            alone = self.parallel is not None and not last
+            with cast(DistributedDataParallel, self.parallel).no_sync() if alone else nullcontext():
+                loss, logits, labels = self._loss(images, targets, forward)
+                share = self.scaler.scale(loss * (len(targets) / pictures))
+                share.backward()  # type: ignore[no-untyped-call]
+            seen.append((loss.detach(), logits, labels))
+        return seen
+
+    def _loss(
+        self, images: Tensor, targets: Tensor, forward: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
+            logits = forward(images).float()
+            with torch.no_grad():
+                taught = None if self.teacher is None else self.teacher(images).float()
+        return loss_function(logits, targets, taught, self.settings), logits.detach(), targets
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether the memory is enough for a batch's gradients; the model stays as it is."""
+        self._copy(self.averages, self.saved_averages)
+        try:
+            self._backward([batch], self.eager)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.optimizer.zero_grad()
+            self._copy(self.saved_averages, self.averages)
+        return True
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+        if source:  # a model without BatchNorm may have no buffer
+            torch._foreach_copy_(target, source)
+
+    def _measured(self, progress: float, cosines: Mapping[nn.Module, float]) -> dict[str, Geometry]:
+        """The geometry of each layer; where only its inputs' gradients turn, how far they do."""
+        geometry = self.correction.measure(self.weights, progress)
+        for name, layer in quantized_layers(self.model).items():
+            quantizer = layer.input_quantizer
+            if name in geometry and quantizer is not None and quantizer in cosines:
+                geometry[name] = geometry[name]._replace(mismatch_cosine=cosines[quantizer])
+        return geometry
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits in evaluation mode."""
+        logits: Tensor = self.model.eval()(images.to(self.device))
+        return logits
+
+
+def _recompute_activations(model: nn.Module) -> None:
+    """By timm's own switch."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise RecipeError(
+            "training.grad_checkpointing = true is nothing this model of timm can do; remove it "
+            "and lower --batch-size"
+        ) from None
