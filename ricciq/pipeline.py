@@ -149,7 +149,7 @@ def train(
         f"kept {len(job.plan.kept)} parts float"
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
-        calibrate(job.model, _first_images(job))
+        calibrate(job.model, _first_images(job, world))
     correction = correction_of(recipe)
     done = finetune(
         job.model,
@@ -195,10 +195,13 @@ def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, wor
     return size
 
 
-def _first_images(job: Job) -> Iterator[Tensor]:
-    """The pictures to calibrate on, of every class alike, one batch in memory at a time."""
+def _first_images(job: Job, world: World) -> Iterator[Tensor]:
+    """The pictures to calibrate on, of every class alike, one batch in memory at a time.
+
+    Every process sees all of them, as many as one with batches as large as theirs together would.
+    """
     settings = job.recipe.data
-    wanted = settings.calibration_batches * settings.known_batch_size
+    wanted = settings.calibration_batches * settings.known_batch_size * world.size
     there = len(job.loader("fit").dataset)  # type: ignore[arg-type]
     for images, _ in job.loader("fit", samples=min(wanted, there)):
         yield images.to(job.device)
