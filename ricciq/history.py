@@ -28,9 +28,14 @@ class Tally:
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor, finite: bool) -> None:
-        """Count a step; one without finite gradients only as bad."""
+        """Count a step; one without finite gradients only as bad.
+
+        Of targets that share a mixed picture among classes, (B, classes), the largest counts.
+        """
         self.bad += not finite
         if finite:
+            if targets.ndim == 2:
+                targets = targets.argmax(1)
             self.loss = self.loss.to(loss.device) + loss.detach() * len(targets)
             self.hits = self.hits.to(loss.device) + (logits.argmax(1) == targets).sum()
             self.images += len(targets)
