@@ -12,6 +12,7 @@ from PIL import Image
 from webdataset import ShardWriter
 
 from ricciq.data import PictureData, open_data
+from ricciq.errors import DataError
 from ricciq.preprocessing import Preprocessing
 
 TINY = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3)
@@ -125,6 +126,7 @@ def as_image_folder(root: Path) -> tuple[str, Path]:
 def as_torch_folder(root: Path) -> tuple[str, Path]:
     """Class folders, read by torchvision."""
     as_folder(root)
+    (root / "val").rename(root / "validation")
     return "torch/image_folder", root
 
 
@@ -160,8 +162,6 @@ def everything(name: str, root: Path | None, **options) -> dict[str, tuple]:
 
 def refusal(name: str, root: Path | None, *words: str) -> str:
     """The DataError that opening or reading a data set ends with: one sentence with these words."""
-    from ricciq.errors import DataError
-
     try:
         everything(name, root)
     except DataError as error:
