@@ -55,17 +55,10 @@ def test_order_and_augmentation_do_not_depend_on_workers(form, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("split", COUNTS)
-def test_a_damaged_picture_names_itself(form, split, tmp_path):
-    """Bytes of one picture become others, wherever they lie."""
+def test_a_damaged_picture_names_itself(form, split, tmp_path, monkeypatch):
+    bad = 1000 * (split == "val") + 101
+    monkeypatch.setattr("forms.png", lambda value: png(value)[: 100 if value == bad else None])
     name, root = FORMS[form](tmp_path)
-    content = png(1000 * (split == "val") + 101)
-    changed = 0
-    for path in tmp_path.rglob("*"):
-        if path.is_file() and (whole := path.read_bytes()).count(content):
-            damaged = content[:40] + b"?" * (len(content) - 40)
-            path.write_bytes(whole.replace(content, damaged))
-            changed += 1
-    assert changed
     row = "9 of split train" if split == "train" else "3 of split validation"
     shown = {"shards": "dog/1.png in", "parquet": f"{row} of data '{name}'"}
     refusal(name, root, "cannot be read", shown.get(form, "1.png"))
