@@ -34,10 +34,11 @@ app = typer.Typer(
 CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DATA = "Folder with train/ and val/, torch/NAME with --data-dir, or digits."
+DATA = "Folder with train/ and val/, torch/, wds/ or hfds/NAME, or digits."
 Data = Annotated[str, typer.Option(help=DATA)]
 MaybeData = Annotated[str | None, typer.Option(help=DATA)]
-DataDir = Annotated[Path | None, typer.Option(help="Root folder of a torch/NAME data set.")]
+DATA_DIR = "Folder of torch/NAME or wds/NAME; cache of hfds/NAME."
+DataDir = Annotated[Path | None, typer.Option(help=DATA_DIR)]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load pictures.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")]
 METHODS = "ricci, ste, ewgs, dsq, ede, lne or project"
@@ -48,6 +49,12 @@ WeightBits = Annotated[str | None, typer.Option(help=f"Weights: {WIDTHS}.")]
 ActBits = Annotated[str | None, typer.Option(help="Activations: 1 to 8, or 32.")]
 RecipeName = Annotated[str | None, typer.Option(help="Shipped recipe's name, or a file.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Float weights to start from.")]
+AutoAugment = Annotated[
+    str | None, typer.Option("--aa", help="timm's policy of augmentation, as rand-m7-mstd0.5.")
+]
+Mixup = Annotated[float | None, typer.Option(help="Alpha of Mixup, which blends pictures.")]
+CutMix = Annotated[float | None, typer.Option("--cutmix", help="Alpha of CutMix, which pastes.")]
+Reprob = Annotated[float | None, typer.Option(help="Probability of erasing a rectangle.")]
 Epochs = Annotated[int | None, typer.Option(help="0 calibrates without training.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int | None, typer.Option(help="Start of everything random.")]
@@ -81,6 +88,10 @@ def quantize(
     recipe: RecipeName = None,
     checkpoint: Checkpoint = None,
     method: Annotated[str | None, typer.Option(help=f"{METHODS}.")] = None,
+    aa: AutoAugment = None,
+    mixup: Mixup = None,
+    cutmix: CutMix = None,
+    reprob: Reprob = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -111,6 +122,10 @@ def quantize(
             "data.dir": data_dir,
             "data.batch_size": batch_size,
             "data.workers": workers,
+            "data.augmentation.auto_augment": aa,
+            "data.augmentation.mixup": mixup,
+            "data.augmentation.cutmix": cutmix,
+            "data.augmentation.reprob": reprob,
             "method.name": method,
             "training.epochs": epochs,
             "training.lr": lr,

@@ -1,4 +1,4 @@
-"""Every form of --data, as loaders: a folder, `digits`, or a torchvision set through timm.
+"""Every form of --data, as loaders: folders, tars, webdataset, Hugging Face, torchvision, `digits`.
 
 Pictures are opened strictly: timm's own folder data set puts another sample in the place of a
 picture it cannot read, which changes accuracies without a word; here such a picture ends the run.
@@ -12,32 +12,24 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from timm.data.dataset_factory import create_dataset
-from timm.data.readers.img_extensions import IMG_EXTENSIONS
-from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader
 
 from ricciq.distributed import World
 from ricciq.errors import DataError, UsageError
+from ricciq.folders import open_folder
+from ricciq.hub import open_hub
 from ricciq.loading import Batch, picture_loader
-from ricciq.pictures import Indices, PictureArrays, PictureFiles, Pictures
+from ricciq.pictures import Indices, Parts, PictureArrays, Pictures
 from ricciq.preprocessing import Augmentation, Preprocessing
+from ricciq.shards import open_shards
+from ricciq.torchsets import open_torch
 
 Split = Literal["fit", "holdout", "val"]
 
 FORMS = (
-    "a folder with train/ and val/ (or validation/), `digits`, "
-    "or torch/NAME with --data-dir, such as torch/fashion_mnist"
+    "a folder with train/ and val/ (or validation/), `digits`, torch/NAME or wds/NAME with "
+    "--data-dir, or hfds/NAME"
 )
-# timm's name of each torchvision set that holds its pictures in memory, and torchvision's.
-TORCH_NAMES = {
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "fashion_mnist": "FashionMNIST",
-    "kmnist": "KMNIST",
-    "mnist": "MNIST",
-}
 HOLDOUT_SHARE = 0.05
 DIGITS_VALIDATION = 360
 
@@ -46,34 +38,43 @@ def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> P
     """Open a data set by the name given to --data.
 
     Args:
-        name: a folder, `digits`, or `torch/NAME`.
-        root: the folder that torchvision's files lie in (--data-dir); used by torch/NAME only.
+        name: a folder, `digits`, `torch/NAME`, `wds/NAME` or `hfds/NAME`.
+        root: --data-dir: the folder of torchvision's files or of webdataset's shards, or the cache
+            of the datasets library; used by these three only.
         holdout: the share of the training pictures to hold out.
 
     Raises:
         DataError: the data set is missing, unreadable or has no proper splits.
-        UsageError: torch/NAME without a root.
+        UsageError: torch/NAME or wds/NAME without a root.
     """
-    data = _open(name, root)
+    try:
+        class_names, train, val = _open(name, root)
+        data = PictureData(name, class_names, train.grey(), train, val)
+    except OSError as error:
+        raise DataError(f"data {name!r} cannot be read ({error}): allow it") from error
     data.hold_out(holdout)
     return data
 
 
-def _open(name: str, root: Path | None) -> PictureData:
+def _open(name: str, root: Path | None) -> Parts:
     form, _, rest = name.partition("/")
     if name == "digits":
         return _open_digits()
-    if form == "torch" and rest:
-        return _open_torch(rest, root)
-    if form in ("wds", "hfds", "hfids", "tfds") and rest:
-        raise DataError(f"data {name!r} is of a form this version does not read: give {FORMS}")
+    if form in ("torch", "wds") and rest:
+        if root is None:
+            raise UsageError(f"data {name!r} needs --data-dir: give the folder its files are in")
+        return open_torch(rest, root) if form == "torch" else open_shards(root)
+    if form == "hfds" and rest:
+        return open_hub(rest, root)
+    if form in ("hfids", "tfds") and rest:
+        raise DataError(
+            f"data {name!r} would come as a stream, which has no order that can be repeated: use "
+            "hfds/NAME, or write it as webdataset shards and use wds/NAME"
+        )
     folder = Path(name)
     if not folder.is_dir():
         raise DataError(f"there is no data set {name!r}: give {FORMS}")
-    try:
-        return _open_folder(folder)
-    except OSError as error:
-        raise DataError(f"data folder {folder} cannot be listed ({error}): allow it") from error
+    return open_folder(folder)
 
 
 class PictureData:
@@ -145,6 +146,8 @@ class PictureData:
     ) -> DataLoader[Batch]:
         """Batches of one split: pictures (B, C, H, W) float32 and targets (B,) int64.
 
+        Where the augmentation mixes pictures, targets are (B, classes) float32 and sum to 1.
+
         A training loader shuffles, drops a last partial batch if there is a full one, and repeats
         itself: what it yields depends on seed and epoch (see `ricciq.loading.set_epoch`), not on
         `workers`.
@@ -179,6 +182,7 @@ class PictureData:
             pictures,
             indices,
             preprocessing,
+            num_classes=self.num_classes,
             batch_size=batch_size,
             workers=workers,
             training=training,
@@ -211,51 +215,7 @@ def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
     return chosen
 
 
-def _open_folder(folder: Path) -> PictureData:
-    train_folder = folder / "train"
-    val_folder = next((p for n in ("val", "validation") if (p := folder / n).is_dir()), None)
-    if not train_folder.is_dir():
-        raise DataError(f"data folder {folder} has no train/ in it: give {FORMS}")
-    if val_folder is None:
-        raise DataError(
-            f"data folder {folder} has neither val/ nor validation/ in it: put pictures that are "
-            "not in train/ there, one folder a class"
-        )
-    class_names, train = _read_split(train_folder)
-    val_names, val = _read_split(val_folder)
-    if odd := sorted(set(class_names) ^ set(val_names), key=natural_key):
-        shown = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
-        raise DataError(
-            f"{train_folder} and {val_folder} do not hold the same classes ({shown} in one only): "
-            "give both the same class folders"
-        )
-    return PictureData(str(folder), class_names, train.grey(), train, val)
-
-
-def _read_split(folder: Path) -> tuple[list[str], PictureFiles]:
-    """The class names of a folder, in timm's order, and its pictures, nested folders included."""
-    visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    class_names = sorted((entry.name for entry in visible if entry.is_dir()), key=natural_key)
-    if not class_names:
-        raise DataError(f"{folder} has no class folders in it: put the pictures in one a class")
-    for entry in visible:
-        if entry.suffix.lower() in IMG_EXTENSIONS and entry.is_file():
-            raise DataError(f"picture {entry} lies beside the class folders: move it into one")
-    paths: list[str] = []
-    targets: list[int] = []
-    for target, class_name in enumerate(class_names):
-        found, _ = find_images_and_targets(str(folder / class_name), types=IMG_EXTENSIONS)
-        if not found:
-            raise DataError(
-                f"class folder {folder / class_name} holds no pictures "
-                f"({', '.join(IMG_EXTENSIONS)}): fill or remove it"
-            )
-        paths += [path for path, _ in found]
-        targets += [target] * len(found)
-    return class_names, PictureFiles(paths, targets)
-
-
-def _open_digits() -> PictureData:
+def _open_digits() -> Parts:
     """scikit-learn's 1,797 scanned digits of 8x8 pixels, 360 of them for validation."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -269,35 +229,8 @@ def _open_digits() -> PictureData:
         stratify=digits.target,
         random_state=0,
     )
-    return PictureData(
-        "digits",
+    return Parts(
         [str(name) for name in digits.target_names],
-        True,
         PictureArrays(pixels[train], digits.target[train]),
         PictureArrays(pixels[val], digits.target[val]),
     )
-
-
-def _open_torch(name: str, root: Path | None) -> PictureData:
-    if name not in TORCH_NAMES:
-        raise DataError(
-            f"there is no data set 'torch/{name}': give one of "
-            + ", ".join(f"torch/{known}" for known in TORCH_NAMES)
-        )
-    if root is None:
-        raise UsageError(f"data 'torch/{name}' needs --data-dir: give the folder its files are in")
-    try:
-        train, val = (
-            create_dataset(f"torch/{name}", root=str(root), split=split, download=False)
-            for split in ("train", "validation")
-        )
-    except Exception as error:  # torchvision raises whatever its parsers meet
-        raise DataError(
-            f"torch/{name} is missing or damaged in {root}: point --data-dir at a folder that "
-            f"torchvision.datasets.{TORCH_NAMES[name]}(folder, download=True) has filled"
-        ) from error
-    pixels = [np.asarray(part.data) for part in (train, val)]
-    if grey := pixels[0].ndim == 3:
-        pixels = [part[..., None] for part in pixels]
-    parts = PictureArrays(pixels[0], train.targets), PictureArrays(pixels[1], val.targets)
-    return PictureData(f"torch/{name}", train.classes, grey, *parts)

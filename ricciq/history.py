@@ -52,7 +52,12 @@ class Tally:
         return Tally(loss, hits, images, self.bad, self.seconds)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch of a step with finite gradients."""
+        """Count a batch of a step with finite gradients.
+
+        Of targets that share a mixed picture among classes, (B, classes), the largest counts.
+        """
+        if targets.ndim == 2:
+            targets = targets.argmax(1)
         self.loss = self.loss.to(loss.device) + loss * len(targets)
         self.hits = self.hits.to(loss.device) + (logits.argmax(1) == targets).sum()
         self.images += len(targets)

@@ -6,10 +6,11 @@ import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from timm.data.mixup import Mixup, one_hot
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import normalize
@@ -19,6 +20,9 @@ from ricciq.errors import DataError, UsageError
 from ricciq.pictures import Indices, PictureArrays, Pictures
 from ricciq.preprocessing import Augmentation, Preprocessing
 
+if TYPE_CHECKING:
+    from ricciq.preprocessing import Transform
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -27,6 +31,7 @@ def picture_loader(
     indices: Indices,
     preprocessing: Preprocessing,
     *,
+    num_classes: int,
     batch_size: int,
     workers: int,
     training: bool,
@@ -44,8 +49,10 @@ def picture_loader(
         )
     if not training:
         indices = indices[world.rank :: world.size]
-    vary = augmentation.transform(preprocessing) if training and augmentation else None
-    samples = _Samples(pictures, indices, preprocessing, vary, seed)
+    vary = mix = None
+    if training and augmentation:
+        vary, mix = augmentation.transform(preprocessing), augmentation.mixing(num_classes)
+    samples = _Samples(pictures, indices, preprocessing, vary, mix, seed)
     return _PictureLoader(
         samples,
         batch_size=batch_size,
@@ -83,13 +90,15 @@ class _Samples(Dataset[Batch]):
         pictures: Pictures,
         indices: Indices,
         preprocessing: Preprocessing,
-        vary: Any,
+        vary: Transform | None,
+        mix: Mixup | None,
         seed: int,
     ) -> None:
         self.pictures = pictures
         self.indices = indices
         self.preprocessing = preprocessing
         self.vary = vary
+        self.mix = mix
         self.evaluate = preprocessing.evaluation_transform()
         self.seed = seed
         self.epoch = 0
@@ -102,14 +111,21 @@ class _Samples(Dataset[Batch]):
         chosen = self.indices[positions]
         targets = torch.from_numpy(self.pictures.targets[chosen])
         try:
-            return self._images(chosen), targets
+            images = self._images(chosen)
         except DataError as error:
             return error
+        if self.mix is None:
+            return images, targets
+        with _random_state_kept():
+            # Of the batch's own, as a picture's augmentation is of its own.
+            random.seed(f"mixing {self.seed} {self.epoch} {chosen.tolist()}")
+            np.random.seed(random.getrandbits(32))
+            return _mixed(self.mix, images, targets)
 
     def _images(self, chosen: Indices) -> Tensor:
         if self.vary is not None:
             with _random_state_kept():
-                return torch.stack([self._varied(int(index)) for index in chosen])
+                return torch.stack([self._varied(self.vary, int(index)) for index in chosen])
         if isinstance(self.pictures, PictureArrays) and self.pictures.fits(self.preprocessing):
             # The arithmetic of the transform, on the whole batch: a hundred times faster.
             pixels = torch.from_numpy(self.pictures.pixels[chosen]).permute(0, 3, 1, 2)
@@ -120,14 +136,13 @@ class _Samples(Dataset[Batch]):
         mode = self.preprocessing.mode
         return torch.stack([self.evaluate(self.pictures.open(int(i), mode)) for i in chosen])
 
-    def _varied(self, index: int) -> Tensor:
+    def _varied(self, vary: Transform, index: int) -> Tensor:
         # Of a picture's own, so that neither its batch nor its worker matters. timm's transforms
         # draw from all three generators.
         random.seed(f"augmentation {self.seed} {self.epoch} {index}")
         np.random.seed(random.getrandbits(32))
         torch.default_generator.manual_seed(random.getrandbits(63))
-        varied: Tensor = self.vary(self.pictures.open(index, self.preprocessing.mode))
-        return varied
+        return vary(self.pictures.open(index, self.preprocessing.mode))
 
 
 class _EpochSampler(Sampler[int]):
@@ -172,6 +187,19 @@ class _PictureLoader(DataLoader[Batch]):
 def _leave_stopping_to_the_parent(worker: int) -> None:  # noqa: ARG001
     """Ctrl-C reaches every process of a terminal; the parent finishes its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _mixed(mix: Mixup, images: Tensor, targets: Tensor) -> Batch:
+    """Pictures blended with their counterparts from the batch's other end, and the classes' shares.
+
+    timm takes even batches only. Of an odd one the last picture stays as it is, as the middle one,
+    which is its own counterpart, would.
+    """
+    even = len(targets) // 2 * 2
+    shares: Tensor = one_hot(targets, mix.num_classes)  # type: ignore[no-untyped-call]
+    if even:
+        images[:even], shares[:even] = mix(images[:even], targets[:even])
+    return images, shares
 
 
 def _as_is(batch: Any) -> Any:

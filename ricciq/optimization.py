@@ -21,7 +21,7 @@ def loss_function(
 
     Args:
         logits: (B, classes) of the model under training.
-        targets: (B,) class numbers.
+        targets: (B,) class numbers, or (B, classes) shares of mixed pictures.
         teacher_logits: (B, classes) of the float model, or None without distillation.
         settings: ``distill`` is the teacher's share, ``temperature`` softens both sides.
 

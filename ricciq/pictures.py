@@ -1,21 +1,28 @@
-"""Labelled pictures that can be opened one by one: files, opened strictly, or arrays in memory."""
+"""Labelled pictures that can be opened one by one: encoded ones, strictly, or arrays in memory."""
 
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from timm.utils.misc import natural_key
 
 from ricciq.errors import DataError
 from ricciq.preprocessing import Preprocessing
 
 Indices = npt.NDArray[np.int64]
 GREY_PROBES = 32
+
+
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """A key to sort as timm does, 9 before 10; the name itself parts what that leaves equal."""
+    return natural_key(name), name  # type: ignore[no-untyped-call]
 
 
 class Pictures(Protocol):
@@ -26,26 +33,49 @@ class Pictures(Protocol):
     def open(self, index: int, mode: str) -> Image.Image:
         """The picture of an index in PIL mode "L" or "RGB"."""
 
+    def grey(self) -> bool:
+        """Whether the pictures have one channel."""
 
-class PictureFiles:
-    """Pictures in files.
+
+class Parts(NamedTuple):
+    """What a form of --data holds.
 
     Attributes:
-        paths: one file a picture.
+        class_names: one name a class, in the order of the targets.
+        train: the training pictures.
+        val: the validation pictures.
+    """
+
+    class_names: list[str]
+    train: Pictures
+    val: Pictures
+
+
+class EncodedPictures(ABC):
+    """Pictures that are decoded when they are asked for; a subclass knows where they lie.
+
+    Attributes:
         targets: (N,) class indices.
     """
 
-    def __init__(self, paths: Sequence[str], targets: Sequence[int]) -> None:
-        self.paths = paths
+    def __init__(self, targets: Sequence[int] | Indices) -> None:
         self.targets: Indices = np.asarray(targets, dtype=np.int64)
 
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call a picture in a message."""
+
+    @abstractmethod
+    def source(self, index: int) -> str | BinaryIO:
+        """The file of a picture, or its content."""
+
     def open(self, index: int, mode: str) -> Image.Image:
-        """Decode the file of an index in full.
+        """Decode the picture of an index in full.
 
         Raises:
-            DataError: the file is missing, damaged, or so large that PIL suspects an attack.
+            DataError: it is missing, damaged, or so large that PIL suspects an attack.
         """
-        with _opened(self.paths[index]) as picture:
+        with self._opened(index) as picture:
             if picture.mode.startswith("I"):
                 # PIL would clip 16-bit grey at 255, which turns most of it white.
                 high = np.clip(np.asarray(picture), 0, 65535) >> 8
@@ -53,13 +83,49 @@ class PictureFiles:
             return picture.convert(mode)
 
     def grey(self) -> bool:
-        """Whether an evenly spaced sample of the files holds grey pictures only."""
-        count = len(self.paths)
+        """Whether an evenly spaced sample of the pictures is grey throughout."""
+        count = len(self.targets)
         for index in set(np.linspace(0, count - 1, GREY_PROBES).astype(int)):
-            with _opened(self.paths[index]) as picture:
+            with self._opened(int(index)) as picture:
                 if picture.getbands()[0] not in {"1", "L", "I", "F"}:
                     return False
         return True
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Image.Image]:
+        """An open picture; whatever goes wrong with it is a DataError that names it."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(self.source(index)) as picture:
+                    yield picture
+        except Exception as error:  # decoders raise nearly anything on damaged files
+            reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):  # its own words show a BytesIO's address
+                reason = "no kind of picture that is known"
+            raise DataError(
+                f"picture {self.name(index)} cannot be read ({reason}): repair or remove it"
+            ) from error
+
+
+class PictureFiles(EncodedPictures):
+    """Pictures in files.
+
+    Attributes:
+        paths: one file a picture.
+    """
+
+    def __init__(self, paths: Sequence[str], targets: Sequence[int]) -> None:
+        super().__init__(targets)
+        self.paths = paths
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return self.paths[index]
+
+    def source(self, index: int) -> str:
+        """The path."""
+        return self.paths[index]
 
 
 class PictureArrays:
@@ -70,7 +136,7 @@ class PictureArrays:
         targets: (N,) class indices.
     """
 
-    def __init__(self, pixels: npt.NDArray[np.uint8], targets: Sequence[int]) -> None:
+    def __init__(self, pixels: npt.NDArray[np.uint8], targets: Sequence[int] | Indices) -> None:
         self.pixels = pixels
         self.targets: Indices = np.asarray(targets, dtype=np.int64)
 
@@ -79,20 +145,11 @@ class PictureArrays:
         pixels = self.pixels[index]
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert(mode)
 
+    def grey(self) -> bool:
+        """Whether the pictures have one channel."""
+        return bool(self.pixels.shape[-1] == 1)
+
     def fits(self, preprocessing: Preprocessing) -> bool:
         """Whether evaluation leaves the pixels as they are, but for the normalization."""
         channels, height, width = preprocessing.input_size
         return self.pixels.shape[1:] == (height, width, channels) and preprocessing.crop_pct == 1.0
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """An open picture; whatever goes wrong with it is a DataError that names the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                yield picture
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
-        raise DataError(f"picture {path} cannot be read ({reason}): repair or remove it") from error

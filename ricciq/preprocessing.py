@@ -13,6 +13,7 @@ from ricciq.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from timm.data.mixup import Mixup
     from torch import Tensor
 
     Transform = Callable[[Image.Image], Tensor]
@@ -118,7 +119,8 @@ class Augmentation:
 
     Attributes:
         no_aug: True turns all of this off, False on; None turns it on for inputs of more than 64
-            pixels, and for any input with a `pad_crop`.
+            pixels, and for any input with a `pad_crop`, an `auto_augment` or a `reprob`. Mixing is
+            off with True only.
         scale: share of the area that the random resized crop keeps, (least, most).
         ratio: aspect ratio of that crop, (least, most).
         hflip: probability of a left-right flip.
@@ -127,6 +129,10 @@ class Augmentation:
         reprob: probability of erasing a random rectangle.
         pad_crop: pad with this many black pixels and crop at random, instead of the random
             resized crop; 4 is usual for CIFAR-10, 2 for Fashion-MNIST.
+        mixup: alpha of Mixup (arXiv 1710.09412): how evenly two pictures are blended; 0 is off.
+        cutmix: alpha of CutMix (arXiv 1905.04899), which pastes a part of one picture; 0 is off.
+        mixup_prob: probability that a batch is mixed.
+        mixup_switch_prob: probability of CutMix where both are on.
     """
 
     no_aug: bool | None = None
@@ -137,6 +143,25 @@ class Augmentation:
     auto_augment: str | None = None
     reprob: _Share = 0.0
     pad_crop: Annotated[int, Field(ge=0)] = 0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mixup_prob: _Share = 1.0
+    mixup_switch_prob: _Share = 0.5
+
+    def mixing(self, num_classes: int) -> Mixup | None:
+        """timm's Mixup and CutMix of whole batches, or None where neither is asked for."""
+        from timm.data.mixup import Mixup
+
+        if self.no_aug or not (self.mixup or self.cutmix):
+            return None
+        return Mixup(  # type: ignore[no-untyped-call]
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            prob=self.mixup_prob,
+            switch_prob=self.mixup_switch_prob,
+            label_smoothing=0.0,  # the loss smooths
+            num_classes=num_classes,
+        )
 
     def transform(self, preprocessing: Preprocessing) -> Transform | None:
         """timm's random training transform, or None where nothing varies.
@@ -148,7 +173,8 @@ class Augmentation:
         from torchvision import transforms
 
         height, width = size = preprocessing.input_size[1:]
-        small = max(size) <= SMALL_INPUT and not self.pad_crop
+        asked_for = self.pad_crop or self.auto_augment or self.reprob
+        small = max(size) <= SMALL_INPUT and not asked_for
         if small if self.no_aug is None else self.no_aug:
             return None
         # Behind a padded crop, timm's crop is left to take the whole picture.

@@ -235,6 +235,14 @@ def test_flags_go_before_the_recipe_and_the_recipe_before_the_defaults(
     assert recipe["quantization"]["edge_bits"] == 8
 
 
+def test_flags_of_augmentation_have_the_names_of_timm(ricciq: Callable[..., Answer]) -> None:
+    flags = ["--aa", "rand-m7", "--mixup", "0.2", "--cutmix", "1", "--reprob", "0.3"]
+    answer = ricciq(*QUANTIZE, *flags, "--dry-run", "--json")
+    found = json.loads(answer.out)["recipe"]["data"]["augmentation"]
+    assert (found["auto_augment"], found["mixup"], found["cutmix"]) == ("rand-m7", 0.2, 1.0)
+    assert (found["reprob"], found["pad_crop"]) == (0.3, 0)
+
+
 def test_help_and_the_module_do_not_import_torch() -> None:
     code = (
         "import sys\n"

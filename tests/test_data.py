@@ -103,11 +103,11 @@ def test_an_unknown_name_lists_the_forms(name, tmp_path, monkeypatch):
     one_sentence(error, repr(name), "train/", "digits", "torch/NAME")
 
 
-@pytest.mark.parametrize("name", ["wds/imagenet", "hfds/mnist", "tfds/mnist"])
-def test_a_form_of_a_later_version_is_refused(name):
+@pytest.mark.parametrize("name", ["tfds/mnist", "hfids/mnist"])
+def test_a_form_that_is_a_stream_is_refused(name):
     with pytest.raises(DataError) as error:
         open_data(name, None)
-    one_sentence(error, name, "does not read", "torch/NAME")
+    one_sentence(error, name, "hfds/NAME", "wds/NAME")
 
 
 def test_a_folder_without_train_is_refused(folder):
@@ -524,6 +524,8 @@ def is_varied(data, preprocessing, augmentation):
         (Augmentation(no_aug=False), 16, True),
         (Augmentation(pad_crop=2), 16, True),
         (Augmentation(no_aug=True, pad_crop=2), 16, False),
+        (Augmentation(reprob=1.0), 16, True),
+        (Augmentation(auto_augment="rand-m9-n3"), 16, True),
     ],
 )
 def test_when_pictures_are_varied(folder, augmentation, size, varied):
@@ -618,8 +620,95 @@ def test_a_colour_torch_set(tmp_path, monkeypatch):
         data = np.zeros((6, 32, 32, 3), np.uint8)
         targets = (0, 1, 0, 1, 0, 1)
 
-    monkeypatch.setattr("ricciq.data.create_dataset", lambda *_, **__: Colour())
+    monkeypatch.setattr("ricciq.torchsets.create_dataset", lambda *_, **__: Colour())
     data = open_data("torch/cifar10", tmp_path)
     assert (data.channels, data.class_names) == (3, ["a", "b"])
     plain = Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
     assert drain(batches(data, "val", plain))[0].shape == (6, 3, 32, 32)
+
+
+class Files:
+    """What torchvision has of a set whose pictures are in files."""
+
+    def __init__(self, root, split):
+        self.root = root
+        self.classes = [("tench", "Tinca tinca"), ("crane",)]
+        self.wnids = ["n01", "n02"]
+        self.imgs = [(str(root / split / f"{i}.png"), i % 2) for i in range(4)]
+        self.targets = [target for _, target in self.imgs]
+
+
+def test_torch_sets_in_files_are_opened_strictly(tmp_path, monkeypatch):
+    for split in ("train", "validation"):
+        for i in range(4):
+            write_picture(tmp_path / split / f"{i}.png", i)
+
+    def create(name, root, split, download):
+        assert (name, download) == ("torch/imagenet", False)
+        return Files(Path(root), split)
+
+    monkeypatch.setattr("ricciq.torchsets.create_dataset", create)
+    data = open_data("torch/imagenet", tmp_path)
+    assert data.class_names == ["n01", "n02"]  # "crane" is the name of two classes
+    assert drain(batches(data, "val"))[1].tolist() == [0, 1, 0, 1]
+    scribble(tmp_path / "validation" / "2.png")
+    with pytest.raises(DataError) as error:
+        drain(batches(data, "val"))
+    one_sentence(error, str(tmp_path / "validation" / "2.png"))
+
+
+def test_places365(tmp_path, monkeypatch):
+    """The lists of torchvision's own files, which it checks by their sums."""
+    monkeypatch.setattr("torchvision.datasets.places365.check_integrity", lambda *_, **__: True)
+    (tmp_path / "categories_places365.txt").write_text("/a/abbey 0\n/a/alley 1\n")
+    lists = {
+        "places365_train_standard.txt": "data_large_standard",
+        "places365_val.txt": "val_large",
+    }
+    for number, (name, folder) in enumerate(lists.items()):
+        lines = [f"{i}.png {i % 2}" for i in range(4)]
+        (tmp_path / name).write_text("\n".join(lines))
+        for i in range(4):
+            write_picture(tmp_path / folder / f"{i}.png", 10 * number + i)
+    data = open_data("torch/places365", tmp_path)
+    assert data.class_names == ["/a/abbey", "/a/alley"]
+    assert drain(batches(data, "val"))[1].tolist() == [0, 1, 0, 1]
+
+
+def test_qmnist_labels_are_the_first_of_eight(tmp_path):
+    raw = tmp_path / "QMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "test"):
+        pixels = np.arange(4 * 28 * 28, dtype=np.uint8)
+        sizes = np.array([0x0803, 4, 28, 28], ">i4").tobytes()
+        (raw / f"qmnist-{split}-images-idx3-ubyte").write_bytes(sizes + pixels.tobytes())
+        labels = np.array([[i % 2, *range(7)] for i in range(4)], ">i4")
+        sizes = np.array([0x0C02, 4, 8], ">i4").tobytes()
+        (raw / f"qmnist-{split}-labels-idx2-int").write_bytes(sizes + labels.tobytes())
+    data = open_data("torch/qmnist", tmp_path)
+    assert (data.num_classes, data.channels) == (10, 1)
+    assert drain(batches(data, "val", GREY))[1].tolist() == [0, 1, 0, 1]
+
+
+def test_an_image_folder_of_torch_needs_both_splits(tmp_path):
+    # timm would take the root for both, and so train on what it evaluates.
+    write_picture(tmp_path / "cat" / "0.png")
+    write_picture(tmp_path / "cat" / "1.png")
+    with pytest.raises(DataError) as error:
+        open_data("torch/image_folder", tmp_path)
+    one_sentence(error, "train/ and validation/", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["inaturalist", "inat"])
+def test_a_set_with_many_labels_a_picture_is_refused(tmp_path, name):
+    with pytest.raises(DataError) as error:
+        open_data(f"torch/{name}", tmp_path)
+    one_sentence(error, f"torch/{name}", "seven ranks", "as a folder")
+
+
+@pytest.mark.parametrize("name", ["imagenet", "image_folder"])
+def test_a_set_that_torchvision_cannot_fetch_does_not_offer_it(tmp_path, name):
+    with pytest.raises(DataError) as error:
+        open_data(f"torch/{name}", tmp_path / "nowhere")
+    one_sentence(error, f"torch/{name}", "missing or damaged")
+    assert "download" not in str(error.value)

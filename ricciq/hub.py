@@ -1,0 +1,101 @@
+"""The form hfds/NAME: a Hugging Face data set, of the hub or in a folder, through its library."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ricciq.errors import DataError
+from ricciq.pictures import EncodedPictures, Indices, Parts
+
+VALIDATION_NAMES = ("validation", "val", "valid", "test")
+
+
+class HubPictures(EncodedPictures):
+    """The pictures in a column of a Hugging Face data set, which lies in memory-mapped files."""
+
+    def __init__(self, rows: Any, column: str, where: str, targets: Indices) -> None:
+        super().__init__(targets)
+        self._rows, self._column, self._where = rows, column, where
+
+    def name(self, index: int) -> str:
+        """The row, the split and the data set, and the file that the row names, if it does."""
+        path = (self._rows[index][self._column] or {}).get("path")
+        return f"{index} of {self._where}" + (f" ({path})" if path else "")
+
+    def source(self, index: int) -> str | BinaryIO:
+        """The content of a row, or the file that it names."""
+        cell = self._rows[index][self._column]
+        if cell is None or not (cell["bytes"] or cell["path"]):
+            raise ValueError("the row is empty")
+        return BytesIO(cell["bytes"]) if cell["bytes"] else str(cell["path"])
+
+
+def open_hub(name: str, cache: Path | None) -> Parts:
+    """The class names and both parts of a Hugging Face data set.
+
+    Args:
+        name: of the hub, or a folder, as datasets.load_dataset takes it.
+        cache: where the library keeps its files; None is its own place.
+
+    Raises:
+        DataError: the library or the data set is missing, or there is not one picture and one
+            label a row.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"data 'hfds/{name}' needs the datasets library: pip install 'ricciq[hf]'"
+        ) from None
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise DataError(f"there is no folder {name} for data 'hfds/{name}': correct it")
+    try:
+        splits = datasets.load_dataset(name, cache_dir=None if cache is None else str(cache))
+    except Exception as error:  # the library raises whatever its parsers and the network do
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(". ")
+        raise DataError(
+            f"data 'hfds/{name}' cannot be loaded ({reason}): correct the name, connect to the "
+            "network, or give the folder of a copy as in hfds/./pets"
+        ) from error
+    chosen = next((split for split in VALIDATION_NAMES if split in splits), None)
+    if "train" not in splits or chosen is None:
+        raise DataError(
+            f"data 'hfds/{name}' has the splits {', '.join(splits)}: it needs train, and one of "
+            f"{', '.join(VALIDATION_NAMES)}"
+        )
+    # All splits have the same features: the library sees to it.
+    names, train = _part(splits["train"], f"split train of data 'hfds/{name}'")
+    _, val = _part(splits[chosen], f"split {chosen} of data 'hfds/{name}'")
+    return Parts(names, train, val)
+
+
+def _part(rows: Any, where: str) -> tuple[list[str], HubPictures]:
+    """The class names and the pictures of a split; labels are read without decoding pictures."""
+    from datasets import ClassLabel, Image
+
+    columns = [
+        [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+        for kind in (Image, ClassLabel)
+    ]
+    if any(len(found) != 1 for found in columns):
+        listed = ", ".join(f"{name} ({type(f).__name__})" for name, f in rows.features.items())
+        raise DataError(
+            f"{where} has the columns {listed}: it needs one Image and one ClassLabel, so remove "
+            "or cast the others"
+        )
+    (picture,), (label,) = columns
+    names = list(rows.features[label].names)
+    labels = rows.select_columns([label]).with_format("arrow")[:][label]
+    targets = np.asarray(labels.fill_null(-1).to_numpy(), dtype=np.int64)
+    if (unlabelled := np.flatnonzero((targets < 0) | (targets >= len(names)))).size:
+        row = int(unlabelled[0])
+        raise DataError(
+            f"row {row} of {where} has the label {targets[row]}, and the classes are 0 to "
+            f"{len(names) - 1}: remove the row, or the split if it has no labels"
+        )
+    encoded = rows.select_columns([picture]).cast_column(picture, Image(decode=False))
+    return names, HubPictures(encoded, picture, where, targets)

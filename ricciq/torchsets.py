@@ -1,0 +1,76 @@
+"""The form torch/NAME: torchvision's data sets, as timm names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.data.dataset_factory import create_dataset
+
+from ricciq.errors import DataError
+from ricciq.pictures import Parts, PictureArrays, PictureFiles, Pictures
+
+# timm's names and torchvision's. The first kind keeps its pictures in memory, the second in files.
+IN_MEMORY = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashion_mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "mnist": "MNIST",
+    "qmnist": "QMNIST",
+}
+IN_FILES = {"image_folder": "ImageFolder", "imagenet": "ImageNet", "places365": "Places365"}
+NAMES = IN_MEMORY | IN_FILES
+
+
+def open_torch(name: str, root: Path) -> Parts:
+    """The class names and both parts of a torchvision data set; nothing is downloaded.
+
+    Raises:
+        DataError: timm knows no such set, or its files are missing or damaged.
+    """
+    if name in ("inat", "inaturalist"):
+        raise DataError(
+            f"data 'torch/{name}' has a label on each of seven ranks, not one: lay the pictures "
+            "out as a folder with train/ and val/, one folder a class"
+        )
+    if name not in NAMES:
+        raise DataError(
+            f"there is no data set 'torch/{name}': give one of "
+            + ", ".join(f"torch/{known}" for known in NAMES)
+        )
+    try:
+        train, val = (
+            create_dataset(f"torch/{name}", root=str(root), split=split, download=False)
+            for split in ("train", "validation")
+        )
+    except Exception as error:  # torchvision raises whatever its parsers meet
+        download = "" if name in ("image_folder", "imagenet") else ", download=True"
+        raise DataError(
+            f"torch/{name} is missing or damaged in {root}: point --data-dir at a folder that "
+            f"torchvision.datasets.{NAMES[name]}(folder{download}) has filled"
+        ) from error
+    if name in IN_MEMORY:
+        return Parts(list(train.classes), _arrays(train), _arrays(val))
+    # timm takes the root itself for a split that is not there.
+    if (name == "image_folder" and train.root == val.root) or train.classes != val.classes:
+        raise DataError(
+            f"torch/{name} needs train/ and validation/ in {root} with the same classes in both: "
+            "point --data-dir there"
+        )
+    # ImageNet's classes are tuples of synonyms, some in two classes; its folders name each once.
+    names = getattr(train, "wnids", train.classes)
+    return Parts(list(names), _files(train), _files(val))
+
+
+def _arrays(part: Any) -> Pictures:
+    pixels, targets = np.asarray(part.data), np.asarray(part.targets)
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    # QMNIST adds to the label where the digit comes from.
+    return PictureArrays(pixels, targets if targets.ndim == 1 else targets[:, 0])
+
+
+def _files(part: Any) -> Pictures:
+    return PictureFiles([path for path, _ in part.imgs], part.targets)
