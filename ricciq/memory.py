@@ -40,12 +40,23 @@ def step_memory(
 ) -> StepMemory:
     """Count what a forward pass in training keeps, by running it.
 
+    What does not depend on the pictures, such as the discrete weights, counts as fixed.
+
     Args:
         model: a converted model; its BatchNorm averages take the pictures in.
-        images: (B, C, H, W) of two or more pictures on the model's device.
+        images: (B, C, H, W) of an even number of pictures on the model's device.
         teacher: the float model, if there is one.
         moments: tensors of its size that the optimizer keeps for a weight.
     """
+    half = len(images) // 2
+    whole, part = _kept(model, images), _kept(model, images[:half].clone())
+    per_picture = (whole - part) // half
+    fixed = _weight_bytes(model) * (2 + moments) + whole - per_picture * len(images)
+    return StepMemory(fixed + (0 if teacher is None else _weight_bytes(teacher)), per_picture)
+
+
+def _kept(model: nn.Module, images: Tensor) -> int:
+    """Bytes that a forward pass in training keeps beside the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -58,11 +69,7 @@ def step_memory(
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         answer = model.train()(images)  # alive until the counting is done, and with it what it kept
     del answer
-    size = _weight_bytes(model)
-    taught = (
-        0 if teacher is None else sum(p.numel() * p.element_size() for p in teacher.parameters())
-    )
-    return StepMemory(size * (2 + moments) + taught, sum(kept.values()) // len(images))
+    return sum(kept.values())
 
 
 def _weight_bytes(model: nn.Module) -> int:

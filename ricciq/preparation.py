@@ -197,7 +197,7 @@ def _tried(job: Job) -> tuple[Trainer, StepMemory]:
     convert(model, job.plan, recipe.quantization.kinds)
     teacher = job.model.eval() if is_distilled(job) else None
     trainer = Trainer(model, recipe, correction_of(recipe), job.device, 1, teacher)
-    images = torch.zeros(2, *job.preprocessing.input_size, device=job.device)
+    images = torch.zeros(4, *job.preprocessing.input_size, device=job.device)
     with torch.autocast(job.device.type, trainer.dtype, enabled=trainer.amp):
         return trainer, step_memory(model, images, teacher, len(_moments(trainer)))
 

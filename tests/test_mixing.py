@@ -148,7 +148,7 @@ def test_accuracy_counts_the_larger_share():
     tally = Tally()
     shares = torch.tensor([[0.7, 0.3], [0.4, 0.6], [1.0, 0.0]])
     logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    tally.add(torch.tensor(1.0), logits, shares, finite=True)
+    tally.add(torch.tensor(1.0), logits, shares)
     assert tally.means == (1.0, pytest.approx(200 / 3))
     assert tally.images == 3
 

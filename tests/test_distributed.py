@@ -1,0 +1,124 @@
+"""Two processes that train together do what one does with batches twice as large."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ricciq.data import open_data
+from ricciq.distributed import World, joined, local_device
+from ricciq.errors import UsageError
+from ricciq.loading import set_epoch
+from ricciq.preprocessing import Preprocessing
+from ricciq.runfolder import read_csv
+
+# Low rates keep the two from drifting apart: a code that falls to the other side of a threshold for
+# a last bit changes what follows.
+RECIPE = """
+model: {{name: digits_resnet8}}
+data: {{name: digits, batch_size: {batch_size}}}
+quantization: {{weight_bits: 2, act_bits: 2}}
+training: {{epochs: 2, lr: 0.0001, freeze_bn: true, grad_accum_steps: {accumulated}}}
+"""
+TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ricciq"]
+ALONE = [sys.executable, "-m", "ricciq"]
+
+
+def train(folder: Path, launcher: list[str], batch_size: int, accumulated: int = 1) -> Path:
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(
+        RECIPE.format(batch_size=batch_size, accumulated=accumulated)
+    )
+    arguments = ["--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "run")]
+    done = subprocess.run(
+        [*launcher, "quantize", "digits_resnet8", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, "the first process alone speaks"
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("alone") / "one", ALONE, batch_size=40)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "batch_size", "accumulated"),
+    [(TOGETHER, 20, 1), (ALONE, 20, 2), (TOGETHER, 10, 2)],
+    ids=["two processes", "two batches a step", "both"],
+)
+def test_a_batch_in_parts_gives_the_losses_of_the_whole(
+    alone, tmp_path, launcher, batch_size, accumulated
+):
+    parted = train(tmp_path / "parted", launcher, batch_size, accumulated)
+    rows, expected = (read_csv(folder / "summary.csv") for folder in (parted, alone))
+    assert len(rows) == 2
+    for row, same in zip(rows, expected, strict=True):
+        for name in ("train_loss", "holdout_loss"):
+            assert float(row[name]) == pytest.approx(float(same[name]), rel=1e-4)
+        assert float(row["lr"]) == float(same["lr"])
+
+
+def batches(world: World, epoch: int = 0, skip: int = 0) -> list[torch.Tensor]:
+    loader = open_data("digits", None).loader(
+        "fit",
+        Preprocessing((1, 8, 8), (0.5,), (0.5,)),
+        batch_size=30,
+        workers=0,
+        training=True,
+        world=world,
+    )
+    set_epoch(loader, epoch, skip)
+    return [images for images, _ in loader]
+
+
+def test_processes_share_each_step_of_one():
+    shares = [batches(World(rank, 3), epoch=1) for rank in range(3)]
+    whole = torch.cat(batches(World(), epoch=1))
+    together = [torch.cat(step) for step in zip(*shares, strict=True)]
+    assert torch.equal(torch.cat(together), whole[: len(together) * 90])
+    assert all(
+        torch.equal(a, b) for a, b in zip(batches(World(1, 3), 1, 2), shares[1][2:], strict=True)
+    )
+
+
+def test_too_few_pictures_for_all_processes_are_refused():
+    with pytest.raises(UsageError, match=r"no batch of 30 for each of 100 .*; lower"):
+        batches(World(0, 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "device"),
+    [
+        ("cuda:3", {}, "cuda:3"),
+        ("auto", {"WORLD_SIZE": "1"}, "auto"),
+        ("cuda", {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda:1"),
+        ("cpu", {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cpu"),
+    ],
+)
+def test_each_process_takes_a_device_of_its_own(name, environment, device):
+    assert local_device(name, environment) == device
+
+
+def test_one_gpu_for_several_processes_is_refused():
+    with pytest.raises(UsageError, match=r"--device cuda:0 is one device for 2 processes"):
+        local_device("cuda:0", {"WORLD_SIZE": "2"})
+
+
+def test_a_process_alone_is_a_world():
+    with joined(torch.device("cpu"), {}) as world:
+        assert (world.is_first, world.size) == (True, 1)
+        assert world.from_first(lambda: 5) == 5
+        assert world.gather(6) == [6]
+        assert world.any(True)
+        assert world.total(torch.tensor(7)) == 7

@@ -1,0 +1,130 @@
+"""The memory of a step: counted, found out, and missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from ricciq import memory, train
+from ricciq.convert import convert, plan_conversion
+from ricciq.errors import RicciqError
+from ricciq.journal import Journal
+from ricciq.memory import StepMemory, halve_until, is_out_of_memory, largest_batch, step_memory
+from ricciq.pipeline import run
+from ricciq.preparation import describe, find_batch_size, prepare
+from ricciq.recipe import Recipe
+
+CPU = torch.device("cpu")
+RECIPE = Recipe().override({"model.name": "digits_resnet8", "data.name": "digits", "device": "cpu"})
+
+
+def test_what_a_forward_pass_keeps_is_counted():
+    model = nn.Sequential(nn.Linear(10, 20), nn.Sigmoid(), nn.Linear(20, 5))
+    found = step_memory(model, torch.zeros(4, 10), None, moments=2)
+    parameters = 10 * 20 + 20 + 20 * 5 + 5
+    # Kept a picture: the input of the first layer, and what the sigmoid gave.
+    assert found == StepMemory(4 * parameters * 4, 4 * (10 + 20))
+    assert found.bytes(8) == 16 * parameters + 8 * 120
+
+
+def test_a_teacher_and_fewer_moments_are_counted():
+    model, teacher = nn.Linear(10, 10), nn.Linear(10, 30)
+    found = step_memory(model, torch.zeros(2, 10), teacher, moments=1)
+    assert found.fixed == 3 * 4 * 110 + 4 * 330
+
+
+MEASURE = """
+import resource, sys, timm, torch
+from ricciq.convert import convert, plan_conversion
+from ricciq.memory import step_memory
+
+torch.set_num_threads(1)
+model = timm.create_model("resnet18", num_classes=10)
+convert(model, plan_conversion(model.eval(), torch.zeros(2, 3, 96, 96), 2, 2))
+counted = step_memory(model, torch.zeros(4, 3, 96, 96), None, moments=1).per_picture
+
+def peak(pictures):
+    model.train()(torch.zeros(pictures, 3, 96, 96)).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small = peak(8)
+print((peak(40) - small) / 32 / counted)
+"""
+
+
+def test_the_count_is_what_a_process_grows_by():
+    shown = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
+    )
+    assert 0.7 < float(shown.stdout) < 1.6
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_errors_that_mean_too_little_memory(error, is_one):
+    assert is_out_of_memory(error) == is_one
+
+
+def test_sizes_are_halved_until_one_fits():
+    assert halve_until(lambda size: size <= 30, 128) == 16
+    assert halve_until(lambda _: False, 128) == 0
+
+
+def test_the_largest_batch_leaves_a_reserve():
+    assert largest_batch(StepMemory(0, 10), 10_000) == memory.LARGEST_BATCH
+    assert largest_batch(StepMemory(0, 100), 10_000) == 64
+    assert largest_batch(StepMemory(9_000, 100), 10_000) == 1
+
+
+def test_auto_takes_what_fits(monkeypatch):
+    job = prepare(RECIPE.override({"data.batch_size": "auto"}), CPU, Journal())
+    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    assert find_batch_size(job) == 256
+    monkeypatch.setattr("ricciq.preparation.free_memory", lambda _: 10_000_000)
+    small = find_batch_size(job)
+    assert small < 256
+    assert describe(job)["batch_size"] == small
+    after = job.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_too_little_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatch):
+    forward = train.Trainer._loss
+
+    def narrow(trainer, images, *others):
+        if len(images) > 24:
+            torch.empty(2**60)  # more than there is, so that torch says it in its own words
+        return forward(trainer, images, *others)
+
+    monkeypatch.setattr(train.Trainer, "_loss", narrow)
+    with pytest.raises(RicciqError) as caught:
+        run(RECIPE.override({"data.batch_size": 100}), tmp_path / "run")
+    assert caught.value.exit_code == 1
+    assert str(caught.value) == (
+        "the memory of cpu is not enough for a step with batch size 100, but 12 fitted; give "
+        "--batch-size 12, and --grad-accum-steps 9 for steps as large"
+    )
+    found = find_batch_size(prepare(RECIPE.override({"data.batch_size": "auto"}), CPU, Journal()))
+    assert found == 16
+
+
+def test_models_that_recompute_their_activations_keep_less():
+    model = timm.create_model("resnet18", num_classes=10)
+    images = torch.zeros(4, 3, 64, 64)
+    convert(model, plan_conversion(model.eval(), images, 2, 2))
+    whole = step_memory(model, images, None, moments=1)
+    model.set_grad_checkpointing(True)
+    assert step_memory(model, images, None, moments=1).per_picture < whole.per_picture / 2

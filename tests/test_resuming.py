@@ -1,0 +1,185 @@
+"""Runs that end at any moment, by a kill, a signal or a full disk, lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ricciq.checkpoint import load_tensors
+from ricciq.journal import Journal
+from ricciq.runfolder import RunFolder, read_csv
+from ricciq.train import last_state
+
+KILLS = 20
+RECIPE = """
+model: {name: digits_resnet8}
+data: {name: digits, batch_size: 16, augmentation: {pad_crop: 1, hflip: 0.0}}
+quantization: {weight_bits: 2, act_bits: 2}
+training: {epochs: 3, lr: 0.004, grad_accum_steps: 2, save_minutes: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that saves its state after every step."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def start(recipe: Path, output: Path, *flags: str, code: str = "") -> subprocess.Popen[str]:
+    """A run in a process of its own; `code` is executed in it first."""
+    arguments = ["quantize", "digits_resnet8", "--recipe", str(recipe), "--output", str(output)]
+    program = f"{code}\nfrom ricciq.cli import main\nmain({[*arguments, *flags]!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums depend on the threads
+    )
+
+
+def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == expect, err
+    assert "Traceback" not in err
+    return err
+
+
+def steps(output: Path) -> int:
+    """Optimizer steps that the readable copy of the state speaks of."""
+    state = output / "state.json"
+    return json.loads(state.read_text())["steps"] if state.is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(recipe, output))
+    return output
+
+
+def assert_same(output: Path, undisturbed: Path) -> None:
+    """Bit for bit: weights, optimizer, codes, file; and every row but for the speed."""
+    for name in ("last", "best"):
+        tensors, about = load_tensors(output / f"{name}.safetensors")
+        expected, same = load_tensors(undisturbed / f"{name}.safetensors")
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
+        for values in (about, same):
+            values.get("progress", {}).pop("seconds", None)
+        assert about == same
+    assert (output / "model.onnx").read_bytes() == (undisturbed / "model.onnx").read_bytes()
+    assert read_csv(output / "geometry.csv") == read_csv(undisturbed / "geometry.csv")
+    rows, expected_rows = (read_csv(folder / "summary.csv") for folder in (output, undisturbed))
+    for row in (*rows, *expected_rows):
+        del row["images_per_second"]
+    assert rows == expected_rows
+
+
+def test_twenty_kills_at_random_moments_change_nothing(recipe, undisturbed, tmp_path):
+    output, chance = tmp_path / "run", random.Random(4)
+    total, killed_at = steps(undisturbed), []
+    for kill in range(KILLS):
+        process = start(recipe, output, *(["--resume"] if kill else []))
+        before = steps(output)
+        wanted = before + chance.randint(1, max(1, (total - before) // (KILLS - kill) - 2))
+        while process.poll() is None and steps(output) < wanted:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))  # a step and a save take about as long
+        process.kill()
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err
+        killed_at.append(steps(output))
+    assert len(set(killed_at)) == KILLS, killed_at
+    assert not (output / "report.json").exists()
+    finish(start(recipe, output, "--resume"))
+    assert_same(output, undisturbed)
+
+
+# The third save of a state is killed before, between or after the renamings, or before the data
+# are on the disk.
+KILL_WHILE_WRITING = """
+import os, signal
+from pathlib import Path
+
+moments = []
+def dies(original, at):
+    def call(*arguments):
+        if "last.safetensors" in str(arguments[0]) or original is os.fsync:
+            moments.append(at)
+            if moments.count(at) == {count}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+    return call
+if {where!r} == "fsync":
+    os.fsync = dies(os.fsync, "fsync")
+else:
+    Path.replace = dies(Path.replace, "replace")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [("fsync", 25), ("replace", 4), ("replace", 5)],
+    ids=["before the data are on the disk", "before the renaming", "between two renamings"],
+)
+def test_a_kill_while_writing_changes_nothing(recipe, undisturbed, tmp_path, where, count):
+    output = tmp_path / "run"
+    process = start(recipe, output, code=KILL_WHILE_WRITING.format(where=where, count=count))
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    states = [output / f"{name}.safetensors" for name in ("last", "previous")]
+    assert any(path.is_file() for path in states)
+    if count == 5:
+        assert [path.is_file() for path in states] == [False, True]
+    finish(start(recipe, output, "--resume"))
+    assert_same(output, undisturbed)
+    assert not list(output.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_it_came_in(undisturbed, tmp_path, number):
+    hourly = tmp_path / "recipe.yaml"
+    hourly.write_text(RECIPE.replace("save_minutes: 0", "save_minutes: 60"))
+    output = tmp_path / "run"
+    process = start(hourly, output)
+    log = output / "log.txt"
+    while process.poll() is None and not (log.is_file() and "converted" in log.read_text()):
+        time.sleep(0.005)
+    time.sleep(1.0)  # calibration, and some steps; the first epoch takes longer
+    process.send_signal(number)
+    err = finish(process, expect=130)
+    assert err.splitlines()[-1] == (
+        f"ricciq: stopped; `--output {output} --resume` goes on from the last saved state"
+    )
+    finish(start(hourly, output, "--resume"))
+    assert_same(output, undisturbed)
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(recipe, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    process = start(recipe, output)
+    while process.poll() is None and steps(output) < 10:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    last = output / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:1000])
+    err = finish(start(recipe, output, "--resume"))
+    assert "going on from previous.safetensors" in err
+    assert_same(output, undisturbed)
+
+
+def test_a_run_without_a_state_starts_at_the_beginning(tmp_path):
+    assert last_state(RunFolder(tmp_path), Journal()) is None
