@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ricciq import __version__
+from ricciq import __version__, options
 from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError
 from ricciq.tables import comparison_table, inspection_tables, plan_table, printable, value_table
 
@@ -32,33 +32,6 @@ app = typer.Typer(
 
 # Newer versions of Typer carry a click of their own; this is the base of its errors in any of them.
 CommandLineError: Any = typer.BadParameter.__mro__[2]
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DATA = "Folder with train/ and val/, torch/, wds/ or hfds/NAME, or digits."
-Data = Annotated[str, typer.Option(help=DATA)]
-MaybeData = Annotated[str | None, typer.Option(help=DATA)]
-DATA_DIR = "Folder of torch/NAME or wds/NAME; cache of hfds/NAME."
-DataDir = Annotated[Path | None, typer.Option(help=DATA_DIR)]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load pictures.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")]
-METHODS = "ricci, ste, ewgs, dsq, ede, lne or project"
-WIDTHS = "1 to 8, ternary, or 32 for float"
-Model = Annotated[str, typer.Argument(help="timm model name, or a float run's folder or file.")]
-Bits = Annotated[str | None, typer.Option(help=f"Weights and activations: {WIDTHS}.")]
-WeightBits = Annotated[str | None, typer.Option(help=f"Weights: {WIDTHS}.")]
-ActBits = Annotated[str | None, typer.Option(help="Activations: 1 to 8, or 32.")]
-RecipeName = Annotated[str | None, typer.Option(help="Shipped recipe's name, or a file.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Float weights to start from.")]
-AutoAugment = Annotated[
-    str | None, typer.Option("--aa", help="timm's policy of augmentation, as rand-m7-mstd0.5.")
-]
-Mixup = Annotated[float | None, typer.Option(help="Alpha of Mixup, which blends pictures.")]
-CutMix = Annotated[float | None, typer.Option("--cutmix", help="Alpha of CutMix, which pastes.")]
-Reprob = Annotated[float | None, typer.Option(help="Probability of erasing a rectangle.")]
-Epochs = Annotated[int | None, typer.Option(help="0 calibrates without training.")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
-Seed = Annotated[int | None, typer.Option(help="Start of everything random.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:0.")]
 
 
 def _version(asked: bool) -> None:
@@ -79,34 +52,34 @@ def _ricciq(
 
 @app.command()
 def quantize(
-    model: Model,
-    data: MaybeData = None,
-    data_dir: DataDir = None,
-    bits: Bits = None,
-    weight_bits: WeightBits = None,
-    act_bits: ActBits = None,
-    recipe: RecipeName = None,
-    checkpoint: Checkpoint = None,
-    method: Annotated[str | None, typer.Option(help=f"{METHODS}.")] = None,
-    aa: AutoAugment = None,
-    mixup: Mixup = None,
-    cutmix: CutMix = None,
-    reprob: Reprob = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Seed = None,
-    device: Device = None,
-    amp: Annotated[bool | None, typer.Option(help="Mixed precision.")] = None,
-    compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.")
-    ] = None,
-    workers: Workers = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")] = False,
-    as_json: Json = False,
+    model: options.Model,
+    data: options.MaybeData = None,
+    data_dir: options.DataDir = None,
+    bits: options.Bits = None,
+    weight_bits: options.WeightBits = None,
+    act_bits: options.ActBits = None,
+    recipe: options.RecipeName = None,
+    checkpoint: options.Checkpoint = None,
+    method: Annotated[str | None, typer.Option(help=f"{options.METHODS}.")] = None,
+    aa: options.AutoAugment = None,
+    mixup: options.Mixup = None,
+    cutmix: options.CutMix = None,
+    reprob: options.Reprob = None,
+    epochs: options.Epochs = None,
+    batch_size: options.TrainingBatchSize = None,
+    grad_accum_steps: options.AccumulatedBatches = None,
+    grad_checkpointing: options.GradCheckpointing = None,
+    lr: options.LearningRate = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    amp: options.Amp = None,
+    compile_: options.Compile = None,
+    workers: options.Workers = None,
+    output: options.Output = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """Quantize MODEL: load, convert, calibrate, fine-tune, export, evaluate, report.
 
@@ -120,7 +93,7 @@ def quantize(
         {
             "data.name": data,
             "data.dir": data_dir,
-            "data.batch_size": batch_size,
+            "data.batch_size": _batch_size(batch_size),
             "data.workers": workers,
             "data.augmentation.auto_augment": aa,
             "data.augmentation.mixup": mixup,
@@ -128,6 +101,8 @@ def quantize(
             "data.augmentation.reprob": reprob,
             "method.name": method,
             "training.epochs": epochs,
+            "training.grad_accum_steps": grad_accum_steps,
+            "training.grad_checkpointing": grad_checkpointing,
             "training.lr": lr,
             "seed": seed,
             "device": device,
@@ -160,8 +135,8 @@ def quantize(
 @app.command("eval")
 def evaluate(
     target: Annotated[Path, typer.Argument(help=".onnx file, run folder or checkpoint.")],
-    data: Data,
-    data_dir: DataDir = None,
+    data: options.Data,
+    data_dir: options.DataDir = None,
     reference: Annotated[
         Path | None, typer.Option(help="Count agreement with this .onnx, run or checkpoint.")
     ] = None,
@@ -169,9 +144,9 @@ def evaluate(
     min_agreement: Annotated[
         float | None, typer.Option(help="Exit 4 below this agreement, percent.")
     ] = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    as_json: Json = False,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = None,
+    as_json: options.Json = False,
 ) -> None:
     """Measure TARGET on the validation data: top-1, top-5, loss, latency, agreement.
 
@@ -207,7 +182,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or a run's best.safetensors.")],
     output: Annotated[Path | None, typer.Option(help="File to write.")] = None,
     format_: Annotated[str, typer.Option("--format", help="qdq or float.")] = "qdq",
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write the ONNX file of RUN again.
 
@@ -224,7 +199,7 @@ def export(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="ONNX file.")],
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show the layers of an ONNX FILE, what onnxruntime fused, bytes, accuracy, preprocessing.
 
@@ -241,7 +216,7 @@ def bench(
     against: Annotated[Path | None, typer.Option(help="Compare with this file.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in a call.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime.")] = 1,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Time an ONNX FILE, and another by turns with it.
 
@@ -254,32 +229,35 @@ def bench(
 
 @app.command()
 def compare(
-    model: Model,
+    model: options.Model,
     methods: Annotated[
-        str, typer.Option(help=f"Two or more of {METHODS}; changed as in ricci:block=9:time=0.05.")
+        str,
+        typer.Option(
+            help=f"Two or more of {options.METHODS}; changed as in ricci:block=9:time=0.05."
+        ),
     ],
     seeds: Annotated[int, typer.Option(help="Runs of each method.")],
-    data: MaybeData = None,
-    data_dir: DataDir = None,
-    bits: Bits = None,
-    weight_bits: WeightBits = None,
-    act_bits: ActBits = None,
-    recipe: RecipeName = None,
-    checkpoint: Checkpoint = None,
+    data: options.MaybeData = None,
+    data_dir: options.DataDir = None,
+    bits: options.Bits = None,
+    weight_bits: options.WeightBits = None,
+    act_bits: options.ActBits = None,
+    recipe: options.RecipeName = None,
+    checkpoint: options.Checkpoint = None,
     lr_scales: Annotated[str, typer.Option(help="Factors of the learning rate.")] = "1",
     split: Annotated[
         str, typer.Option(help="Judge by val, or by holdout to choose a method.")
     ] = "val",
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Seed = None,
-    device: Device = None,
-    workers: Workers = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    workers: options.Workers = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on; done runs stay.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train MODEL under several methods with the same seeds, and compare them pair by pair.
 
@@ -381,8 +359,16 @@ def _width(flag: str, text: str | None, ternary: bool = True) -> int | str | Non
         return text
     if text.isascii() and text.isdigit() and int(text) in (*range(1, 9), 32):
         return int(text)
-    allowed = WIDTHS if ternary else "1 to 8, or 32 for float"
+    allowed = options.WIDTHS if ternary else "1 to 8, or 32 for float"
     raise UsageError(f"{flag} {text} is not a width; give {allowed}")
+
+
+def _batch_size(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise UsageError(f"--batch-size {text} is no number of pictures; give one from 1, or auto")
 
 
 def _model_and_weights(model: str, checkpoint: Path | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ class Job(NamedTuple):
             split,
             self.preprocessing,
             batch_size=batch_size or settings.known_batch_size,
-            workers=settings.workers,
+            workers=min(settings.workers, os.cpu_count() or 1),
             training=training,
             seed=self.recipe.seed,
             augmentation=settings.augmentation if training else None,

@@ -269,7 +269,9 @@ def find_recipe(name_or_file: str | Path) -> Path:
 def _sentence(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     # A union adds the alternative it tried, as in method.block.literal['row','kernel'].
-    parts = takewhile(lambda part: "[" not in part, map(str, first["loc"]))
+    parts = takewhile(
+        lambda part: "[" not in part and part != "constrained-int", map(str, first["loc"])
+    )
     where = ".".join(parts)
     value = " ".join(str(first["input"]).split())[:80]
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -13,14 +13,19 @@ _ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
 
 
 def plan_table(values: dict[str, Any]) -> Table:
-    """What a run would do."""
+    """What a run would do, and take."""
     title = f"{values['model']}: {values['steps']} steps on {values['device']}"
-    table = Table(title=shown(title))
-    for heading in ("layer", "weight bits", "activation bits", "weights"):
+    about = (
+        f"{values['bytes'] / 1e6:.1f} MB of {values['float_bytes'] / 1e6:.1f} MB in float; about "
+        f"{values['training_memory'] / 1e9:.1f} GB to train, with batches of "
+        f"{values['batch_size']}"
+    )
+    table = Table(title=shown(title), caption=about)
+    for heading in ("layer", "weight bits", "activation bits", "weights", "bytes"):
         table.add_column(heading)
     for row in values["layers"]:
-        cells = (row["name"], row["weight_bits"], row["act_bits"], row["parameters"])
-        table.add_row(*map(str, cells))
+        names = ("name", "weight_bits", "act_bits", "parameters", "bytes")
+        table.add_row(*(str(row[name]) for name in names))
     for kept in values["kept"]:
         table.add_row(kept["name"], "float", kept["why"], kept["kind"])
     return table

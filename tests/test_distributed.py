@@ -17,11 +17,11 @@ from ricciq.loading import set_epoch
 from ricciq.preprocessing import Preprocessing
 from ricciq.runfolder import read_csv
 
-# Low rates keep the two from drifting apart: a code that falls to the other side of a threshold for
-# a last bit changes what follows.
+# Few steps at a low rate: a code that falls to the other side of a threshold for a last bit changes
+# what follows, and the two drift apart.
 RECIPE = """
 model: {{name: digits_resnet8}}
-data: {{name: digits, batch_size: {batch_size}}}
+data: {{name: digits, batch_size: {batch_size}, train_samples: 400}}
 quantization: {{weight_bits: 2, act_bits: 2}}
 training: {{epochs: 2, lr: 0.0001, freeze_bn: true, grad_accum_steps: {accumulated}}}
 """

@@ -32,7 +32,7 @@ FLOORS = {
     0.25: "modelfile flow rounding",
     0.2: "stopping",
     0.1: "distributed",
-    0: "errors grids ricci journal tables memory",
+    0: "errors grids ricci journal tables memory options",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
