@@ -198,10 +198,11 @@ def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, wor
 def _first_images(job: Job, world: World) -> Iterator[Tensor]:
     """The pictures to calibrate on, of every class alike, one batch in memory at a time.
 
-    Every process sees all of them, as many as one with batches as large as theirs together would.
+    Every process sees all of them: those of so many steps, in however many parts they are taken.
     """
     settings = job.recipe.data
-    wanted = settings.calibration_batches * settings.known_batch_size * world.size
+    parts = world.size * job.recipe.training.grad_accum_steps
+    wanted = settings.calibration_batches * settings.known_batch_size * parts
     there = len(job.loader("fit").dataset)  # type: ignore[arg-type]
     for images, _ in job.loader("fit", samples=min(wanted, there)):
         yield images.to(job.device)

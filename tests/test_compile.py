@@ -60,3 +60,20 @@ def test_a_model_compiles_without_graph_breaks(bits, kinds, method):
     torch.testing.assert_close(answer, expected)
     for gradient, same in zip(gradients, expected_gradients, strict=True):
         assert (gradient - same).norm() <= 5e-3 * same.norm() + 1e-7
+
+
+def test_a_change_of_stage_compiles_nothing_again():
+    torch._dynamo.reset()
+    model, images = discrete_model(2, 2, Kinds(), "ricci")
+    graphs = []
+
+    def backend(graph, inputs):  # noqa: ARG001
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    stages = ActivationCorrection(model, named_estimator("ricci", {"schedule": "linear"}))
+    for progress in (0.0, 0.3, 0.9):
+        stages.advance(progress)
+        compiled(images).sum().backward()
+    assert len(graphs) == 1
