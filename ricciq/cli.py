@@ -116,12 +116,13 @@ def quantize(
     if dry_run:
         on = preparation.choose_device(merged.device)
         job = preparation.prepare(merged, on, journal, weights=False)
-        _print(preparation.describe(job), as_json, plan_table)
+        if _is_first():
+            _print(preparation.describe(job), as_json, plan_table)
         return
     report, folder = pipeline.run(
         merged, output, resume=resume, overwrite=overwrite, journal=journal
     )
-    if os.environ.get("RANK", "0") != "0":  # torchrun started several; the first one speaks
+    if not _is_first():
         return
     if as_json:
         print(json.dumps({**report.to_dict(), "run_folder": str(folder)}))
@@ -327,11 +328,16 @@ def _recipe(
     return merged, messages
 
 
+def _is_first() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _begin(messages: list[str]) -> Journal:
     """A journal on stderr that starts with these messages; SIGTERM stops as Ctrl-C does."""
     from ricciq.journal import Journal
 
-    journal = Journal(Console(stderr=True))
+    journal = Journal(Console(stderr=True) if _is_first() else None)
     for message in messages:
         journal.say(message)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -401,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.exit(app(arguments, standalone_mode=False))
     except RicciqError as error:
-        _fail(str(error), error.exit_code, debug)
+        _fail("" if error.said else str(error), error.exit_code, debug)
     except CommandLineError as error:
         _fail(" ".join(error.format_message().split()), UsageError.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,6 +20,7 @@ from scipy import stats
 from ricciq.checkpoint import write_atomically
 from ricciq.data import open_data
 from ricciq.deployment import deploy
+from ricciq.distributed import process_number
 from ricciq.errors import DivergedError, InterruptedRunError, RecipeError, UsageError
 from ricciq.estimators import named_estimator
 from ricciq.evaluate import evaluate
@@ -118,10 +118,10 @@ def compare(
             "batch_size auto may differ from run to run, which a comparison must not; give "
             "--batch-size 64 or another"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (processes := process_number()[1]) > 1:
         raise UsageError(
-            f"compare was started in {os.environ['WORLD_SIZE']} processes and runs in one; start "
-            "it without torchrun"
+            f"compare was started in {processes} processes and runs in one; start it without "
+            "torchrun"
         )
     trials = _plan(recipe, methods, seeds, lr_scales)
     device = choose_device(recipe.device)
@@ -135,7 +135,7 @@ def compare(
             rows = [_judged(t, recipe, device, folder, split, journal) for t in trials]
         except KeyboardInterrupt:
             raise InterruptedRunError(
-                f"stopped; `--output {folder.path} --resume` goes on from the last saved epoch"
+                f"stopped; `--output {folder.path} --resume` goes on from the last saved state"
             ) from None
         results = list(summarize(rows, methods, lr_scales))
         verdict = {

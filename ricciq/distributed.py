@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ricciq.errors import UsageError
+from ricciq.errors import RicciqError, UsageError
 
 PATIENCE = timedelta(hours=12)
 """How long the others wait for the first, which alone evaluates, exports and reports."""
@@ -38,11 +38,27 @@ class World:
         return self.rank == 0
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, handed to all of them."""
-        made = [make() if self.is_first else None]
+        """What the first process makes, handed to all of them; so is the error if it cannot."""
+        if self.size == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = make()
+            except (RicciqError, KeyboardInterrupt) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[1], RicciqError):
+            outcome[1].said = not self.is_first
+        if outcome[1] is not None:
+            raise outcome[1]
+        made: T = outcome[0]
+        return made
+
+    def share(self, tensor: Tensor) -> None:
+        """Overwrite a tensor by that of the first process."""
         if self.size > 1:
-            dist.broadcast_object_list(made)
-        return made[0]  # type: ignore[return-value]
+            dist.broadcast(tensor, 0)
 
     def gather(self, value: T) -> list[T]:
         """The value of each process, to all of them."""
@@ -68,17 +84,23 @@ class World:
         return value
 
 
+def process_number(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Which process `torchrun` says this is, counted from 0, and of how many."""
+    return int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+
+
 def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
     """The device a process takes where each has one of its own: ``cuda`` becomes ``cuda:1``.
 
     Raises:
         UsageError: several processes were given one and the same GPU.
     """
-    if int(environment.get("WORLD_SIZE", "1")) == 1:
+    _, size = process_number(environment)
+    if size == 1:
         return name
     if name.startswith("cuda:"):
         raise UsageError(
-            f"--device {name} is one device for {environment['WORLD_SIZE']} processes; give "
+            f"--device {name} is one device for {size} processes; give "
             "--device cuda, of which each takes its own"
         )
     on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
@@ -88,7 +110,7 @@ def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
 @contextmanager
 def joined(device: torch.device, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
     """The world that `torchrun` describes in the environment, for the length of a block."""
-    if int(environment.get("WORLD_SIZE", "1")) == 1:
+    if process_number(environment)[1] == 1:
         yield World()
         return
     if device.type == "cuda":

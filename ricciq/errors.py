@@ -19,6 +19,8 @@ class RicciqError(Exception):
     """Anything that ends a ricciq command without a traceback."""
 
     exit_code = 1
+    said = False
+    """Whether another process that met the same error says so."""
 
 
 class UsageError(RicciqError):

@@ -28,10 +28,15 @@ class Journal:
         if self.console is not None:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._pending.append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
-        if self._log is not None:
+        if self._log is None:
+            return
+        try:
             with self._log.open("a", encoding="utf-8") as file:
                 file.writelines(self._pending)
-            self._pending.clear()
+        except OSError as error:  # what matters more cannot be written either, and will say so
+            self._log = None
+            self.say(f"{error.filename} cannot be written ({error.strerror}); it ends here")
+        self._pending.clear()
 
     def log_to(self, path: Path) -> None:
         """Append to this file from now on, beginning with what was said before."""

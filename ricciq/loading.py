@@ -41,11 +41,11 @@ def picture_loader(
     world: World,
 ) -> DataLoader[Batch]:
     """The chosen pictures in batches; see `ricciq.data.PictureData.loader`."""
-    together = batch_size * world.size
-    if training and world.size > 1 and len(indices) < together:
+    each = batch_size if training else 1
+    if world.size > 1 and len(indices) < each * world.size:
         raise UsageError(
-            f"{len(indices)} pictures are no batch of {batch_size} for each of {world.size} "
-            "processes; lower --batch-size or start fewer"
+            f"{len(indices)} pictures are not {each} for each of {world.size} processes; lower "
+            "--batch-size or start fewer"
         )
     if not training:
         indices = indices[world.rank :: world.size]
@@ -185,8 +185,9 @@ class _PictureLoader(DataLoader[Batch]):
 
 
 def _leave_stopping_to_the_parent(worker: int) -> None:  # noqa: ARG001
-    """Ctrl-C reaches every process of a terminal; the parent finishes its step first."""
+    """Signals may reach every process of a group; the parent finishes its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _mixed(mix: Mixup, images: Tensor, targets: Tensor) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -86,22 +86,27 @@ def run(
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
         reference = world.from_first(lambda: _check_validation(job, journal))
-        with folder.locked() if world.is_first else nullcontext():
-            if world.is_first:
+        with ExitStack() as held:
+
+            def begin() -> None:
+                held.enter_context(folder.locked())
                 choose(folder.path)  # minutes have passed since the first look, without the lock
                 if not resume:
                     folder.begin(recipe)
                 journal.log_to(folder.log)
                 journal.say(f"run folder: {folder.path}")
+
+            world.from_first(begin)
             try:
-                if world.is_first:
-                    _export_float(job, folder)
+                world.from_first(lambda: _export_float(job, folder))
                 done = train(job, folder, resume=resume, journal=journal, world=world)
                 report = world.from_first(lambda: _finish(job, folder, reference, done, journal))
             except KeyboardInterrupt:
-                raise InterruptedRunError(
+                stopped = InterruptedRunError(
                     f"stopped; `--output {folder.path} --resume` goes on from the last saved state"
-                ) from None
+                )
+                stopped.said = not world.is_first
+                raise stopped from None
     return report, folder.path
 
 

@@ -16,18 +16,25 @@ from ricciq import __version__
 from ricciq.convert import Plan, convert, plan_conversion
 from ricciq.correction import Correction
 from ricciq.data import PictureData, Split, open_data
-from ricciq.distributed import World, local_device
+from ricciq.distributed import World, local_device, process_number
 from ricciq.errors import UsageError
 from ricciq.estimators import named_estimator
 from ricciq.grids import count_codes
 from ricciq.journal import Journal
 from ricciq.loading import Batch
-from ricciq.memory import StepMemory, free_memory, halve_until, largest_batch, step_memory
+from ricciq.memory import (
+    StepMemory,
+    free_memory,
+    halve_until,
+    is_out_of_memory,
+    largest_batch,
+    step_memory,
+)
 from ricciq.models import load_model
 from ricciq.optimization import check_training
 from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
-from ricciq.trainer import Trainer
+from ricciq.trainer import Trainer, recompute_activations
 
 
 class Job(NamedTuple):
@@ -126,6 +133,9 @@ def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: boo
         input_size=recipe.data.input_size,
         seed=recipe.seed,
     )
+    if recipe.training.grad_checkpointing:  # found out now, switched on by the trainer
+        recompute_activations(loaded.model, True)
+        recompute_activations(loaded.model, False)
     for message in loaded.messages:
         journal.say(message)
     # Convolutions are faster so, on GPUs and CPUs.
@@ -159,7 +169,8 @@ def describe(job: Job) -> dict[str, Any]:
     whole = sum(p.numel() for p in job.model.parameters())
     _, memory = _tried(job)
     batch_size = batch_size_for(job, memory)
-    batches = len(job.loader("fit", training=True, batch_size=batch_size))
+    world = World(0, process_number()[1])
+    batches = len(job.loader("fit", training=True, batch_size=batch_size, world=world))
     return {
         "model": job.recipe.model.name,
         "data": job.recipe.data.name,
@@ -178,17 +189,18 @@ def describe(job: Job) -> dict[str, Any]:
 
 def find_batch_size(job: Job) -> int:
     """The largest power of two, up to `ricciq.memory.LARGEST_BATCH`, whose gradients fit."""
-    trainer, memory = _tried(job)
+    try:
+        trainer, memory = _tried(job)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return 0
+        raise
     shape = job.preprocessing.input_size
-    # The optimizer makes its moments in the first step; until then something has to stand for them.
-    moments = [torch.empty_like(p) for p in trainer.model.parameters() for _ in _moments(trainer)]
 
     def fits(size: int) -> bool:
         return trainer.fits((torch.zeros(size, *shape), torch.zeros(size, dtype=torch.long)))
 
-    size = halve_until(fits, batch_size_for(job, memory))
-    del moments
-    return size
+    return halve_until(fits, batch_size_for(job, memory))
 
 
 def _tried(job: Job) -> tuple[Trainer, StepMemory]:
@@ -200,12 +212,7 @@ def _tried(job: Job) -> tuple[Trainer, StepMemory]:
     trainer = Trainer(model, recipe, correction_of(recipe), job.device, 1, teacher)
     images = torch.zeros(4, *job.preprocessing.input_size, device=job.device)
     with torch.autocast(job.device.type, trainer.dtype, enabled=trainer.amp):
-        return trainer, step_memory(model, images, teacher, len(_moments(trainer)))
-
-
-def _moments(trainer: Trainer) -> tuple[str, ...]:
-    """What the optimizer keeps for each weight: those of Adam and its like, or a momentum."""
-    return ("first", "second") if "betas" in trainer.optimizer.defaults else ("first",)
+        return trainer, step_memory(model, images, teacher, trainer.moments)
 
 
 def batch_size_for(job: Job, memory: StepMemory) -> int:
@@ -213,8 +220,13 @@ def batch_size_for(job: Job, memory: StepMemory) -> int:
     wanted = job.recipe.data.batch_size
     if wanted != "auto":
         return wanted
-    pictures = len(job.loader("fit").dataset)  # type: ignore[arg-type]
-    return min(largest_batch(memory, free_memory(job.device)), pictures)
+    _, processes = process_number()
+    free = free_memory(job.device)
+    size = largest_batch(memory, free if job.device.type == "cuda" else free // processes)
+    pictures = len(job.loader("fit").dataset) // processes  # type: ignore[arg-type]
+    while size > max(pictures, 1):
+        size //= 2
+    return size
 
 
 def correction_of(recipe: Recipe) -> Correction:

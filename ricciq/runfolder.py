@@ -95,7 +95,7 @@ class RunFolder:
         """
         try:
             for path in vars(self).values():
-                if path != self.path:
+                if path not in (self.path, self.recipe):  # what says that the folder is ours
                     path.unlink(missing_ok=True)
                 if path.suffix == ".onnx":  # weights of a model over 2 GB lie beside it
                     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
@@ -177,8 +177,8 @@ def choose_run_folder(
     try:
         if output.exists() and not output.is_dir():
             raise UsageError(f"--output {output} is a file; give a folder")
-        # The lock alone is what a run leaves that could not begin.
-        occupied = output.is_dir() and any(path.name != _LOCK for path in output.iterdir())
+        # The lock, and what was being written, are what a run leaves that could not begin.
+        occupied = output.is_dir() and any(not _is_left_over(path) for path in output.iterdir())
     except OSError as error:
         raise UsageError(
             f"--output {output} cannot be used ({error}); choose another folder"
@@ -199,6 +199,10 @@ def choose_run_folder(
         remedy = "--overwrite" if folder.is_finished else "--resume or --overwrite"
         raise UsageError(f"--output {output} already holds a run; give {remedy}")
     return folder
+
+
+def _is_left_over(path: Path) -> bool:
+    return path.name == _LOCK or (path.name.startswith(".") and path.suffix == ".tmp")
 
 
 def _new_folder(recipe: Recipe, kind: type[RunFolder]) -> Path:

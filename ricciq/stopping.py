@@ -24,8 +24,12 @@ class Stopping:
     def __init__(self, world: World) -> None:
         self.world, self.asked = world, False
 
-    def watch(self, items: Iterable[T]) -> Iterator[T]:
+    def watch(self, items: Iterable[T], alike: bool = True) -> Iterator[T]:
         """The items, until the user asks to stop.
+
+        Args:
+            items: to be worked on one after the other.
+            alike: whether every process has as many; if not, several do not stop among them.
 
         Raises:
             Stopped: after an item has been worked on; where there are several processes, in all of
@@ -33,8 +37,17 @@ class Stopping:
         """
         for item in items:
             yield item
-            if self.world.any(self.asked):
-                raise Stopped
+            if alike or self.world.size == 1:
+                self.check()
+
+    def check(self) -> None:
+        """Stop here if the user asked to, in any process; all have to come by.
+
+        Raises:
+            Stopped: they did.
+        """
+        if self.world.any(self.asked):
+            raise Stopped
 
     def _ask(self, signum: int, frame: Any) -> None:  # noqa: ARG002
         if self.asked:

@@ -24,7 +24,7 @@ from ricciq.checkpoint import (
 )
 from ricciq.correction import Correction
 from ricciq.distributed import World
-from ricciq.errors import CheckpointError, DivergedError, RicciqError
+from ricciq.errors import CheckpointError, DivergedError, RicciqError, UsageError
 from ricciq.evaluate import Metrics, evaluate, pooled
 from ricciq.history import History, Tally
 from ricciq.journal import Journal
@@ -58,6 +58,7 @@ class Progressed:
         tally: sums over them; see `Tally`.
         geometry: of each layer at the unfinished epoch's last step, once that is done.
         batch_size: pictures in a batch of one process.
+        processes: how many train together; batches and steps are counted by it.
         scaler: state of the loss scaler, empty unless training in float16.
     """
 
@@ -74,6 +75,7 @@ class Progressed:
     tally: dict[str, Any] = field(default_factory=dict)
     geometry: dict[str, dict[str, float]] = field(default_factory=dict)
     batch_size: int = 0
+    processes: int = 1
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -115,6 +117,7 @@ def finetune(
         DivergedError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
         RecipeError: timm knows no such optimizer or schedule.
         RicciqError: there is not enough memory for a step.
+        UsageError: the state is that of another number of processes.
         Stopped: the user asked to stop; the state is saved.
     """
     world = world or World()
@@ -130,12 +133,17 @@ def finetune(
         try:
             while sitting.done.epoch < recipe.training.epochs:
                 sitting.train(fit, stopping, journal)
-                held = evaluate({"holdout": trainer.predict}, stopping.watch(holdout))["holdout"]
+                trainer.share_averages()
+                batches = stopping.watch(holdout, alike=False)
+                held = evaluate({"holdout": trainer.predict}, batches)["holdout"]
                 sitting.end_epoch(pooled(world.gather(held)))
                 journal.say(sitting.history.describe(recipe.training.epochs))
+                stopping.check()
         except Stopped:
             sitting.save()
             raise
+        finally:
+            trainer.end()
     return sitting.done
 
 
@@ -146,14 +154,16 @@ def last_state(folder: RunFolder, journal: Journal) -> State | None:
         CheckpointError: there are states, and none of them is intact.
     """
     there = [path for path in (folder.last, folder.previous) if path.is_file()]
-    for path in there:
-        try:
-            return State(*load_tensors(path), path)
-        except CheckpointError as error:
-            if path == there[-1]:
-                raise
-            journal.say(f"{error}; going on from {there[-1].name}")
-    return None
+    if not there:
+        return None
+    try:
+        return State(*load_tensors(there[0]), there[0])
+    except CheckpointError as error:
+        if len(there) == 1:
+            raise
+        journal.say(f"{error}; going on from {folder.previous.name}")
+    folder.previous.replace(folder.last)  # or the next save would keep the damaged one instead
+    return State(*load_tensors(folder.last), folder.last)
 
 
 class _Sitting:
@@ -169,7 +179,8 @@ class _Sitting:
     ) -> None:
         self.trainer, self.folder, self.about = trainer, folder, about
         self.settings, self.world = recipe.training, trainer.world
-        self.done, self.tally, self.history = Progressed(batch_size=batch_size), Tally(), History()
+        self.done = Progressed(batch_size=batch_size, processes=self.world.size)
+        self.tally, self.history = Tally(), History()
         self.saved = time.monotonic()
 
     def restore(self, state: State | None) -> None:
@@ -185,6 +196,11 @@ class _Sitting:
                 f"{state.path} is the state of another version of ricciq; start again with "
                 "--overwrite"
             ) from None
+        if self.done.processes != self.world.size:
+            raise UsageError(
+                f"{state.path} is the state of {self.done.processes} processes and was given to "
+                f"{self.world.size}; start as many, or start again with --overwrite"
+            )
         self.tally = Tally.from_dict(self.done.tally)
         self.history = History.read(self.folder, self.done.epoch)
         if self.done.scaler:

@@ -81,11 +81,11 @@ class Trainer:
         )
         on_cuda = device.type == "cuda"
         self.amp = on_cuda if recipe.amp is None else recipe.amp
-        half = on_cuda and not torch.cuda.is_bf16_supported()
+        half = on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
         self.dtype = torch.float16 if half else torch.bfloat16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and half)
         if self.settings.grad_checkpointing:
-            _recompute_activations(model)
+            recompute_activations(model, True)
         self.parallel: DistributedDataParallel | None = None
         if self.world.size > 1:
             self.parallel = DistributedDataParallel(model)
@@ -184,16 +184,32 @@ class Trainer:
                 taught = None if self.teacher is None else self.teacher(images).float()
         return loss_function(logits, targets, taught, self.settings), logits.detach(), targets
 
+    def share_averages(self) -> None:
+        """Give every process the BatchNorm averages of the first, those that are saved."""
+        for buffer in self.averages:
+            self.world.share(buffer)
+
+    def end(self) -> None:
+        """Leave the model as others use it."""
+        if self.settings.grad_checkpointing:
+            recompute_activations(self.model, False)
+
     def fits(self, batch: Batch) -> bool:
         """Whether the memory is enough for a batch's gradients; the model stays as it is."""
         self._copy(self.averages, self.saved_averages)
+        moments = []
         try:
-            self._backward([batch], self.eager)
+            if not self.optimizer.state:  # it makes its moments in the first step
+                parameters = list(self.model.parameters())
+                moments = [torch.empty_like(p) for p in parameters for _ in range(self.moments)]
+            # Not through DistributedDataParallel: other processes are not trying.
+            self._backward([batch], self.model)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False
         finally:
+            del moments
             self.optimizer.zero_grad()
             self._copy(self.saved_averages, self.averages)
         return True
@@ -213,16 +229,25 @@ class Trainer:
                 geometry[name] = geometry[name]._replace(mismatch_cosine=cosines[quantizer])
         return geometry
 
+    @property
+    def moments(self) -> int:
+        """Tensors that the optimizer keeps for a weight: Adam and its like two, others one."""
+        return 2 if "betas" in self.optimizer.defaults else 1
+
     def predict(self, images: Tensor) -> Tensor:
         """Logits in evaluation mode."""
         logits: Tensor = self.model.eval()(images.to(self.device))
         return logits
 
 
-def _recompute_activations(model: nn.Module) -> None:
-    """By timm's own switch."""
+def recompute_activations(model: nn.Module, wanted: bool) -> None:
+    """Save memory in training by recomputing what the backward pass needs; timm's own switch.
+
+    Raises:
+        RecipeError: the model has none.
+    """
     try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        model.set_grad_checkpointing(wanted)  # type: ignore[operator]
     except (AttributeError, AssertionError):
         raise RecipeError(
             "training.grad_checkpointing = true is nothing this model of timm can do; remove it "

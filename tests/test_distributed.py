@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,37 @@ def test_a_batch_in_parts_gives_the_losses_of_the_whole(
         assert float(row["lr"]) == float(same["lr"])
 
 
+def test_the_hold_out_need_not_come_out_even(tmp_path):
+    """Of 37 pictures one process has a batch more than the other."""
+    flags = ["--output", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "6", "--json"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {name: digits, train_samples: 60, holdout: 0.026}\n")
+    done = subprocess.run(
+        [*TOGETHER, "quantize", "digits_resnet8", "--recipe", str(recipe), *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 10
+
+
+def test_what_the_first_process_refuses_is_said_once(tmp_path):
+    (tmp_path / "mine").write_text("something of the user's")
+    arguments = ["quantize", "digits_resnet8", "--data", "digits", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [*TOGETHER, *arguments], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("ricciq: ")]
+    assert said == [
+        f"ricciq: --output {tmp_path} holds files that are not a run of ricciq; choose another "
+        "folder"
+    ]
+
+
 def batches(world: World, epoch: int = 0, skip: int = 0) -> list[torch.Tensor]:
     loader = open_data("digits", None).loader(
         "fit",
@@ -93,7 +125,7 @@ def test_processes_share_each_step_of_one():
 
 
 def test_too_few_pictures_for_all_processes_are_refused():
-    with pytest.raises(UsageError, match=r"no batch of 30 for each of 100 .*; lower"):
+    with pytest.raises(UsageError, match=r"not 30 for each of 100 .*; lower"):
         batches(World(0, 100))
 
 

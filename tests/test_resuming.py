@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,14 @@ def start(recipe: Path, output: Path, *flags: str, code: str = "") -> subprocess
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums depend on the threads
+        start_new_session=True,  # as from a terminal: a signal goes to its workers too
     )
+
+
+def progress(output: Path) -> dict[str, Any]:
+    """What the readable copy of the state says."""
+    values: dict[str, Any] = json.loads((output / "state.json").read_text())
+    return values
 
 
 def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
@@ -57,9 +65,8 @@ def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
 
 
 def steps(output: Path) -> int:
-    """Optimizer steps that the readable copy of the state speaks of."""
-    state = output / "state.json"
-    return json.loads(state.read_text())["steps"] if state.is_file() else 0
+    """Optimizer steps that are saved."""
+    return progress(output)["steps"] if (output / "state.json").is_file() else 0
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,9 @@ def assert_same(output: Path, undisturbed: Path) -> None:
         assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
         for values in (about, same):
             values.get("progress", {}).pop("seconds", None)
-            values.get("recipe", {}).get("training", {}).pop("save_minutes", None)
+            sections = values.get("recipe", {"training": {}, "data": {}})
+            sections["training"].pop("save_minutes", None)
+            sections["data"].pop("workers", None)
         assert about == same
     if (output / "recipe.yaml").read_text() == (undisturbed / "recipe.yaml").read_text():
         assert (output / "model.onnx").read_bytes() == (undisturbed / "model.onnx").read_bytes()
@@ -114,6 +123,7 @@ def test_twenty_kills_at_random_moments_change_nothing(recipe, undisturbed, tmp_
 KILL_WHILE_WRITING = """
 import os, signal
 from pathlib import Path
+from typing import Any
 
 moments = []
 def dies(original, at):
@@ -150,22 +160,55 @@ def test_a_kill_while_writing_changes_nothing(recipe, undisturbed, tmp_path, whe
     assert not list(output.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step_it_came_in(undisturbed, tmp_path, number):
+SLOWLY = """
+import time
+from ricciq.trainer import Trainer
+
+step = Trainer.step
+def slow(*arguments, **options):
+    time.sleep(0.1)
+    return step(*arguments, **options)
+Trainer.step = slow
+"""
+NOTE_FIRST_STEP = """
+from pathlib import Path
+from typing import Any
+from ricciq.trainer import Trainer
+
+step = Trainer.step
+def noting(trainer, batches, tally, update, measure):
+    first = Path("{path}", "first")
+    if not first.exists():
+        first.write_text(str(update))
+    return step(trainer, batches, tally, update, measure)
+Trainer.step = noting
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [(signal.SIGINT, []), (signal.SIGTERM, ["--workers", "2"])],
+    ids=["Ctrl-C", "SIGTERM to all processes"],
+)
+def test_a_signal_saves_the_step_it_came_in(undisturbed, tmp_path, number, flags):
     hourly = tmp_path / "recipe.yaml"
     hourly.write_text(RECIPE.replace("save_minutes: 0", "save_minutes: 60"))
     output = tmp_path / "run"
-    process = start(hourly, output)
+    process = start(hourly, output, *flags, code=SLOWLY)  # the first epoch takes four seconds
     log = output / "log.txt"
     while process.poll() is None and not (log.is_file() and "converted" in log.read_text()):
         time.sleep(0.005)
-    time.sleep(1.0)  # calibration, and some steps; the first epoch takes longer
-    process.send_signal(number)
+    time.sleep(1.5)  # calibration, and some steps
+    os.killpg(process.pid, number)
     err = finish(process, expect=130)
     assert err.splitlines()[-1] == (
         f"ricciq: stopped; `--output {output} --resume` goes on from the last saved state"
     )
-    finish(start(hourly, output, "--resume"))
+    saved = progress(output)
+    assert saved["batch"] > 0
+    assert saved["epoch"] == 0
+    finish(start(hourly, output, "--resume", *flags, code=NOTE_FIRST_STEP.format(path=tmp_path)))
+    assert int((tmp_path / "first").read_text()) == saved["steps"]
     assert_same(output, undisturbed)
 
 

@@ -6,12 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 STUDY = Path(__file__).parent / "study"
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_has_the_table_of_the_confirmation() -> None:
-    command = [sys.executable, str(STUDY / "table.py"), str(STUDY / "confirmed.csv")]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert len(table.splitlines()) > 10
+@pytest.mark.parametrize(
+    "arguments", [["confirmed.csv"], ["second.csv"], ["ablations.csv", "--across"]], ids=" ".join
+)
+def test_the_readme_has_the_table_of_the_rows(arguments: list[str]) -> None:
+    command = [sys.executable, "table.py", *arguments]
+    table = subprocess.run(command, cwd=STUDY, capture_output=True, text=True, check=True).stdout
+    assert len(table.splitlines()) > 5
     assert table in README

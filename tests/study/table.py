@@ -1,6 +1,7 @@
 """What rows of a study say: a line for each setting and method, paired by seed with the first.
 
 python tests/study/table.py tests/study/confirmed.csv
+python tests/study/table.py tests/study/ablations.csv --across    # a column a setting
 """
 
 from __future__ import annotations
@@ -49,10 +50,31 @@ def relabelled(rows: list[Row], judged_by: str) -> list[Row]:
     return [row | {"top1": row[judged_by]} for row in rows]
 
 
+def print_across(found: dict[tuple[str, ...], list[Row]]) -> None:
+    """A row for each method and recipe, a column for each setting."""
+    settings = list(dict.fromkeys(key[0] for key in found))
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for (setting, opt, lr, _, _, teacher, _, _), methods in found.items():
+        recipe = "" if teacher == "True" else ", without a teacher"
+        recipe += "" if opt == "adamw" else f", {opt} {lr}"
+        for both in methods:
+            other = both["top1"][1]
+            interval = f"[{other['low']:+.2f}, {other['high']:+.2f}]"
+            cells[f"{other['method']}{recipe}"][setting] = f"{other['difference']:+.2f} {interval}"
+    print(f"| method | {' | '.join(settings)} |")
+    print("|---|" + "---|" * len(settings))
+    for method, row in cells.items():
+        print(f"| {method} | {' | '.join(row.get(setting, '') for setting in settings)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path)
+    parser.add_argument("--across", action="store_true", help="a column a setting")
     options = parser.parse_args()
+    if options.across:
+        print_across(comparisons(options.rows))
+        return
     print(
         "| setting | rate | method | seeds | STE top-1, % | top-1, % | difference, 95 % | "
         "difference of the loss, 95 % |"
