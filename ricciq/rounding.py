@@ -129,7 +129,9 @@ def sloped(
     place = torch.add(fine * (first + grid.step) + 0.5, ratio, alpha=fine)
     # Whole numbers are clamped: what a NaN becomes as one lies outside too, where the slope is 0.
     index = place.to(torch.int32).clamp_(0, len(slope) - 1)
-    return torch.take(slope, index.long()).mul_(grad)
+    if index.dim() == 1:  # pieces for a CPU, which looks up by 32 bits in a third of the time
+        return slope.index_select(0, index).mul_(grad)
+    return slope.take(index.long()).mul_(grad)
 
 
 def _sum_like(scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
