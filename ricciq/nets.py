@@ -40,8 +40,9 @@ class SmallResNet(ResNet):
         stem = nn.Conv2d(in_chans, 16, 3, stride=stem_stride, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.add_module("conv1", stem)
-        for unused in ("maxpool", "layer4"):
-            self.add_module(unused, nn.Identity())
+        self.add_module("maxpool", nn.Identity())
+        # A sequence, since timm takes layers apart where it recomputes activations.
+        self.add_module("layer4", nn.Sequential())
         reductions = [stem_stride * factor for factor in (1, 1, 2, 4)]
         for info, reduction in zip(self.feature_info, reductions, strict=True):
             info["reduction"] = reduction

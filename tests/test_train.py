@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ricciq import train
 from ricciq.calibration import calibrate
-from ricciq.checkpoint import load_tensors
+from ricciq.checkpoint import load_tensors, save_tensors
 from ricciq.convert import convert, quantized_layers
 from ricciq.correction import Correction
-from ricciq.errors import RecipeError, RicciqError
+from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
 from ricciq.estimators import METHODS
 from ricciq.history import Tally
 from ricciq.journal import Journal
@@ -459,3 +459,76 @@ def test_the_default_method_corrects_activations_and_trusts_cells(tmp_path):
     trainer.step([run.batch()], Tally(), 0, measure=False)
     moved = (layer.weight.detach() - before).abs() / halves
     assert moved.max().item() == pytest.approx(METHODS["ricci"].trust, rel=1e-3)
+
+
+def test_the_state_of_other_processes_is_refused(tmp_path):
+    run = Run(tmp_path, RECIPE.override({"training.epochs": 1}))
+    run.train()
+    tensors, metadata = load_tensors(run.folder.last)
+    metadata["progress"]["processes"] = 8
+    save_tensors(run.folder.last, tensors, metadata)
+    with pytest.raises(UsageError, match="state of 8 processes and was given to 1; start as many"):
+        Run(tmp_path, run.recipe).train(resume=True)
+
+
+def test_the_state_of_another_version_is_refused(tmp_path):
+    run = Run(tmp_path, RECIPE.override({"training.epochs": 1}))
+    run.train()
+    tensors, metadata = load_tensors(run.folder.last)
+    metadata["progress"]["speed"] = 1.0
+    save_tensors(run.folder.last, tensors, metadata)
+    with pytest.raises(CheckpointError, match=r"another version of ricciq; .*--overwrite"):
+        Run(tmp_path, run.recipe).train(resume=True)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    gradients = []
+    for parts in (1, 4):
+        recipe = RECIPE.override({"training.freeze_bn": True, "training.clip_grad": 1e9})
+        run = Run(tmp_path, recipe)
+        trainer = run.trainer()
+        trainer.optimizer.zero_grad = lambda: None
+        trainer.begin_epoch()
+        images, targets = run.batch()
+        pieces = zip(images.chunk(parts), targets.chunk(parts), strict=True)
+        tally = Tally()
+        trainer.step(list(pieces), tally, 0, measure=False)
+        gradients.append(run.model.conv1.weight.grad)
+        assert tally.images == len(targets)
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_recomputed_activations_give_the_same_gradients(tmp_path):
+    gradients = []
+    for wanted in (False, True):
+        recipe = RECIPE.override(
+            {"training.grad_checkpointing": wanted, "training.freeze_bn": True}
+        )
+        run = Run(tmp_path, recipe)
+        trainer = run.trainer()
+        assert run.model.grad_checkpointing == wanted
+        trainer.optimizer.zero_grad = lambda: None
+        trainer.begin_epoch()
+        trainer.step([run.batch()], Tally(), 0, measure=False)
+        gradients.append(run.model.conv1.weight.grad)
+        trainer.end()
+        assert not run.model.grad_checkpointing
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_that_cannot_recompute_is_refused_before_anything_is_done():
+    changes = {
+        "model": {"name": "legacy_seresnet18", "pretrained": False},
+        "training.grad_checkpointing": True,
+    }
+    with pytest.raises(RecipeError, match=r"training\.grad_checkpointing = true .*; remove it"):
+        prepare(RECIPE.override(changes), CPU, Journal())
+
+
+def test_frozen_batchnorms_keep_their_averages(tmp_path):
+    run = Run(tmp_path, RECIPE.override({"training.epochs": 1, "training.freeze_bn": True}))
+    before = {n: b.clone() for n, b in run.model.named_buffers() if "running" in n}
+    run.train()
+    after = dict(run.model.named_buffers())
+    assert len(before) > 10
+    assert all(torch.equal(after[name], value) for name, value in before.items())
