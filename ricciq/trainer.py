@@ -196,6 +196,7 @@ class Trainer:
 
     def fits(self, batch: Batch) -> bool:
         """Whether the memory is enough for a batch's gradients; the model stays as it is."""
+        self.optimizer.zero_grad()  # what a step that failed left
         self._copy(self.averages, self.saved_averages)
         moments = []
         try:
