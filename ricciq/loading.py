@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ricciq.preprocessing import Transform
 
 Batch = tuple[Tensor, Tensor]
+SECONDS_TO_CLOSE = 30
+"""What torchrun too leaves a process between SIGTERM and SIGKILL."""
 
 
 def picture_loader(
@@ -185,9 +187,12 @@ class _PictureLoader(DataLoader[Batch]):
 
 
 def _leave_stopping_to_the_parent(worker: int) -> None:  # noqa: ARG001
-    """Signals may reach every process of a group; the parent finishes its step first."""
+    """Signals may reach every process of a group; the parent finishes its step first.
+
+    It then closes its loader, which ends its workers; one that is stuck ends by the alarm.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
 
 
 def _mixed(mix: Mixup, images: Tensor, targets: Tensor) -> Batch:

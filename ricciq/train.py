@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -213,9 +214,10 @@ class _Sitting:
         self.trainer.begin_epoch()
         steps = math.ceil(len(fit) / self.settings.grad_accum_steps)
         title = f"epoch {done.epoch + 1}/{self.settings.epochs}"
-        groups = _grouped(fit, self.settings.grad_accum_steps)
         started = time.perf_counter()
-        with journal.bar(title, steps) as advance:
+        # Closed, so that workers end before the process does, whatever ends the loop.
+        grouped = closing(_grouped(fit, self.settings.grad_accum_steps))
+        with grouped as groups, journal.bar(title, steps) as advance:
             for number, batches in enumerate(stopping.watch(groups), start=1):
                 finite = self._step(batches, measure=number == steps)
                 done.steps += 1
@@ -296,7 +298,7 @@ class _Sitting:
         write_atomically(folder.state, json.dumps(vars(done), indent=1) + "\n")
 
 
-def _grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def _grouped(items: Iterable[T], size: int) -> Generator[list[T]]:
     """Lists of so many; the last may be shorter."""
     rest = iter(items)
     while group := list(islice(rest, size)):

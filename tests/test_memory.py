@@ -39,7 +39,7 @@ def test_a_teacher_and_fewer_moments_are_counted():
 
 
 MEASURE = """
-import resource, sys, timm, torch
+import timm, torch
 from ricciq.convert import convert, plan_conversion
 from ricciq.memory import step_memory
 
@@ -50,18 +50,20 @@ counted = step_memory(model, torch.zeros(4, 3, 96, 96), None, moments=1).per_pic
 
 def peak(pictures):
     model.train()(torch.zeros(pictures, 3, 96, 96)).sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/status") as file:  # getrusage would count the parent's too
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 small = peak(8)
 print((peak(40) - small) / 32 / counted)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_count_is_what_a_process_grows_by():
     shown = subprocess.run(
         [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
     )
-    assert 0.7 < float(shown.stdout) < 1.6
+    assert 0.7 < float(shown.stdout) < 1 / memory.RESERVE
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_sizes_are_halved_until_one_fits():
 
 def test_the_largest_batch_leaves_a_reserve():
     assert largest_batch(StepMemory(0, 10), 10_000) == memory.LARGEST_BATCH
-    assert largest_batch(StepMemory(0, 100), 10_000) == 64
+    assert largest_batch(StepMemory(0, 100), 10_000) == 32
     assert largest_batch(StepMemory(9_000, 100), 10_000) == 1
 
 
