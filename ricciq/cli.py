@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import traceback
@@ -330,7 +329,9 @@ def _recipe(
 
 def _is_first() -> bool:
     """Whether this is the process that speaks, of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    from ricciq.distributed import process_number
+
+    return process_number()[0] == 0
 
 
 def _begin(messages: list[str]) -> Journal:

@@ -107,7 +107,5 @@ def halve_until(fits: Callable[[int], bool], size: int) -> int:
 
 def largest_batch(memory: StepMemory, free: int) -> int:
     """The largest power of two up to `LARGEST_BATCH` that should fit; 1 at least."""
-    size = LARGEST_BATCH
-    while size > 1 and memory.bytes(size) > RESERVE * free:
-        size //= 2
-    return size
+    size = halve_until(lambda size: memory.bytes(size) <= RESERVE * free, LARGEST_BATCH)
+    return max(size, 1)

@@ -186,10 +186,13 @@ def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, wor
     """The recipe's; where it says "auto" that of the run so far, or what is found to fit."""
     if job.recipe.data.batch_size != "auto":
         return job.recipe.data.batch_size
-    state = last_state(folder, journal) if resume and world.is_first else None
-    known = world.from_first(lambda: state and state.metadata.get("progress", {}).get("batch_size"))
-    if known:
-        return int(known)
+
+    def known() -> int:
+        state = last_state(folder, journal) if resume else None
+        return state.metadata.get("progress", {}).get("batch_size", 0) if state else 0
+
+    if so_far := world.from_first(known):
+        return so_far
     size = min(world.gather(find_batch_size(job)))
     if not size:
         raise RicciqError(

@@ -224,9 +224,7 @@ def batch_size_for(job: Job, memory: StepMemory) -> int:
     free = free_memory(job.device)
     size = largest_batch(memory, free if job.device.type == "cuda" else free // processes)
     pictures = len(job.loader("fit").dataset) // processes  # type: ignore[arg-type]
-    while size > max(pictures, 1):
-        size //= 2
-    return size
+    return halve_until(lambda size: size <= max(pictures, 1), size)
 
 
 def correction_of(recipe: Recipe) -> Correction:

@@ -461,23 +461,21 @@ def test_the_default_method_corrects_activations_and_trusts_cells(tmp_path):
     assert moved.max().item() == pytest.approx(METHODS["ricci"].trust, rel=1e-3)
 
 
-def test_the_state_of_other_processes_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"processes": 8}, UsageError, "state of 8 processes and was given to 1; start as many"),
+        ({"speed": 1.0}, CheckpointError, r"another version of ricciq; .*--overwrite"),
+    ],
+    ids=["other processes", "another version"],
+)
+def test_a_state_that_cannot_go_on_is_refused(tmp_path, change, error, sentence):
     run = Run(tmp_path, RECIPE.override({"training.epochs": 1}))
     run.train()
     tensors, metadata = load_tensors(run.folder.last)
-    metadata["progress"]["processes"] = 8
+    metadata["progress"] |= change
     save_tensors(run.folder.last, tensors, metadata)
-    with pytest.raises(UsageError, match="state of 8 processes and was given to 1; start as many"):
-        Run(tmp_path, run.recipe).train(resume=True)
-
-
-def test_the_state_of_another_version_is_refused(tmp_path):
-    run = Run(tmp_path, RECIPE.override({"training.epochs": 1}))
-    run.train()
-    tensors, metadata = load_tensors(run.folder.last)
-    metadata["progress"]["speed"] = 1.0
-    save_tensors(run.folder.last, tensors, metadata)
-    with pytest.raises(CheckpointError, match=r"another version of ricciq; .*--overwrite"):
+    with pytest.raises(error, match=sentence):
         Run(tmp_path, run.recipe).train(resume=True)
 
 
