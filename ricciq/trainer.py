@@ -33,6 +33,12 @@ def discrete_weights(model: nn.Module) -> list[DiscreteWeight]:
     ]
 
 
+def half_precision(device: torch.device) -> torch.dtype:
+    """What a device computes mixed precision in: float16 only where it has no bfloat16."""
+    lacking = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if lacking else torch.bfloat16
+
+
 class Trainer:
     """Takes batches and changes a converted, calibrated model.
 
@@ -81,9 +87,9 @@ class Trainer:
         )
         on_cuda = device.type == "cuda"
         self.amp = on_cuda if recipe.amp is None else recipe.amp
-        half = on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
-        self.dtype = torch.float16 if half else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and half)
+        self.dtype = half_precision(device)
+        scaled = self.amp and self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         if self.settings.grad_checkpointing:
             recompute_activations(model, True)
         self.parallel: DistributedDataParallel | None = None

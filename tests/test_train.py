@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq import train
+from ricciq import train, trainer
 from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_tensors, save_tensors
 from ricciq.convert import convert, quantized_layers
@@ -395,6 +395,31 @@ def test_mixed_precision_trains_on_the_cpu(tmp_path):
     assert done.skipped == 0
     assert not torch.equal(run.model.conv1.weight, before)
     assert run.model.conv1.weight.dtype == torch.float32
+
+
+def test_where_bfloat16_is_missing_the_loss_is_scaled(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "half_precision", lambda _: torch.float16)
+    run = Run(tmp_path, RECIPE.override({"amp": True}))
+    training, tally = run.trainer(), Tally()
+    training.begin_epoch()
+    # The first scale is too much for float16: such a step changes the scale and nothing else.
+    training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**30})
+    before = run.model.conv1.weight.detach().clone()
+    assert not training.step([run.batch()], tally, 0, measure=False)
+    assert torch.equal(run.model.conv1.weight, before)
+    while not training.step([run.batch()], tally, 0, measure=False):
+        assert tally.bad < 30
+    assert training.scaler.get_scale() == 2.0 ** (30 - tally.bad)
+    assert not torch.equal(run.model.conv1.weight, before)
+    assert finite(run)
+
+
+def test_a_run_in_float16_goes_on_with_its_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "half_precision", lambda _: torch.float16)
+    recipe = RECIPE.override({"amp": True, "training.epochs": 1})
+    done = Run(tmp_path, recipe).train()
+    assert done.scaler["scale"] == 2.0 ** (16 - done.skipped)
+    assert Run(tmp_path, recipe).train(resume=True).scaler == done.scaler
 
 
 def test_no_epochs_change_and_write_nothing(tmp_path):
