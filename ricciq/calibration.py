@@ -97,7 +97,7 @@ def choose_range(histogram: LogHistogram, bits: int, candidates: int = 100) -> t
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor], candidates: int = 100) -> None:
     """Set every activation quantizer's step and zero point from what reaches it.
 
     The model runs in evaluation mode with its activations left float (its weights are discrete
@@ -106,6 +106,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Args:
         model: a converted model.
         batches: (B, C, H, W) inputs on the model's device; memory does not grow with their number.
+        candidates: how many steps to try; see `choose_range`.
 
     Raises:
         InputError: no batch came, or activations were not finite.
@@ -127,4 +128,4 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         raise InputError("no picture was given to calibrate on; give at least one batch")
     for quantizer, histogram in zip(quantizers, histograms, strict=True):
         if histogram.counts.sum() > 0:
-            quantizer.set_range(*choose_range(histogram, quantizer.bits))
+            quantizer.set_range(*choose_range(histogram, quantizer.bits, candidates))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 import traceback
@@ -291,7 +292,7 @@ def compare(
     journal = _begin(messages)
     verdict, folder = study.compare(
         merged,
-        methods.split(","),
+        re.split(r",(?![^\[]*\])", methods),  # not within a list, as in training.progressive=[8,4]
         seeds,
         output,
         lr_scales=scales,

@@ -59,19 +59,23 @@ class Trial(NamedTuple):
         """
         name, *changes = self.method.split(":")
         section: dict[str, Any] = {"name": name}
+        others: dict[str, Any] = {}
         if name == base.method.name:
             section |= base.method.model_dump(exclude_none=True)
         for change in changes:
             key, _, value = change.partition("=")
+            # What has a dot is a key of another section, as in ricci:training.ema=0.99.
+            part = others if "." in key else section
             try:
-                section |= {key: yaml.safe_load(value)} if key != "name" else {"name=": value}
+                part[key if key != "name" else "name="] = yaml.safe_load(value)
             except yaml.YAMLError:
                 raise RecipeError(
                     f"--methods {self.method} has no value in {change!r}; write it as block=9"
                 ) from None
         values = base.model_dump() | {"method": section, "seed": self.seed}
         values["training"]["lr"] *= self.lr_scale
-        recipe = Recipe.from_values(values, f"--methods {self.method}")
+        where = f"--methods {self.method}"
+        recipe = Recipe.from_values(values, where).override(others, where)
         named_estimator(recipe.method.name, recipe.method.changes)
         return recipe
 
@@ -93,7 +97,8 @@ def compare(
     Args:
         recipe: everything but the method and the seed; its seed is the first one.
         methods: names of `ricciq.estimators.METHODS`, each with changes of its values if need be,
-            as in ``"ricci:block=9:time=0.05"``; differences are taken to the first.
+            as in ``"ricci:block=9:time=0.05"``, or of the recipe's, as in
+            ``"ricci:training.ema=0.99"``; differences are taken to the first.
         seeds: how many, at least 2.
         output: the study's folder; by default a new one under ``runs``.
         lr_scales: factors of the learning rate, each a study of its own, to see how robust a

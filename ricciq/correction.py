@@ -160,11 +160,15 @@ class ActivationCorrection:
         self.progress = progress
         if same_stage:
             return
+        self.set_slopes()
+
+    def set_slopes(self) -> None:
+        """Give every quantizer the slope that its width has at this moment of training."""
         for quantizer in self.quantizers:
+            slope = None
             if quantizer.bits < 8:
-                slope = self.estimator.slope(2**quantizer.bits, SLOPE_SAMPLES, progress)
-                on = quantizer.zero_point.device
-                quantizer.slope = None if slope is None else slope.to(on)
+                slope = self.estimator.slope(2**quantizer.bits, SLOPE_SAMPLES, self.progress)
+            quantizer.slope = None if slope is None else slope.to(quantizer.zero_point.device)
 
     @contextmanager
     def measuring(self) -> Iterator[dict[nn.Module, float]]:

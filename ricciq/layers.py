@@ -116,6 +116,29 @@ class Standardization(nn.Module):
         return rows.view_as(weight)
 
 
+class KeptNorm(nn.Module):
+    """Gives every row of a weight the norm that it had at first, so that training only turns it.
+
+    Weight normalization (Salimans & Kingma 2016, arXiv 1602.07868, eq. 2) with a fixed gain.
+
+    Args:
+        weight: (rows, ...), whose norms are kept.
+    """
+
+    norms: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("norms", weight.detach().flatten(1).norm(dim=1, keepdim=True))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with those norms, same shape."""
+        rows = weight.flatten(1)
+        gain = self.norms / rows.norm(dim=1, keepdim=True).clamp_min(MIN_SCALE)
+        kept: Tensor = (rows * gain).view_as(weight)
+        return kept
+
+
 class QuantLayer(nn.Module):
     """What the discrete layers share: quantizers for weight and input, and the BatchNorm behind.
 
@@ -142,11 +165,14 @@ class QuantLayer(nn.Module):
         kinds: Kinds = LSQ,
     ) -> None:
         weight = self.latent
+        if kinds.normalize:
+            kept = KeptNorm(weight if standardize is None else standardize(weight))
+            standardize = kept if standardize is None else nn.Sequential(standardize, kept)
         self.weight_quantizer = WeightQuantizer(
             len(weight), weight_bits, standardize, kinds.weights
         )
         self.weight_quantizer.to(weight.device)
-        self.weight_quantizer.calibrate(weight)
+        self.weight_quantizer.calibrate(weight, kinds.search)
         float_inputs = act_bits == FLOAT_BITS
         self.input_quantizer = None
         if not float_inputs:

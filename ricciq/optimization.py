@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.errors import RecipeError
+from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
 from ricciq.recipe import TrainingSection
+
+
+class WithFeatures(nn.Module):
+    """A model of timm that also answers with what its head is given.
+
+    Raises:
+        RecipeError: the model is not made of features and a head.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+            raise RecipeError(
+                f"training.distill_features needs the features of a model, which "
+                f"{type(model).__name__} does not give; remove it"
+            )
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes) and features (B, ...) of pictures (B, C, H, W)."""
+        features = self.model.forward_features(x)  # type: ignore[operator]
+        return self.model.forward_head(features), features  # type: ignore[operator]
+
+
+def feature_distance(features: Tensor, taught: Tensor) -> Tensor:
+    """How far a student's features (B, ...) point elsewhere than the teacher's.
+
+    The mean squared distance of the unit vectors, 0 to 4, as between the attention maps of
+    Zagoruyko & Komodakis 2017 (arXiv 1612.03928, eq. 2).
+    """
+    cosine = F.cosine_similarity(features.float().flatten(1), taught.float().flatten(1))
+    return 2 - 2 * cosine.mean()
 
 
 def loss_function(
@@ -52,6 +86,8 @@ def optimizer_and_schedule(
         RecipeError: timm knows no such optimizer or schedule.
     """
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.scale_lr != 1:
+        options["param_group_fn"] = partial(_groups, settings=settings)
     try:
         optimizer = create_optimizer_v2(model, opt=settings.opt, **options)
         if "fused" in optimizer.defaults:
@@ -82,6 +118,19 @@ def optimizer_and_schedule(
     if schedule is None:
         raise RecipeError(f"training.sched = {settings.sched} is no schedule of timm; take cosine")
     return optimizer, schedule
+
+
+def _groups(model: nn.Module, settings: TrainingSection) -> list[dict[str, Any]]:
+    """timm's groups, and the steps in one with a rate of their own."""
+    quantizers = (
+        m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)
+    )
+    steps = {id(m.log_scale): m.log_scale for m in quantizers if m.log_scale.requires_grad}
+    groups = param_groups_weight_decay(model, settings.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in steps]
+    own = {"params": list(steps.values()), "weight_decay": 0.0, "lr_scale": settings.scale_lr}
+    return [group for group in [*groups, own] if group["params"]]
 
 
 def check_training(settings: TrainingSection) -> None:

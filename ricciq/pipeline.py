@@ -154,7 +154,7 @@ def train(
         f"kept {len(job.plan.kept)} parts float"
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
-        calibrate(job.model, _first_images(job, world))
+        calibrate(job.model, _first_images(job, world), recipe.quantization.scale_search)
     correction = correction_of(recipe)
     done = finetune(
         job.model,
@@ -167,6 +167,7 @@ def train(
         teacher=teacher if is_distilled(job) else None,
         about=job.about,
         journal=journal,
+        pictures=lambda: _first_images(job, world),
         resume=resume,
         world=world,
     )

@@ -235,4 +235,5 @@ def correction_of(recipe: Recipe) -> Correction:
 
 def is_distilled(job: Job) -> bool:
     """Whether the float model teaches: not where nothing becomes discrete."""
-    return bool(job.plan.layers and job.recipe.training.distill)
+    settings = job.recipe.training
+    return bool(job.plan.layers and (settings.distill or settings.distill_features))

@@ -35,10 +35,14 @@ class Kinds:
             "codebook" learns a step a row and the codes of the layer, at 1, 2 or 4 bits or ternary.
         activations: "lsq"; "pact" learns the clipping point from what is clipped alone (Choi et al.
             2018, arXiv 1805.06085, eq. 3), with LSQ's gain and without a decay of its own; "fixed".
+        normalize: whether each row of a weight keeps, before it is rounded, the norm it had.
+        search: how many first steps are tried; 1 takes that which clips nothing.
     """
 
     weights: WeightKind = "lsq"
     activations: ActKind = "lsq"
+    normalize: bool = False
+    search: int = 100
 
 
 LSQ = Kinds()
@@ -76,11 +80,8 @@ class WeightQuantizer(nn.Module):
         kind: WeightKind = "lsq",
     ) -> None:
         super().__init__()
-        self.bits = bits
         self.kind = kind
-        self.fixed_grid = Grid.for_weights(bits, odd=kind in ("odd", "dorefa"))
-        if kind == "dorefa":  # nothing lies beyond its ends, but for two levels, eq. 7
-            self.fixed_grid = replace(self.fixed_grid, clips=False)
+        self.set_bits(bits)
         learned = kind == "codebook" and bits != 8  # where int8 holds no more, all are taken
         if learned and bits not in CODEBOOK_WIDTHS:
             raise ValueError(f"bits is {bits!r}; a codebook takes 1, 2, 4 or ternary.")
@@ -94,6 +95,13 @@ class WeightQuantizer(nn.Module):
             self.standardize = nn.Sequential(self.standardize, nn.Tanh())
         fixed = kind in ("dorefa", "fixed")
         self.log_scale = nn.Parameter(torch.zeros(rows), requires_grad=not fixed)
+
+    def set_bits(self, bits: Bits) -> None:
+        """Take another width; the steps are then to be found anew, and a codebook cannot."""
+        self.bits = bits
+        self.fixed_grid = Grid.for_weights(bits, odd=self.kind in ("odd", "dorefa"))
+        if self.kind == "dorefa":  # nothing lies beyond its ends, but for two levels, eq. 7
+            self.fixed_grid = replace(self.fixed_grid, clips=False)
 
     @property
     def grid(self) -> Grid | Codebook:
@@ -242,11 +250,15 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, bits: int, kind: ActKind = "lsq") -> None:
         super().__init__()
-        self.bits = bits
         self.kind = kind
-        self.grid = Grid(0, 2**bits - 1)
+        self.set_bits(bits)
         self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=kind != "fixed")
         self.register_buffer("zero_point", torch.zeros(()))
+
+    def set_bits(self, bits: Bits) -> None:
+        """Take another width, a number; the range is then to be found anew."""
+        self.bits = int(bits)
+        self.grid = Grid(0, 2**self.bits - 1)
 
     @property
     def scale(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -83,6 +83,8 @@ class QuantizationSection(Section):
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     weight_quantizer: Literal["lsq", "odd", "dorefa", "fixed", "codebook"] = "lsq"
     act_quantizer: Literal["lsq", "pact", "fixed"] = "lsq"
+    weight_norm: bool = False
+    scale_search: Annotated[int, Field(ge=1)] = 100
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
@@ -105,7 +107,7 @@ class QuantizationSection(Section):
         """Which quantizers."""
         from ricciq.quantizer import Kinds  # brings torch, which reading a recipe must not
 
-        return Kinds(self.weight_quantizer, self.act_quantizer)
+        return Kinds(self.weight_quantizer, self.act_quantizer, self.weight_norm, self.scale_search)
 
 
 class MethodSection(Section):
@@ -158,17 +160,34 @@ class TrainingSection(Section):
     freeze_bn: bool = False
     save_minutes: Annotated[float, Field(ge=0)] = 10.0
     label_smoothing: Share = 0.0
+    scale_lr: Positive = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    reestimate_bn: bool = False
+    progressive: tuple[Annotated[int, Field(ge=2, le=8)], ...] = ()
     damping: Annotated[float, Field(ge=0)] = 0.0
     damping_form: Literal["l2", "lne"] = "l2"
     freezing: Annotated[float, Field(gt=0, lt=1)] | None = None
     distill: Share = 1.0
+    distill_features: Annotated[float, Field(ge=0)] = 0.0
     temperature: Positive = 1.0
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs} leaves no epoch of {self.epochs}; lower it"
+            )
+        if self.freeze_bn and self.reestimate_bn:
+            raise ValueError("freeze_bn keeps what reestimate_bn replaces; remove one of them")
+        stages = self.progressive
+        if any(later >= earlier for earlier, later in pairwise(stages)):
+            raise ValueError(f"progressive {list(stages)} does not fall; write it as [8, 4]")
+        if stages and self.freezing is not None:
+            raise ValueError("freezing fixes codes that progressive changes; remove one of them")
+        if 0 < self.epochs <= len(stages):
+            raise ValueError(
+                f"progressive {list(stages)} and the last stage need {len(stages) + 1} epochs, "
+                f"not {self.epochs}; give more"
             )
         return self
 
@@ -185,6 +204,16 @@ class Recipe(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     amp: bool | None = None
     compile: bool | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        kind = self.quantization.weight_quantizer
+        if self.training.progressive and kind in ("codebook", "dorefa"):
+            raise ValueError(
+                f"training.progressive changes widths, which weight_quantizer {kind} cannot; take "
+                "lsq"
+            )
+        return self
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
@@ -220,7 +249,7 @@ class Recipe(Section):
             raise RecipeError(f"recipe {path} holds no sections; write model:, data: and so on")
         return cls.from_values(values, f"recipe {path}")
 
-    def override(self, flags: Mapping[str, Any]) -> Recipe:
+    def override(self, flags: Mapping[str, Any], source: str = "the command line") -> Recipe:
         """A recipe with dotted keys replaced, as in ``{"training.lr": 1e-3}``; None is no flag."""
         values = self.model_dump()
         for key, value in flags.items():
@@ -229,9 +258,12 @@ class Recipe(Section):
             *sections, field = key.split(".")
             part = values
             for section in sections:
-                part = part.setdefault(section, {})
+                inner = part.setdefault(section, {})
+                if not isinstance(inner, dict):
+                    raise RecipeError(f"{source} has an unknown key {key}; remove it")
+                part = inner
             part[field] = value
-        return Recipe.from_values(values, "the command line")
+        return Recipe.from_values(values, source)
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included."""

@@ -60,7 +60,7 @@ def comparison_table(values: dict[str, Any]) -> Table:
     first = shown(values["results"][0]["method"])
     title = f"{values['model']} on {values['data']}, {bits}: {values['folder']}"
     table = Table(title=shown(title))
-    table.add_column("method", overflow="fold")
+    table.add_column("method", overflow="fold", min_width=20)
     headings = (
         "rate x",
         "top-1, %",

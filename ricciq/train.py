@@ -34,7 +34,7 @@ from ricciq.memory import halve_until, is_out_of_memory
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder
 from ricciq.stopping import Stopped, Stopping, stopping_between_steps
-from ricciq.trainer import Trainer
+from ricciq.trainer import Pictures, Trainer
 
 MAX_BAD_STEPS = 20
 """Steps in a row without finite gradients after which training gives up."""
@@ -61,6 +61,7 @@ class Progressed:
         batch_size: pictures in a batch of one process.
         processes: how many train together; batches and steps are counted by it.
         scaler: state of the loss scaler, empty unless training in float16.
+        stage: which of the stages of falling widths the steps are of.
     """
 
     epoch: int = 0
@@ -78,6 +79,7 @@ class Progressed:
     batch_size: int = 0
     processes: int = 1
     scaler: dict[str, Any] = field(default_factory=dict)
+    stage: int = 0
 
 
 def finetune(
@@ -92,6 +94,7 @@ def finetune(
     teacher: nn.Module | None = None,
     about: Mapping[str, Any],
     journal: Journal,
+    pictures: Pictures | None = None,
     resume: bool = False,
     world: World | None = None,
 ) -> Progressed:
@@ -108,6 +111,7 @@ def finetune(
         teacher: the float model to distil from, on ``device``.
         about: stored beside the best epoch's weights.
         journal: where progress is shown.
+        pictures: what to calibrate on, where the recipe has stages or estimates BatchNorm anew.
         resume: go on from the folder's last state.
         world: the processes that train together.
 
@@ -119,9 +123,14 @@ def finetune(
         RecipeError: timm knows no such optimizer or schedule.
         RicciqError: there is not enough memory for a step.
         UsageError: the state is that of another number of processes.
+        ValueError: there are no pictures, and the recipe needs them.
         Stopped: the user asked to stop; the state is saved.
     """
     world = world or World()
+    if pictures is None:
+        if recipe.training.progressive or recipe.training.reestimate_bn:
+            raise ValueError("pictures is None; the recipe's progressive or reestimate_bn needs it")
+        pictures = tuple
     trainer = Trainer(model, recipe, correction, device, len(fit), teacher, world)
     sitting = _Sitting(trainer, folder, recipe, about, fit.batch_size or 1)
     if resume:
@@ -133,7 +142,9 @@ def finetune(
     ):
         try:
             while sitting.done.epoch < recipe.training.epochs:
+                trainer.enter(sitting.done.epoch, pictures)
                 sitting.train(fit, stopping, journal)
+                trainer.reestimate(pictures)
                 trainer.share_averages()
                 batches = stopping.watch(holdout, alike=False)
                 held = evaluate({"holdout": trainer.predict}, batches)["holdout"]
@@ -204,6 +215,7 @@ class _Sitting:
             )
         self.tally = Tally.from_dict(self.done.tally)
         self.history = History.read(self.folder, self.done.epoch)
+        trainer.set_stage(self.done.stage)
         if self.done.scaler:
             trainer.scaler.load_state_dict(self.done.scaler)
 
@@ -275,14 +287,16 @@ class _Sitting:
         done.seconds += tally.seconds
         done.skipped += tally.bad
         done.batch, done.geometry, self.tally = 0, {}, Tally()
-        done.best_top1 = max(done.best_top1, held.top1)
-        better = held.top1 >= done.best_top1 - _standard_error(done.best_top1, held.samples)
+        better = False
+        if self.trainer.progressions[0].is_last(done.epoch - 1):
+            done.best_top1 = max(done.best_top1, held.top1)
+            better = held.top1 >= done.best_top1 - _standard_error(done.best_top1, held.samples)
         if better:
             done.chosen_epoch, done.chosen_top1 = done.epoch, held.top1
         if self.world.is_first:
             if better:
                 chosen = {**self.about, "epoch": done.epoch, "holdout_top1": held.top1}
-                save_tensors(self.folder.best, self.trainer.model.state_dict(), chosen)
+                save_tensors(self.folder.best, self.trainer.outcome.state_dict(), chosen)
             self.history.write(self.folder)
         self.save()
 
@@ -293,6 +307,7 @@ class _Sitting:
             return
         done, trainer, folder = self.done, self.trainer, self.folder
         done.tally, done.scaler = self.tally.to_dict(), trainer.scaler.state_dict()
+        done.stage = trainer.stage
         tensors, metadata = training_state(trainer.changing, trainer.optimizer, vars(done))
         save_tensors(folder.last, tensors, metadata, previous=folder.previous)
         write_atomically(folder.state, json.dumps(vars(done), indent=1) + "\n")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
 
+from ricciq.calibration import calibrate
 from ricciq.convert import quantized_layers
 from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight, override_forward
 from ricciq.distributed import World
@@ -20,9 +23,18 @@ from ricciq.flow import Geometry
 from ricciq.history import Codes, Tally
 from ricciq.loading import Batch
 from ricciq.memory import is_out_of_memory
-from ricciq.optimization import loss_function, optimizer_and_schedule
+from ricciq.optimization import (
+    WithFeatures,
+    feature_distance,
+    loss_function,
+    optimizer_and_schedule,
+)
 from ricciq.oscillation import Damping, Freezing
+from ricciq.progression import Progression
 from ricciq.recipe import Recipe
+
+Pictures = Callable[[], Iterable[Tensor]]
+"""Makes batches (B, C, H, W) to calibrate on, of training pictures as they are, always the same."""
 
 
 def discrete_weights(model: nn.Module) -> list[DiscreteWeight]:
@@ -68,6 +80,7 @@ class Trainer:
     ) -> None:
         self.model, self.device, self.world = model, device, world or World()
         self.settings, self.correction, self.seed = recipe.training, correction, recipe.seed
+        self.scale_search = recipe.quantization.scale_search
         self.updates_per_epoch = -(-batches_per_epoch // self.settings.grad_accum_steps)
         self.updates = self.updates_per_epoch * self.settings.epochs
         self.damping = Damping(self.settings.damping, self.settings.damping_form)
@@ -82,6 +95,14 @@ class Trainer:
         self.changing = nn.ModuleDict(
             {"model": model, "freezing": self.freezing, "codes": self.codes}
         )
+        self.ema: ModelEmaV3 | None = None
+        if self.settings.ema is not None:
+            self.ema = ModelEmaV3(model, self.settings.ema)
+            self.changing["ema"] = self.ema
+        stages = self.settings.progressive, self.settings.epochs
+        self.progressions = [
+            Progression(net, *stages) for net in dict.fromkeys([model, self.outcome])
+        ]
         self.optimizer, self.schedule = optimizer_and_schedule(
             model, self.settings, self.updates_per_epoch
         )
@@ -92,10 +113,13 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         if self.settings.grad_checkpointing:
             recompute_activations(model, True)
+        self.alone = model
+        if self.settings.distill_features and teacher is not None:
+            self.alone, teacher = WithFeatures(model), WithFeatures(teacher)
         self.parallel: DistributedDataParallel | None = None
         if self.world.size > 1:
-            self.parallel = DistributedDataParallel(model)
-        self.eager: nn.Module = self.parallel or model
+            self.parallel = DistributedDataParallel(self.alone)
+        self.eager: nn.Module = self.parallel or self.alone
         self.forward, self.teacher = self.eager, teacher
         if on_cuda if recipe.compile is None else recipe.compile:
             self.forward = cast(nn.Module, torch.compile(self.eager))
@@ -153,6 +177,8 @@ class Trainer:
             with self.correction.within_trust(self.weights):
                 self.scaler.step(self.optimizer)
             self.freezing(progress)
+            if self.ema is not None:
+                self.ema.update(self.model)
         else:
             self._copy(self.saved_averages, self.averages)
         self.scaler.update()
@@ -185,14 +211,52 @@ class Trainer:
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-            logits = forward(images).float()
-            with torch.no_grad():
-                taught = None if self.teacher is None else self.teacher(images).float()
-        return loss_function(logits, targets, taught, self.settings), logits.detach(), targets
+            logits, features = _parted(forward(images))
+            taught, known = None, None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught, known = _parted(self.teacher(images))
+        loss = loss_function(logits, targets, taught, self.settings)
+        if features is not None and known is not None:
+            loss = loss + self.settings.distill_features * feature_distance(features, known)
+        return loss, logits.detach(), targets
+
+    @property
+    def outcome(self) -> nn.Module:
+        """What is judged and saved: the model, or the moving average of its weights."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def stage(self) -> int:
+        """Which widths the quantizers have; see `Progression`."""
+        return self.progressions[0].stage
+
+    def set_stage(self, stage: int) -> bool:
+        """Give the quantizers the widths of a stage; whether they had others."""
+        changed = [progression.enter(stage) for progression in self.progressions]
+        if any(changed) and self.activations is not None:
+            self.activations.set_slopes()
+        return any(changed)
+
+    def enter(self, epoch: int, pictures: Pictures) -> None:
+        """Make ready for an epoch, counted from 0: in a new stage all steps are found anew."""
+        progression = self.progressions[0]
+        if not self.set_stage(progression.stage_of(epoch)):
+            return
+        progression.fit_weights(self.scale_search)
+        calibrate(self.model, (x.to(self.device) for x in pictures()), self.scale_search)
+        if self.ema is not None:
+            self.ema.set(self.model)  # type: ignore[no-untyped-call]
+
+    def reestimate(self, pictures: Pictures) -> None:
+        """Take the BatchNorm averages of the outcome anew, where the recipe wants it."""
+        if self.settings.reestimate_bn:
+            torch.manual_seed(self.seed)  # a model may drop something by chance
+            update_bn(pictures(), self.outcome, self.device)
 
     def share_averages(self) -> None:
         """Give every process the BatchNorm averages of the first, those that are saved."""
-        for buffer in self.averages:
+        for buffer in dict.fromkeys([*self.averages, *self.outcome.buffers()]):
             self.world.share(buffer)
 
     def end(self) -> None:
@@ -210,7 +274,7 @@ class Trainer:
                 parameters = list(self.model.parameters())
                 moments = [torch.empty_like(p) for p in parameters for _ in range(self.moments)]
             # Not through DistributedDataParallel: other processes are not trying.
-            self._backward([batch], self.model)
+            self._backward([batch], self.alone)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -242,9 +306,17 @@ class Trainer:
         return 2 if "betas" in self.optimizer.defaults else 1
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits in evaluation mode."""
-        logits: Tensor = self.model.eval()(images.to(self.device))
+        """Logits of the outcome in evaluation mode."""
+        logits: Tensor = self.outcome.eval()(images.to(self.device))
         return logits
+
+
+def _parted(answer: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Logits in float32, and features if the model gives them."""
+    if isinstance(answer, Tensor):
+        return answer.float(), None
+    logits, features = answer
+    return logits.float(), features
 
 
 def recompute_activations(model: nn.Module, wanted: bool) -> None:

@@ -21,6 +21,7 @@ FLOORS = {
     4: "pipeline trained",
     3.8: "preparation train",
     3.5: "trainer",
+    3.25: "progression",
     3: "convert export history optimization",
     2.5: "deployment",
     2: "oscillation layers data models runfolder report bench doctor plots",
