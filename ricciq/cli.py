@@ -58,6 +58,7 @@ def quantize(
     bits: options.Bits = None,
     weight_bits: options.WeightBits = None,
     act_bits: options.ActBits = None,
+    max_bytes: options.MaxBytes = None,
     recipe: options.RecipeName = None,
     checkpoint: options.Checkpoint = None,
     method: Annotated[str | None, typer.Option(help=f"{options.METHODS}.")] = None,
@@ -89,11 +90,11 @@ def quantize(
         model,
         checkpoint,
         recipe,
-        (bits, weight_bits, act_bits),
+        (bits, weight_bits, act_bits, max_bytes),
         {
             "data.name": data,
             "data.dir": data_dir,
-            "data.batch_size": _batch_size(batch_size),
+            "data.batch_size": options.training_batch_size(batch_size),
             "data.workers": workers,
             "data.augmentation.auto_augment": aa,
             "data.augmentation.mixup": mixup,
@@ -110,12 +111,14 @@ def quantize(
             "compile": compile_,
         },
     )
-    from ricciq import pipeline, preparation
+    from ricciq import autobits, pipeline, preparation
 
     journal = _begin(messages)
     if dry_run:
         on = preparation.choose_device(merged.device)
-        job = preparation.prepare(merged, on, journal, weights=False)
+        found = merged.quantization.weight_bits == "auto"  # by what the weights are like
+        job = preparation.prepare(merged, on, journal, weights=found)
+        job = autobits.with_chosen_bits(job, journal)
         if _is_first():
             _print(preparation.describe(job), as_json, plan_table)
         return
@@ -243,6 +246,7 @@ def compare(
     bits: options.Bits = None,
     weight_bits: options.WeightBits = None,
     act_bits: options.ActBits = None,
+    max_bytes: options.MaxBytes = None,
     recipe: options.RecipeName = None,
     checkpoint: options.Checkpoint = None,
     lr_scales: Annotated[str, typer.Option(help="Factors of the learning rate.")] = "1",
@@ -270,7 +274,7 @@ def compare(
         model,
         checkpoint,
         recipe,
-        (bits, weight_bits, act_bits),
+        (bits, weight_bits, act_bits, max_bytes),
         {
             "data.name": data,
             "data.dir": data_dir,
@@ -308,7 +312,7 @@ def _recipe(
     model: str,
     checkpoint: Path | None,
     name: str | None,
-    widths: tuple[str | None, str | None, str | None],
+    widths: tuple[str | None, str | None, str | None, str | None],
     flags: dict[str, Any],
 ) -> tuple[Recipe, list[str]]:
     """Defaults, then the recipe of that name or file, then flags; and what there is to say."""
@@ -316,9 +320,9 @@ def _recipe(
 
     messages: list[str] = []
     source = _model_and_weights(model, checkpoint)
-    weights, activations = _widths(*widths, messages)
-    bits = {"quantization.weight_bits": weights, "quantization.act_bits": activations}
     loaded = Recipe.load(name) if name else Recipe()
+    asked = options.widths(*widths, messages)
+    bits = {"quantization": loaded.quantization.model_dump() | asked} if asked else {}
     method = flags.pop("method.name", None)
     if method not in (None, loaded.method.name):  # a method's values are not another's
         flags["method"] = {"name": method}
@@ -344,39 +348,6 @@ def _begin(messages: list[str]) -> Journal:
         journal.say(message)
     signal.signal(signal.SIGTERM, _interrupt)
     return journal
-
-
-def _widths(
-    bits: str | None, weight_bits: str | None, act_bits: str | None, messages: list[str]
-) -> tuple[int | str | None, int | str | None]:
-    """What --bits, --weight-bits and --act-bits ask for; None where nothing was said."""
-    both = _width("--bits", bits)
-    activations = both
-    if both in (1, "ternary"):
-        activations = 2
-        if act_bits is None:
-            messages.append(
-                f"--bits {both} sets the weights; activations get 2 bits, unless --act-bits says so"
-            )
-    weights = _width("--weight-bits", weight_bits) or both
-    return weights, _width("--act-bits", act_bits, ternary=False) or activations
-
-
-def _width(flag: str, text: str | None, ternary: bool = True) -> int | str | None:
-    if text is None or (ternary and text == "ternary"):
-        return text
-    if text.isascii() and text.isdigit() and int(text) in (*range(1, 9), 32):
-        return int(text)
-    allowed = options.WIDTHS if ternary else "1 to 8, or 32 for float"
-    raise UsageError(f"{flag} {text} is not a width; give {allowed}")
-
-
-def _batch_size(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
-        return text
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
-    raise UsageError(f"--batch-size {text} is no number of pictures; give one from 1, or auto")
 
 
 def _model_and_weights(model: str, checkpoint: Path | None) -> dict[str, Any]:

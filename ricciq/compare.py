@@ -17,6 +17,7 @@ import torch
 import yaml
 from scipy import stats
 
+from ricciq.autobits import with_chosen_bits
 from ricciq.checkpoint import write_atomically
 from ricciq.data import open_data
 from ricciq.deployment import deploy
@@ -237,6 +238,7 @@ def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: J
         if not resume:
             folder.begin(recipe)
         try:
+            job = with_chosen_bits(job, journal, folder, resume)
             done = train(job, folder, resume=resume, journal=journal)
         except DivergedError as error:
             journal.say(f"{folder.path.name} diverged: {error}")

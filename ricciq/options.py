@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ricciq.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DATA = "Folder with train/ and val/, torch/, wds/ or hfds/NAME, or digits."
@@ -27,11 +31,14 @@ GradCheckpointing = Annotated[
     typer.Option("--grad-checkpointing", help="Recompute activations, to save memory."),
 ]
 METHODS = "ricci, ste, ewgs, dsq, ede, lne or project"
-WIDTHS = "1 to 8, ternary, or 32 for float"
+WIDTHS = "1 to 8, ternary, 32 for float, or auto:2.5 for the best of that average"
 Model = Annotated[str, typer.Argument(help="timm model name, or a float run's folder or file.")]
 Bits = Annotated[str | None, typer.Option(help=f"Weights and activations: {WIDTHS}.")]
 WeightBits = Annotated[str | None, typer.Option(help=f"Weights: {WIDTHS}.")]
 ActBits = Annotated[str | None, typer.Option(help="Activations: 1 to 8, or 32.")]
+MaxBytes = Annotated[
+    str | None, typer.Option(help="Find the bits of layers for a file this large, as 4MB.")
+]
 RecipeName = Annotated[str | None, typer.Option(help="Shipped recipe's name, or a file.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Float weights to start from.")]
 AutoAugment = Annotated[
@@ -52,3 +59,70 @@ Output = Annotated[Path | None, typer.Option(help="Folder of the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")]
+
+
+def widths(
+    bits: str | None,
+    weight_bits: str | None,
+    act_bits: str | None,
+    max_bytes: str | None,
+    messages: list[str],
+) -> dict[str, Any]:
+    """The keys under `quantization` that the flags about widths ask for.
+
+    Args:
+        bits: of weights and activations, as typed.
+        weight_bits: goes before it.
+        act_bits: goes before it.
+        max_bytes: a budget in the place of widths of weights.
+        messages: receives what is to be said about them.
+
+    Raises:
+        UsageError: one of them is no width, or they contradict each other.
+    """
+    both, weights = _width("--bits", bits), _width("--weight-bits", weight_bits)
+    activations = both
+    if both in (1, "ternary") or isinstance(both, float):
+        activations = 2 if not isinstance(both, float) else math.ceil(both)
+        if act_bits is None:
+            messages.append(
+                f"--bits {bits} sets the weights; activations get {activations} bits, unless "
+                "--act-bits says so"
+            )
+    weights = weights or both
+    if weights is not None and max_bytes is not None:
+        raise UsageError(f"--max-bytes {max_bytes} finds the bits itself; leave out those given")
+    asked: dict[str, Any] = {}
+    if weights is not None or max_bytes is not None:
+        average = weights if isinstance(weights, float) else None
+        found = average is not None or max_bytes is not None
+        asked = {"average_bits": average, "max_bytes": max_bytes}
+        asked["weight_bits"] = "auto" if found else weights
+    activations = _width("--act-bits", act_bits, weights=False) or activations
+    return asked if activations is None else {**asked, "act_bits": activations}
+
+
+def _width(flag: str, text: str | None, weights: bool = True) -> int | float | str | None:
+    """A width; of weights also "ternary", or as a fraction the average that auto: asks for."""
+    if text is None or (weights and text == "ternary"):
+        return text
+    if text.isascii() and text.isdigit() and int(text) in (*range(1, 9), 32):
+        return int(text)
+    if weights and text.startswith("auto:"):
+        with suppress(ValueError):
+            return float(text.removeprefix("auto:"))
+    allowed = WIDTHS if weights else "1 to 8, or 32 for float"
+    raise UsageError(f"{flag} {text} is not a width; give {allowed}")
+
+
+def training_batch_size(text: str | None) -> int | str | None:
+    """The number of pictures, or "auto".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text is None or text == "auto":
+        return text
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise UsageError(f"--batch-size {text} is no number of pictures; give one from 1, or auto")

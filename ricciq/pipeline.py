@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ricciq import __version__
+from ricciq.autobits import with_chosen_bits
 from ricciq.bench import Latency, measure_latency
 from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
@@ -98,6 +99,10 @@ def run(
 
             world.from_first(begin)
             try:
+                chosen = world.from_first(
+                    lambda: with_chosen_bits(job, journal, folder, resume).plan
+                )
+                job = job._replace(plan=chosen)
                 world.from_first(lambda: _export_float(job, folder))
                 done = train(job, folder, resume=resume, journal=journal, world=world)
                 report = world.from_first(lambda: _finish(job, folder, reference, done, journal))

@@ -91,6 +91,33 @@ def plot_geometry(
     _save(figure, path)
 
 
+def plot_sensitivity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """What each layer loses at each width, a line a layer, with a ring at the width it got.
+
+    Args:
+        rows: of sensitivity.csv.
+        path: the picture.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    few = len(rows) <= 20  # a longer legend would cover the lines
+    for row in rows:
+        lost = {
+            int(key.removeprefix("nats_at_")): max(float(value), 1e-9)
+            for key, value in row.items()
+            if key.startswith("nats_at_")
+        }
+        label = f"{row['layer']}: {row['bits']} bits" if few else None
+        (line,) = axes.semilogy(lost.keys(), lost.values(), alpha=0.6, label=label)
+        bits = int(row["bits"])
+        axes.plot(bits, lost[bits], "o", mfc="none", markersize=9, color=line.get_color())
+    axes.set_xlabel("bits of the weights of one layer, all else in float")
+    axes.set_ylabel("divergence from the float answers, nats")
+    if few:
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     content = BytesIO()
     figure.savefig(content, format="png", dpi=150)

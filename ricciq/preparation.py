@@ -142,7 +142,7 @@ def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: boo
     model = loaded.model.to(device).to(memory_format=torch.channels_last)
     bits = recipe.quantization
     example = torch.zeros(2, *loaded.preprocessing.input_size, device=device)
-    plan = plan_conversion(model, example, bits.weight_bits, bits.act_bits, bits.edge_bits)
+    plan = plan_conversion(model, example, bits.planned_bits, bits.act_bits, bits.edge_bits)
     return Job(recipe, device, data, model, loaded.preprocessing, plan, loaded.messages)
 
 

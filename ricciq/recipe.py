@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from ricciq.errors import RecipeError
 from ricciq.preprocessing import Augmentation
 
 if TYPE_CHECKING:
+    from ricciq.grids import Bits
     from ricciq.quantizer import Kinds
 
-WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary"]
+WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary", "auto"]
 ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -79,6 +80,8 @@ class QuantizationSection(Section):
     """Widths in bits, of both in the first and last layer too, and the kinds of quantizers."""
 
     weight_bits: WeightBits = 4
+    average_bits: Annotated[float, Field(ge=1, le=8)] | None = None
+    max_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
     act_bits: ActBits = 4
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     weight_quantizer: Literal["lsq", "odd", "dorefa", "fixed", "codebook"] = "lsq"
@@ -88,6 +91,12 @@ class QuantizationSection(Section):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
+        budgets = [self.average_bits, self.max_bytes].count(None)
+        if budgets != (1 if self.weight_bits == "auto" else 2):
+            raise ValueError(
+                "weight_bits auto goes with one budget, average_bits or max_bytes, and a budget "
+                "with it; give both or neither"
+            )
         if self.weight_bits == 32 and self.act_bits != 32:
             raise ValueError(
                 f"float weights with {self.act_bits}-bit activations have no integer kernel; give "
@@ -101,6 +110,11 @@ class QuantizationSection(Section):
                         "another weight_quantizer"
                     )
         return self
+
+    @property
+    def planned_bits(self) -> Bits:
+        """What a plan begins with: 8 where the bits are to be found."""
+        return 8 if self.weight_bits == "auto" else self.weight_bits
 
     @property
     def kinds(self) -> Kinds:

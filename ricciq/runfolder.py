@@ -32,6 +32,8 @@ class RunFolder:
         self.geometry = path / "geometry.csv"
         self.geometry_plot = path / "geometry.png"
         self.layers = path / "layers.csv"
+        self.sensitivity = path / "sensitivity.csv"
+        self.sensitivity_plot = path / "sensitivity.png"
         self.last = path / "last.safetensors"
         self.previous = path / "previous.safetensors"
         self.best = path / "best.safetensors"

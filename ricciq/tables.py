@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,6 +31,27 @@ def plan_table(values: dict[str, Any]) -> Table:
     for kept in values["kept"]:
         table.add_row(kept["name"], "float", kept["why"], kept["kind"])
     return table
+
+
+def sensitivity_table(rows: Sequence[Mapping[str, Any]], average: float) -> Table:
+    """Which width each layer got, and what its answers lose in nats with it alone."""
+    table = Table(title="bits a layer", caption=f"{average:.3f} bits a weight on average")
+    widths = [key for key in rows[0] if key.startswith("nats_at_")]
+    table.add_column("layer", overflow="fold")
+    for heading in ("weights", "bits", *(f"at {key.removeprefix('nats_at_')}" for key in widths)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        losses = (f"{row[key]:.2g}" for key in widths)
+        table.add_row(shown(row["layer"]), str(row["parameters"]), str(row["bits"]), *losses)
+    return table
+
+
+def as_text(table: Table) -> str:
+    """A table as lines for a log, as wide as it needs to be."""
+    console = Console(file=StringIO(), width=120)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip()
 
 
 def inspection_tables(values: dict[str, Any]) -> Group:

@@ -20,8 +20,10 @@ FLOORS = {
     5: "compare",
     4: "pipeline trained",
     3.8: "preparation train",
+    3.9: "autobits",
     3.5: "trainer",
-    3.25: "progression",
+    3.25: "progression sensitivity",
+    3.3: "allocation",
     3: "convert export history optimization",
     2.5: "deployment",
     2: "oscillation layers data models runfolder report bench doctor plots",
@@ -32,8 +34,8 @@ FLOORS = {
     0.3: "quantizer",
     0.25: "modelfile flow rounding",
     0.2: "stopping",
-    0.1: "distributed",
-    0: "errors grids ricci journal tables memory options",
+    0.1: "distributed options",
+    0: "errors grids ricci journal tables memory",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

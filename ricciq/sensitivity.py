@@ -1,0 +1,110 @@
+"""How much each layer minds fewer bits: what the network's answers lose when one alone has them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ricciq.convert import Plan, convert, quantized_layers
+from ricciq.grids import Bits
+from ricciq.journal import Journal
+from ricciq.layers import QuantLayer
+from ricciq.quantizer import CODEBOOK_WIDTHS, ActivationQuantizer, Kinds, WeightQuantizer
+from ricciq.recording import evaluating
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+"""Those a layer may be given; 7 bits take as much room in a file as 8."""
+
+
+class Sensitivity(NamedTuple):
+    """What the widths of one layer cost.
+
+    Attributes:
+        name: of the layer.
+        parameters: how many weights it has.
+        divergence: by width, nats; not rising with it.
+    """
+
+    name: str
+    parameters: int
+    divergence: dict[int, float]
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    model: nn.Module,
+    plan: Plan,
+    names: Sequence[str],
+    kinds: Kinds,
+    batches: Sequence[Tensor],
+    journal: Journal,
+) -> list[Sensitivity]:
+    """Round the weights of one layer after the other to each width, all else in float.
+
+    Args:
+        model: the float model; stays as it is.
+        plan: what becomes discrete in it.
+        names: which layers to measure.
+        kinds: which quantizers; a codebook takes 1, 2, 4 and 8 bits only.
+        batches: (B, C, H, W) calibration pictures on the model's device.
+        journal: where progress is shown.
+
+    Returns:
+        For each layer the mean Kullback-Leibler divergence of the answers from the float model's:
+        what distillation starts from (as Cai et al. 2020, arXiv 2001.00281, eq. 2, have it).
+    """
+    widths = [b for b in WIDTHS if kinds.weights != "codebook" or b == 8 or b in CODEBOOK_WIDTHS]
+    net = convert(copy.deepcopy(model), plan, kinds)
+    layers = quantized_layers(net)
+    for module in net.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.observer = _ignore  # which leaves the activations float
+    standardize = {layer: layer.weight_quantizer.standardize for layer in layers.values()}
+    for layer in layers.values():
+        _use(layer, standardize[layer])
+    found = []
+    with evaluating(net), journal.bar("sensitivity", len(names) * len(widths)) as advance:
+        taught = [F.log_softmax(net(images).float(), 1) for images in batches]
+        for name in names:
+            layer = layers[name]
+            divergence: dict[int, float] = {}
+            for bits in widths:
+                _use(layer, _quantizer(layer, bits, standardize[layer], kinds))
+                lost = _divergence(net, batches, taught)
+                # One number more cannot make a layer worse, if not by chance.
+                divergence[bits] = min([lost, *divergence.values()])
+                advance(lambda name=name: name)  # type: ignore[misc]
+            _use(layer, standardize[layer])
+            found.append(Sensitivity(name, layer.latent.numel(), divergence))
+    return found
+
+
+def _ignore(x: Tensor) -> None:
+    pass
+
+
+def _use(layer: QuantLayer, quantizer: nn.Module) -> None:
+    """Let a layer pass its weight through something else than its quantizer."""
+    layer._modules["weight_quantizer"] = quantizer
+
+
+def _quantizer(
+    layer: QuantLayer, bits: Bits, standardize: nn.Module, kinds: Kinds
+) -> WeightQuantizer:
+    weight = layer.latent
+    quantizer = WeightQuantizer(len(weight), bits, standardize, kinds.weights).to(weight.device)
+    quantizer.calibrate(weight, kinds.search)
+    return quantizer.eval()
+
+
+def _divergence(net: nn.Module, batches: Sequence[Tensor], taught: Sequence[Tensor]) -> float:
+    lost = 0.0
+    for images, logs in zip(batches, taught, strict=True):
+        answers = F.log_softmax(net(images).float(), 1)
+        lost += F.kl_div(answers, logs, reduction="sum", log_target=True).item()
+    return lost / sum(map(len, batches))

@@ -1,0 +1,723 @@
+"""Techniques of training: averages, statistics taken anew, stages, features, norms, rates."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ricciq import compare as study
+from ricciq import train
+from ricciq.calibration import LogHistogram, calibrate, choose_range
+from ricciq.checkpoint import load_tensors
+from ricciq.cli import main
+from ricciq.compare import Trial
+from ricciq.convert import convert, quantized_layers
+from ricciq.deployment import deploy
+from ricciq.errors import RecipeError
+from ricciq.evaluate import evaluate
+from ricciq.export import export_onnx
+from ricciq.history import Tally
+from ricciq.journal import Journal
+from ricciq.layers import KeptNorm
+from ricciq.optimization import WithFeatures, feature_distance, optimizer_and_schedule
+from ricciq.preparation import correction_of, prepare
+from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.recipe import Recipe, TrainingSection
+from ricciq.rounding import SLOPE_SAMPLES
+from ricciq.runfolder import RunFolder, read_csv
+from ricciq.runtime import open_session, session_predictor
+from ricciq.train import Progressed, finetune
+from ricciq.trained import rebuild
+from ricciq.trainer import Trainer
+
+CPU = torch.device("cpu")
+RECIPE = Recipe().override(
+    {
+        "model.name": "digits_resnet8",
+        "data.name": "digits",
+        "data.batch_size": 40,
+        "data.train_samples": 120,
+        "data.augmentation": {"pad_crop": 1, "hflip": 0.0},
+        "quantization.weight_bits": 2,
+        "quantization.act_bits": 2,
+        "training.epochs": 1,
+        "training.lr": 5e-3,
+        "training.save_minutes": 0,  # after every step
+        "device": "cpu",
+    }
+)
+STEPS = 3  # an epoch
+
+
+class Run:
+    """A converted, calibrated digits net and what is needed to train it in a folder."""
+
+    def __init__(self, path: Path, changes: dict | None = None) -> None:
+        path.mkdir(exist_ok=True)
+        self.folder, self.recipe = RunFolder(path), RECIPE.override(changes or {})
+        self.job = prepare(self.recipe, CPU, Journal())
+        self.model = self.job.model
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        bits = self.recipe.quantization
+        convert(self.model, self.job.plan, bits.kinds)
+        calibrate(self.model, self.pictures(), bits.scale_search)
+
+    def pictures(self) -> list[Tensor]:
+        """What to calibrate on: 40, 40 and 20 pictures."""
+        return [images for images, _ in self.job.loader("fit", samples=100)]
+
+    def train(self, resume: bool = False, pictures: bool = True) -> Progressed:
+        return finetune(
+            self.model,
+            self.job.loader("fit", training=True),
+            self.job.loader("holdout"),
+            self.recipe,
+            correction_of(self.recipe),
+            device=CPU,
+            folder=self.folder,
+            teacher=self.teacher,
+            about=self.job.about,
+            journal=Journal(),
+            pictures=self.pictures if pictures else None,
+            resume=resume,
+        )
+
+    def trainer(self) -> Trainer:
+        correction = correction_of(self.recipe)
+        return Trainer(self.model, self.recipe, correction, CPU, STEPS, self.teacher)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        return next(iter(self.job.loader("fit")))
+
+    def best(self) -> dict[str, Tensor]:
+        return load_tensors(self.folder.best)[0]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy, which goes on to be what it is."""
+    return copy.deepcopy(model.state_dict())
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def act_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    return [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Stop when so many steps are taken and saved."""
+    original, taken = Trainer.step, []
+
+    def step(*args, **kwargs):
+        if len(taken) == number:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def stop_between_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop when the second epoch has been made ready for, before its first step."""
+    original = train.set_epoch
+
+    def set_epoch(loader, epoch, *args):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        original(loader, epoch, *args)
+
+    monkeypatch.setattr(train, "set_epoch", set_epoch)
+
+
+def stopped_and_resumed(path: Path, changes: dict, stop: Callable) -> tuple[Run, Progressed]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop(monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            Run(path, changes).train()
+    resumed = Run(path, changes)
+    with torch.no_grad():  # nothing of the new model may remain
+        for tensor in resumed.model.state_dict().values():
+            tensor.fill_(1)
+    return resumed, resumed.train(resume=True)
+
+
+def assert_same_end(resumed: Run, whole: Run) -> None:
+    for name in ("best", "last"):
+        tensors, others = (load_tensors(getattr(r.folder, name))[0] for r in (resumed, whole))
+        assert same(tensors, others), name
+    progress = [
+        json.loads(run.folder.state.read_text()) | {"seconds": 0} for run in (resumed, whole)
+    ]
+    assert progress[0] == progress[1]
+    rows = [read_csv(run.folder.summary) for run in (resumed, whole)]
+    for row in (*rows[0], *rows[1]):
+        del row["images_per_second"]
+    assert rows[0] == rows[1]
+
+
+# A moving average of the weights
+
+
+def test_the_outcome_is_the_exponential_average_of_the_steps(tmp_path):
+    run = Run(tmp_path, {"training.ema": 0.75})
+    trainer = run.trainer()
+    trainer.begin_epoch()
+    expected = {name: tensor.double() for name, tensor in state(run.model).items()}
+    for update in range(3):
+        assert trainer.step([run.batch()], Tally(), update, measure=False)
+        for name, tensor in run.model.state_dict().items():
+            if tensor.is_floating_point():
+                expected[name] = 0.75 * expected[name] + 0.25 * tensor.double()
+            else:  # a count
+                expected[name] = tensor.double()
+    outcome, model = trainer.outcome.state_dict(), run.model.state_dict()
+    assert outcome.keys() == model.keys()
+    for name, tensor in outcome.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    for name in ("conv1.weight", "conv1.weight_quantizer.log_scale", "conv1.norm.running_mean"):
+        assert not torch.allclose(outcome[name], model[name], rtol=1e-4)
+
+
+def test_without_an_average_the_outcome_is_the_model(tmp_path):
+    run = Run(tmp_path)
+    trainer = run.trainer()
+    assert trainer.outcome is run.model
+    assert not any(name.startswith("ema") for name in trainer.changing.state_dict())
+
+
+def test_the_average_is_what_is_judged_and_saved(tmp_path):
+    run = Run(tmp_path, {"training.ema": 0.75})
+    run.train()
+    best, last = run.best(), load_tensors(run.folder.last)[0]
+    prefixes = "model.ema.module.", "model.model."
+    averaged, trained = (
+        {n.removeprefix(p): t for n, t in last.items() if n.startswith(p)} for p in prefixes
+    )
+    assert same(best, averaged)
+    assert same(trained, run.model.state_dict())
+    assert not same(best, trained)
+    (row,) = read_csv(run.folder.summary)
+    run.model.load_state_dict(best)
+    held = evaluate({"best": run.model.eval()}, run.job.loader("holdout"))["best"]
+    assert held.loss == pytest.approx(float(row["holdout_loss"]), rel=1e-5)
+
+
+def test_a_run_with_an_average_that_stopped_within_an_epoch_ends_as_an_undisturbed_one(tmp_path):
+    changes = {"training.ema": 0.75, "training.epochs": 2}
+    whole = Run(tmp_path / "whole", changes)
+    done = whole.train()
+
+    def stop(monkeypatch):
+        stop_in_step(monkeypatch, STEPS + 1)
+
+    resumed, after = stopped_and_resumed(tmp_path / "stopped", changes, stop)
+    assert (after.chosen_epoch, after.steps) == (done.chosen_epoch, 2 * STEPS)
+    assert_same_end(resumed, whole)
+
+
+def test_a_bad_step_leaves_the_average_as_it_was(tmp_path):
+    run = Run(tmp_path, {"training.ema": 0.75})
+    trainer = run.trainer()
+    trainer.begin_epoch()
+    assert trainer.step([run.batch()], Tally(), 0, measure=False)  # now it lags behind the model
+    before = state(trainer.outcome)
+    assert not same(before, run.model.state_dict())
+    images, targets = run.batch()
+    images[3, 0, 0, 0] = math.nan
+    assert not trainer.step([(images, targets)], Tally(), 1, measure=False)
+    assert same(before, trainer.outcome.state_dict())
+
+
+# BatchNorm averages taken anew
+
+
+def norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+@pytest.mark.parametrize("ema", [None, 0.75])
+def test_the_saved_averages_are_those_of_the_training_pictures(tmp_path, ema):
+    plain = Run(tmp_path / "plain", {"training.ema": ema})
+    plain.train()
+    run = Run(tmp_path / "anew", {"training.ema": ema, "training.reestimate_bn": True})
+    run.train()
+    best, without = run.best(), plain.best()
+    averages = {n for n in best if n.endswith(("running_mean", "running_var"))}
+    counts = {n for n in best if n.endswith("num_batches_tracked")}
+    rest = best.keys() - averages - counts
+    assert same({n: best[n] for n in rest}, {n: without[n] for n in rest})  # trained alike
+
+    run.model.load_state_dict(best)
+    seen: dict[str, list[Tensor]] = {name: [] for name in norms(run.model)}
+    for name, norm in norms(run.model).items():
+        norm.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+    with torch.no_grad():
+        for images in run.pictures():  # 20 pictures count as much as 40: a batch is a batch
+            run.model.train()(images)
+    assert len(seen) > 5
+    for name, batches in seen.items():
+        rows = [x.transpose(0, 1).flatten(1) for x in batches]
+        mean = torch.stack([x.mean(1) for x in rows]).mean(0)
+        var = torch.stack([x.var(1) for x in rows]).mean(0)
+        for kind, expected in (("mean", mean), ("var", var)):
+            found = best[f"{name}.running_{kind}"]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(found, without[f"{name}.running_{kind}"], rtol=1e-2)
+
+
+def test_averages_that_are_kept_cannot_be_taken_anew():
+    with pytest.raises(RecipeError, match="freeze_bn keeps what reestimate_bn replaces") as caught:
+        RECIPE.override({"training.freeze_bn": True, "training.reestimate_bn": True})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"training.reestimate_bn": True}, {"training.progressive": [8], "training.epochs": 2}],
+)
+def test_what_needs_pictures_is_not_done_without_them(tmp_path, change):
+    with pytest.raises(ValueError, match="pictures is None; the recipe's progressive or reestim"):
+        Run(tmp_path, change).train(pictures=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_else_needs_pictures(tmp_path):
+    assert Run(tmp_path, {"training.ema": 0.5}).train(pictures=False).epoch == 1
+
+
+# Widths that fall
+
+STAGES = {"training.progressive": [8, 4], "training.epochs": 3}
+
+
+def widths(model: nn.Module) -> list[tuple[int, int]]:
+    """Of weights and of inputs, layer by layer."""
+    layers = quantized_layers(model).values()
+    return [(layer.weight_quantizer.bits, layer.input_quantizer.bits) for layer in layers]
+
+
+def test_an_epoch_has_the_widths_of_its_stage(tmp_path, monkeypatch):
+    run, seen = Run(tmp_path, STAGES | {"training.ema": 0.75}), []
+    begin = Trainer.begin_epoch
+
+    def begin_epoch(self):
+        seen.append((widths(self.model), widths(self.outcome)))
+        assert self.outcome is not self.model
+        begin(self)
+
+    monkeypatch.setattr(Trainer, "begin_epoch", begin_epoch)
+    planned = widths(run.model)
+    done = run.train()
+    inner = len(planned) - 2
+    assert planned == [(8, 8), *[(2, 2)] * inner, (8, 8)]
+    for bits, (of_model, of_outcome) in zip((8, 4, 2), seen, strict=True):
+        assert of_model == of_outcome == [(8, 8), *[(bits, bits)] * inner, (8, 8)]
+    assert widths(run.model) == planned
+    assert (done.epoch, done.chosen_epoch, done.stage) == (3, 3, 2)
+    layer = quantized_layers(run.model)["layer1.0.conv1"]
+    assert layer.weight_quantizer.codes(layer.latent).unique().tolist() == [-2, -1, 0, 1]
+    assert layer.input_quantizer.grid.high == 3
+
+
+@pytest.mark.parametrize("search", [1, 100])
+def test_a_stage_begins_with_steps_of_its_own(tmp_path, search):
+    run = Run(tmp_path, STAGES | {"training.ema": 0.75, "quantization.scale_search": search})
+    trainer = run.trainer()
+    for epoch, bits in enumerate((8, 4, 2)):
+        trainer.enter(epoch, run.pictures)
+        for layer in quantized_layers(run.model).values():
+            fresh = WeightQuantizer(len(layer.latent), layer.weight_quantizer.bits)
+            fresh.calibrate(layer.latent, search)
+            assert torch.equal(layer.weight_quantizer.log_scale, fresh.log_scale)
+        again = copy.deepcopy(run.model)
+        calibrate(again, run.pictures(), search)
+        for found, expected in zip(act_quantizers(run.model), act_quantizers(again), strict=True):
+            assert torch.equal(found.log_scale, expected.log_scale)
+            assert torch.equal(found.zero_point, expected.zero_point)
+        assert same(trainer.outcome.state_dict(), run.model.state_dict())
+        assert quantized_layers(run.model)["layer1.0.conv1"].weight_quantizer.bits == bits
+        trainer.begin_epoch()
+        trainer.step([run.batch()], Tally(), STEPS * epoch, measure=False)
+        moved = state(run.model)
+        trainer.enter(epoch, run.pictures)  # as a resumed run does within a stage
+        assert same(run.model.state_dict(), moved)
+
+
+def test_the_chosen_epoch_is_one_of_the_last_stage(tmp_path, monkeypatch):
+    # 72 hold-out pictures: the standard error at 70 % is 5 percent points.
+    accuracies = iter([99.0, 98.0, 70.0, 60.0])
+    original = train.evaluate
+
+    def judge(predictors, batches):
+        metrics = original(predictors, batches)["holdout"]
+        return {"holdout": type(metrics)(**{**vars(metrics), "top1": next(accuracies)})}
+
+    monkeypatch.setattr(train, "evaluate", judge)
+    run = Run(tmp_path, {"training.progressive": [8], "training.epochs": 4})
+    done = run.train()
+    assert (done.best_top1, done.chosen_epoch, done.chosen_top1) == (70.0, 3, 70.0)
+    assert load_tensors(run.folder.best)[1]["epoch"] == 3
+
+
+TWO_STAGES = {"training.progressive": [8], "training.epochs": 2, "training.ema": 0.75}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Run:
+    run = Run(tmp_path_factory.mktemp("undisturbed"), TWO_STAGES)
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        lambda monkeypatch: stop_in_step(monkeypatch, 1),
+        stop_between_epochs,
+        lambda monkeypatch: stop_in_step(monkeypatch, STEPS + 1),
+    ],
+    ids=["within the first stage", "at the boundary", "within the last stage"],
+)
+def test_a_run_in_stages_that_stopped_ends_as_an_undisturbed_one(undisturbed, tmp_path, stop):
+    resumed, _ = stopped_and_resumed(tmp_path, TWO_STAGES, stop)
+    assert_same_end(resumed, undisturbed)
+    assert widths(resumed.model) == widths(undisturbed.model)
+
+
+def test_the_slope_is_that_of_the_width(tmp_path):
+    run = Run(tmp_path, STAGES)
+    assert run.recipe.method.name == "ricci"
+    trainer = run.trainer()
+    estimator = correction_of(run.recipe).estimator
+    inner = quantized_layers(run.model)["layer1.0.conv1"].input_quantizer
+    outer = quantized_layers(run.model)["conv1"].input_quantizer
+    planned = inner.slope.clone()
+    trainer.enter(0, run.pictures)
+    assert [q.slope for q in act_quantizers(run.model)] == [None] * len(act_quantizers(run.model))
+    for epoch, bits in ((1, 4), (2, 2)):
+        trainer.enter(epoch, run.pictures)
+        expected = estimator.slope(2**bits, SLOPE_SAMPLES, 0.0)
+        assert (inner.slope is None) == (expected is None)
+        assert expected is None or torch.equal(inner.slope, expected)
+        assert outer.slope is None
+    assert torch.equal(inner.slope, planned)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"training.progressive": [4, 8]}, r"progressive \[4, 8\] does not fall; write it as"),
+        ({"training.progressive": [4, 4]}, r"progressive \[4, 4\] does not fall"),
+        ({"training.freezing": 0.1}, "freezing fixes codes that progressive changes; remove one"),
+        ({"training.epochs": 2}, r"the last stage need 3 epochs, not 2; give more"),
+        ({"quantization.weight_quantizer": "codebook"}, "weight_quantizer codebook cannot; take"),
+        ({"quantization.weight_quantizer": "dorefa"}, "weight_quantizer dorefa cannot; take lsq"),
+        ({"training.progressive": [9]}, "training.progressive"),
+        ({"training.progressive": [4, 1]}, "training.progressive"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(change, sentence):
+    with pytest.raises(RecipeError, match=sentence) as caught:
+        RECIPE.override(STAGES | change)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("the command line does not hold at ")
+
+
+# Steps with a rate of their own
+
+
+def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    """Learning rate and decay of every parameter by name, each of them in one group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [
+        (names[id(parameter)], (group["lr"], group["weight_decay"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+@pytest.mark.parametrize("extra", [{}, {"warmup_epochs": 1, "min_lr": 1e-5}, {"weight_decay": 0.0}])
+def test_steps_have_a_rate_of_their_own_throughout(tmp_path, extra):
+    model = Run(tmp_path).model
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    plain, scaled = (TrainingSection(epochs=4, scale_lr=factor, **extra) for factor in (1.0, 0.125))
+    usual, usual_schedule = optimizer_and_schedule(model, plain, STEPS)
+    own, own_schedule = optimizer_and_schedule(model, scaled, STEPS)
+    assert len({id(p) for group in own.param_groups for p in group["params"]}) == len(trainable)
+    seen = set()
+    for update in range(1, 4 * STEPS):
+        expected, found = rates(model, usual), rates(model, own)
+        assert found.keys() == expected.keys() == trainable
+        for name, (lr, decay) in found.items():
+            factor = 0.125 if name.endswith("log_scale") else 1.0
+            assert lr == pytest.approx(factor * expected[name][0], rel=1e-9), name
+            assert decay == expected[name][1], name
+        seen.add(found["conv1.weight"][0])
+        usual_schedule.step_update(update)
+        own_schedule.step_update(update)
+    assert len(seen) > 8  # the schedule moves
+
+
+def test_what_a_step_changes_in_a_step_size_is_scaled(tmp_path):
+    changes = []
+    for factor in (1.0, 0.125):
+        run = Run(tmp_path, {"training.scale_lr": factor, "training.opt": "sgd"})
+        before, trainer = state(run.model), run.trainer()
+        trainer.step([run.batch()], Tally(), 0, measure=False)
+        changes.append({n: t - before[n] for n, t in run.model.state_dict().items()})
+    name = "layer1.0.conv1.weight_quantizer.log_scale"
+    assert changes[0][name].abs().max() > 0
+    torch.testing.assert_close(changes[1][name], 0.125 * changes[0][name], rtol=0.01, atol=1e-6)
+    assert torch.equal(changes[0]["fc.weight"], changes[1]["fc.weight"])
+
+
+def test_steps_that_are_not_trained_have_no_group(tmp_path):
+    kinds = {"quantization.weight_quantizer": "fixed", "quantization.act_quantizer": "fixed"}
+    model = Run(tmp_path, kinds).model
+    points = [n for n, p in model.named_parameters() if n.endswith("log_scale") and p.requires_grad]
+    assert points == [n for n in points if "output_quantizer" in n]
+    optimizer, _ = optimizer_and_schedule(model, TrainingSection(scale_lr=0.5), STEPS)
+    found = rates(model, optimizer)
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(group["params"] for group in optimizer.param_groups)
+
+
+def test_what_a_model_exempts_from_decay_stays_exempt():
+    model = timm.create_model("test_vit", num_classes=2)
+    assert "pos_embed" in model.no_weight_decay()
+    usual, own = (
+        optimizer_and_schedule(model, TrainingSection(scale_lr=factor), 1)[0]
+        for factor in (1.0, 0.5)
+    )
+    assert rates(model, usual)["pos_embed"][1] == 0
+    assert rates(model, own) == rates(model, usual)
+
+
+# Features of the teacher
+
+
+def test_features_are_compared_by_direction():
+    features = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    taught = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert feature_distance(features, features).item() == pytest.approx(0, abs=1e-6)
+    assert feature_distance(features, -features).item() == pytest.approx(4)
+    axes = torch.eye(2)
+    assert feature_distance(axes, axes.flip(0)).item() == pytest.approx(2)
+    units = [x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (features, taught)]
+    expected = (units[0] - units[1]).square().sum(1).mean().item()
+    assert feature_distance(features, taught).item() == pytest.approx(expected, rel=1e-5)
+    scales = torch.tensor([0.1, 1.0, 3.0, 10.0, 100.0]).view(-1, 1, 1, 1)
+    assert feature_distance(scales * features, taught).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_change_no_logits(tmp_path):
+    run = Run(tmp_path)
+    images, _ = run.batch()
+    with torch.no_grad():
+        logits, features = WithFeatures(run.model.eval())(images)
+        assert torch.equal(logits, run.model(images))
+        assert torch.equal(features, run.model.forward_features(images))
+
+
+def test_the_distance_of_features_turns_the_student_and_not_the_teacher(tmp_path):
+    gradients = []
+    for share in (0.0, 5.0):
+        run = Run(tmp_path, {"training.distill_features": share})
+        run.teacher.requires_grad_(True)
+        trainer, tally = run.trainer(), Tally()
+        trainer.optimizer.zero_grad = lambda: None
+        trainer.begin_epoch()
+        assert trainer.step([run.batch()], tally, 0, measure=False)
+        assert all(parameter.grad is None for parameter in run.teacher.parameters())
+        gradients.append({n: p.grad for n, p in run.model.named_parameters()} | {"loss": tally})
+    without, with_features = gradients
+    assert torch.equal(without["fc.weight"], with_features["fc.weight"])  # behind the features
+    assert not torch.allclose(without["conv1.weight"], with_features["conv1.weight"], rtol=0.01)
+    assert with_features["loss"].means[0] > without["loss"].means[0]
+
+
+def test_a_model_without_features_is_refused(tiny_quantized):
+    model, _ = tiny_quantized(2, 2)
+    recipe = RECIPE.override({"training.distill_features": 1.0})
+    with pytest.raises(RecipeError, match=r"distill_features needs the features .* TinyNet") as it:
+        Trainer(model, recipe, correction_of(recipe), CPU, 1, copy.deepcopy(model))
+    assert "\n" not in str(it.value)
+    Trainer(model, recipe, correction_of(recipe), CPU, 1)  # nobody teaches
+
+
+# Rows that keep their norm
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    return weight.detach().flatten(1).norm(dim=1)
+
+
+def test_conversion_is_the_same_with_norms_kept(tmp_path):
+    images = Run(tmp_path).batch()[0]
+    logits = []
+    for kept in (False, True):
+        model = Run(tmp_path, {"quantization.weight_norm": kept}).model.eval()
+        assert any(isinstance(m, KeptNorm) for m in model.modules()) == kept
+        with torch.no_grad():
+            logits.append(model(images))
+    assert torch.equal(*logits)
+
+
+def test_a_step_turns_rows_and_keeps_their_norms(tmp_path):
+    run = Run(tmp_path, {"quantization.weight_norm": True, "training.lr": 0.05})
+    layers = quantized_layers(run.model)
+    before = {name: layer.latent.detach().clone() for name, layer in layers.items()}
+    trainer = run.trainer()
+    trainer.begin_epoch()
+    assert trainer.step([run.batch()], Tally(), 0, measure=False)
+    for name, layer in layers.items():
+        used, first = layer.weight_quantizer.standardize(layer.latent), row_norms(before[name])
+        torch.testing.assert_close(row_norms(used), first, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(row_norms(layer.latent), first, rtol=1e-3)
+        assert not torch.allclose(used, before[name], rtol=1e-3)
+
+
+def test_a_row_of_zeros_keeps_its_norm_without_a_nan():
+    weight = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    kept = KeptNorm(weight)
+    assert torch.equal(kept(weight), weight)
+    kept(2 * weight + torch.tensor([[0.0, 0.0], [1.0, 0.0]])).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_a_model_with_norms_kept_is_rebuilt_and_exported(tmp_path):
+    run = Run(tmp_path, {"quantization.weight_norm": True, "training.lr": 0.02})
+    run.train()
+    rebuilt = rebuild(run.folder.best)
+    images = torch.cat([images for images, _ in run.job.loader("holdout")])
+    model = run.model.eval().to(memory_format=torch.contiguous_format)  # as the rebuilt one is
+    layer = quantized_layers(rebuilt.model)["layer1.0.conv1"]
+    stored = layer.weight_quantizer.standardize.norms.flatten()
+    assert torch.equal(stored, row_norms(run.teacher.layer1[0].conv1.weight))
+    assert not torch.allclose(stored, row_norms(layer.latent), rtol=1e-3)
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(rebuilt.model(images), expected, rtol=1e-5, atol=1e-5)
+        deployed = deploy(rebuilt.model)
+        logits = deployed(images)
+    assert (logits.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
+    path = export_onnx(deployed, tmp_path / "model.onnx", rebuilt.preprocessing)
+    found = session_predictor(open_session(path, optimize=False, threads=1), path)(images)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+
+
+# Steps that clip nothing
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, "ternary"])
+def test_a_single_weight_step_ends_at_the_largest_weight(bits):
+    weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer(len(weight), bits)
+    quantizer.calibrate(weight, 1)
+    ends = quantizer.scale * quantizer.grid.high
+    torch.testing.assert_close(ends, weight.abs().amax(1), rtol=1e-5, atol=0)
+    quantizer.calibrate(weight)
+    assert (quantizer.scale * quantizer.grid.high <= weight.abs().amax(1) * 1.0001).all()
+    if bits != 8:  # where many steps are tried, a smaller one is better
+        assert (quantizer.scale * quantizer.grid.high < weight.abs().amax(1) * 0.999).any()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["relu", "normal", "silu", "negative"])
+def test_a_single_activation_step_covers_what_was_counted(bits, kind):
+    x = 3 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    make = {"relu": torch.relu, "silu": nn.functional.silu, "negative": lambda x: -x.abs()}
+    x = make.get(kind, lambda x: x)(x)
+    histogram = LogHistogram()
+    histogram(x)
+    scale, zero_point = choose_range(histogram, bits, 1)
+    # Half a step beyond the last code is still rounded to it.
+    assert -(zero_point + 0.5) * scale <= histogram.low * (1 - 1e-6)
+    assert histogram.high * (1 - 1e-6) <= (2**bits - 1 - zero_point + 0.5) * scale
+    if kind == "relu":
+        assert (zero_point, scale) == (0, pytest.approx(histogram.high / (2**bits - 1)))
+
+
+def test_a_recipe_says_how_many_steps_are_tried(tmp_path):
+    clipped = []
+    for search in (1, 100):
+        model = Run(tmp_path, {"quantization.scale_search": search}).model
+        layers = quantized_layers(model).values()
+        beyond = [
+            bool(
+                (
+                    item.weight_quantizer.ratio(item.latent)
+                    > item.weight_quantizer.grid.high + 1e-3
+                ).any()
+            )
+            for item in layers
+        ]
+        clipped.append(sum(beyond))
+    assert clipped[0] == 0
+    assert clipped[1] > 5
+
+
+# Any key of a recipe in a comparison
+
+
+def test_a_trial_changes_what_its_keys_name():
+    method = "ricci:training.ema=0.9:quantization.weight_norm=true"
+    recipe = Trial(method, 1.0, 0).recipe(Recipe())
+    wanted = {"training.ema": 0.9, "quantization.weight_norm": True}
+    assert recipe == Recipe().override(wanted)
+    assert (recipe.training.ema, recipe.quantization.weight_norm) == (0.9, True)
+    both = Trial("ricci:rho=0.5:training.progressive=[8,4]", 2.0, 3).recipe(Recipe())
+    assert both.method.changes == {"rho": 0.5}
+    assert both.training.progressive == (8, 4)
+    assert both.training.lr == 2 * Recipe().training.lr
+    assert both.seed == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["training.ema.x=1", "training.foo=1", "training.ema=2", "nothing.ema=0.9", "training.ema=["],
+)
+def test_a_key_that_does_not_hold_is_refused(change):
+    with pytest.raises(
+        RecipeError, match=f"^--methods ricci:{change.split('=', maxsplit=1)[0]}="
+    ) as it:
+        Trial(f"ricci:{change}", 1.0, 0).recipe(Recipe.from_values({"training": {"ema": 0.5}}))
+    assert "\n" not in str(it.value)
+
+
+def test_null_takes_a_value_of_the_recipe_away():
+    base = Recipe().override({"training.ema": 0.9, "training.clip_grad": 1.0})
+    recipe = Trial("ricci:training.ema=null", 1.0, 0).recipe(base)
+    assert (recipe.training.ema, recipe.training.clip_grad) == (None, 1.0)
+
+
+def test_a_rate_of_a_method_is_scaled_as_that_of_the_recipe():
+    recipes = [Trial("ricci:training.lr=0.01", scale, 0).recipe(Recipe()) for scale in (1, 3)]
+    assert [recipe.training.lr for recipe in recipes] == pytest.approx([0.01, 0.03])
+
+
+def test_the_command_keeps_lists_together(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def compare(recipe, methods, *_args, **_options):
+        seen.append((recipe.model.name, methods))
+        return {"results": []}, tmp_path
+
+    monkeypatch.setattr(study, "compare", compare)
+    methods = ["ste", "ricci:training.progressive=[8,4]:training.ema=0.9", "ewgs:delta=0.1"]
+    arguments = ["compare", "digits_resnet8", "--data", "digits", "--seeds", "2", "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--methods", ",".join(methods)])
+    assert not stop.value.code, capsys.readouterr().err
+    assert seen == [("digits_resnet8", methods)]
