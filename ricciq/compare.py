@@ -74,9 +74,9 @@ class Trial(NamedTuple):
                     f"--methods {self.method} has no value in {change!r}; write it as block=9"
                 ) from None
         values = base.model_dump() | {"method": section, "seed": self.seed}
-        values["training"]["lr"] *= self.lr_scale
         where = f"--methods {self.method}"
-        recipe = Recipe.from_values(values, where).override(others, where)
+        recipe = Recipe.from_values(values, where).replace(others, where)
+        recipe = recipe.override({"training.lr": recipe.training.lr * self.lr_scale})
         named_estimator(recipe.method.name, recipe.method.changes)
         return recipe
 

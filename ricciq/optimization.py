@@ -126,7 +126,8 @@ def _groups(model: nn.Module, settings: TrainingSection) -> list[dict[str, Any]]
         m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)
     )
     steps = {id(m.log_scale): m.log_scale for m in quantizers if m.log_scale.requires_grad}
-    groups = param_groups_weight_decay(model, settings.weight_decay)
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in steps]
     own = {"params": list(steps.values()), "weight_decay": 0.0, "lr_scale": settings.scale_lr}

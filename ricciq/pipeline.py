@@ -38,6 +38,7 @@ from ricciq.preparation import (
 )
 from ricciq.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
+from ricciq.reconstruction import reconstruct
 from ricciq.report import Report
 from ricciq.runfolder import RunFolder, choose_run_folder, read_csv, write_csv
 from ricciq.runtime import open_session, session_predictor
@@ -160,6 +161,15 @@ def train(
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
         calibrate(job.model, _first_images(job, world), recipe.quantization.scale_search)
+    if recipe.training.epochs == 0 and recipe.quantization.reconstruction:
+        reconstruct(
+            job.model,
+            teacher,
+            [layer.name for layer in job.plan.layers],
+            _first_images(job, world),
+            recipe.quantization.reconstruction,
+            journal,
+        )
     correction = correction_of(recipe)
     done = finetune(
         job.model,

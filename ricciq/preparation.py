@@ -31,7 +31,7 @@ from ricciq.memory import (
     step_memory,
 )
 from ricciq.models import load_model
-from ricciq.optimization import check_training
+from ricciq.optimization import WithFeatures, check_training
 from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
 from ricciq.trainer import Trainer, recompute_activations
@@ -136,6 +136,8 @@ def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: boo
     if recipe.training.grad_checkpointing:  # found out now, switched on by the trainer
         recompute_activations(loaded.model, True)
         recompute_activations(loaded.model, False)
+    if recipe.training.distill_features:
+        WithFeatures(loaded.model)  # refuses a model that has none
     for message in loaded.messages:
         journal.say(message)
     # Convolutions are faster so, on GPUs and CPUs.

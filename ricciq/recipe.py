@@ -88,6 +88,7 @@ class QuantizationSection(Section):
     act_quantizer: Literal["lsq", "pact", "fixed"] = "lsq"
     weight_norm: bool = False
     scale_search: Annotated[int, Field(ge=1)] = 100
+    reconstruction: Count = 500
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
@@ -263,12 +264,15 @@ class Recipe(Section):
             raise RecipeError(f"recipe {path} holds no sections; write model:, data: and so on")
         return cls.from_values(values, f"recipe {path}")
 
-    def override(self, flags: Mapping[str, Any], source: str = "the command line") -> Recipe:
+    def override(self, flags: Mapping[str, Any]) -> Recipe:
         """A recipe with dotted keys replaced, as in ``{"training.lr": 1e-3}``; None is no flag."""
+        given = {key: value for key, value in flags.items() if value is not None}
+        return self.replace(given, "the command line")
+
+    def replace(self, values_by_key: Mapping[str, Any], source: str) -> Recipe:
+        """A recipe with dotted keys replaced, None being a value; `source` names them in errors."""
         values = self.model_dump()
-        for key, value in flags.items():
-            if value is None:
-                continue
+        for key, value in values_by_key.items():
             *sections, field = key.split(".")
             part = values
             for section in sections:

@@ -22,7 +22,7 @@ FLOORS = {
     3.8: "preparation train",
     3.9: "autobits",
     3.5: "trainer",
-    3.25: "progression sensitivity",
+    3.25: "progression sensitivity reconstruction",
     3.3: "allocation",
     3: "convert export history optimization",
     2.5: "deployment",
