@@ -28,7 +28,7 @@ from ricciq.evaluate import evaluate
 from ricciq.journal import Journal
 from ricciq.pipeline import train
 from ricciq.plots import plot_curves, plot_seeds
-from ricciq.preparation import choose_device, prepare
+from ricciq.preparation import choose_device, prepare, take_answers
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder, read_csv, write_csv
 from ricciq.trained import rebuild
@@ -128,6 +128,11 @@ def compare(
         raise UsageError(
             f"compare was started in {processes} processes and runs in one; start it without "
             "torchrun"
+        )
+    if split == "val" and not open_data(recipe.data.name, recipe.data.dir).labelled:
+        raise UsageError(
+            f"data {recipe.data.name} has no labels to judge by; give --split holdout, which "
+            "counts agreement with the float model"
         )
     trials = _plan(recipe, methods, seeds, lr_scales)
     device = choose_device(recipe.device)
@@ -234,6 +239,7 @@ def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: J
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
+        take_answers(job)
         resume = folder.is_ours and folder.load_recipe() == recipe
         if not resume:
             folder.begin(recipe)

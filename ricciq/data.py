@@ -7,7 +7,7 @@ picture it cannot read, which changes accuracies without a word; here such a pic
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ Split = Literal["fit", "holdout", "val"]
 
 FORMS = (
     "a folder with train/ and val/ (or validation/), `digits`, torch/NAME or wds/NAME with "
-    "--data-dir, or hfds/NAME"
+    "--data-dir, or hfds/NAME; a folder of nothing but pictures has no labels"
 )
 HOLDOUT_SHARE = 0.05
 DIGITS_VALIDATION = 360
@@ -87,6 +87,7 @@ class PictureData:
         name: as given to --data.
         class_names: one name a class, in the order of the targets.
         grey: whether the pictures have one channel.
+        labelled: whether targets are known; if not, a model has to name the classes and answer.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class PictureData:
         self.name = name
         self.class_names = list(class_names)
         self.grey = grey
+        self.labelled = bool(class_names)
         self._train, self._val = train, val
         self.hold_out(HOLDOUT_SHARE)
 
@@ -119,6 +121,17 @@ class PictureData:
             "holdout": (train, held_out),
             "val": (val, np.arange(len(val.targets))),
         }
+
+    def set_answers(self, classes: int, answers: Mapping[Split, Indices]) -> None:
+        """Let a model's answers stand for the labels that there are none of.
+
+        Args:
+            classes: how many the model knows; they are called 0, 1 and so on.
+            answers: the class of every picture of a split; in splits without it becomes -1.
+        """
+        self.class_names = [str(number) for number in range(classes)]
+        for split, (pictures, indices) in self._splits.items():
+            pictures.targets[indices] = answers.get(split, -1)
 
     @property
     def num_classes(self) -> int:

@@ -1,4 +1,7 @@
-"""A folder given to --data: train/ and val/ hold class folders or class tars, or are a tar each."""
+"""A folder given to --data: train/ and val/ hold class folders or class tars, or are a tar each.
+
+Or the folder holds nothing but pictures, which then have no labels.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
@@ -21,15 +25,18 @@ from ricciq.tarfiles import (
 )
 
 Split = tuple[list[str], EncodedPictures]
+LEAST_UNLABELLED = 20
 
 
 def open_folder(folder: Path) -> Parts:
-    """The class names and both parts of a data folder.
+    """The class names and both parts of a data folder; no names where there are no labels.
 
     Raises:
         DataError: a part is missing or cannot be read, or they do not hold the same classes.
     """
     train_at, val_at = _find(folder, "train"), _find(folder, "val", "validation")
+    if train_at is None and val_at is None and (unlabelled := _pictures_in(folder)):
+        return _without_labels(folder, unlabelled)
     if train_at is None:
         raise DataError(
             f"data folder {folder} has no train/ in it, nor a train.tar: put the pictures to train "
@@ -49,6 +56,30 @@ def open_folder(folder: Path) -> Parts:
             "give both the same classes"
         )
     return Parts(class_names, train, val)
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    """The pictures that lie in a folder itself, in natural order."""
+    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    found = [e for e in visible if e.suffix.lower() in IMG_EXTENSIONS and e.is_file()]
+    return sorted(map(str, found), key=natural_order)
+
+
+def _without_labels(folder: Path, paths: list[str]) -> Parts:
+    """A tenth of the pictures, always the same ones, are for validation."""
+    if odd := [entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]:
+        raise DataError(
+            f"data folder {folder} holds pictures and folders, such as {odd[0]}: put the pictures "
+            "of each class in train/CLASS and val/CLASS, or take the folders away"
+        )
+    if len(paths) < LEAST_UNLABELLED:
+        raise DataError(
+            f"data folder {folder} holds {len(paths)} pictures: give at least {LEAST_UNLABELLED}"
+        )
+    order = np.random.RandomState(0).permutation(len(paths))
+    parts = np.sort(order[len(paths) // 10 :]), np.sort(order[: len(paths) // 10])
+    train, val = (PictureFiles([paths[i] for i in part], [0] * len(part)) for part in parts)
+    return Parts([], train, val)
 
 
 def _find(folder: Path, *names: str) -> Path | None:

@@ -46,7 +46,7 @@ class LoadedModel(NamedTuple):
 def load_model(
     name: str,
     *,
-    num_classes: int,
+    num_classes: int | None,
     channels: int,
     checkpoint: Path | None,
     pretrained: bool,
@@ -57,7 +57,7 @@ def load_model(
 
     Args:
         name: timm's name, with or without a tag, such as "resnet50.a1_in1k".
-        num_classes: size of the head.
+        num_classes: size of the head; None leaves it as the weights have it.
         channels: 1 or 3 input channels.
         checkpoint: weights to load; goes before `pretrained`.
         pretrained: load the weights that timm knows under this name.
@@ -76,7 +76,13 @@ def load_model(
             f"timm has no pretrained weights for {name!r}: give a file with --checkpoint, or set "
             "`pretrained: false` in a recipe"
         )
-    arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
+    weights = None if checkpoint is None else _read_checkpoint(checkpoint)
+    if num_classes is None and weights is not None and config:
+        heads = [f"{head}.weight" for head in _names(config.classifier)]
+        num_classes = next((len(weights[head]) for head in heads if head in weights), None)
+    arguments: dict[str, Any] = {"in_chans": channels}
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
     if input_size and config and config.fixed_input_size:  # such models take it when built
         arguments["img_size"] = input_size
     with _seeded(seed):
@@ -85,13 +91,12 @@ def load_model(
         except Exception as error:  # the hub client and each model raise errors of their own
             raise _not_created(name, pretrained, error) from error
     messages: list[str] = []
-    if checkpoint is not None:
-        weights = _read_checkpoint(checkpoint)
+    if checkpoint is not None and weights is not None:
         _check_finite(model, weights, checkpoint)
         messages = _adapt(model, weights)
         _load(model, weights, name, checkpoint)
     elif pretrained and config:
-        if config.num_classes != num_classes:
+        if num_classes not in (None, config.num_classes):
             messages.append(_head_message(config.num_classes, num_classes))
         if config.input_size[0] != channels:
             messages.append(_stem_message(config.input_size[0], channels))

@@ -41,7 +41,7 @@ class Parts(NamedTuple):
     """What a form of --data holds.
 
     Attributes:
-        class_names: one name a class, in the order of the targets.
+        class_names: one name a class, in the order of the targets; none where there are no labels.
         train: the training pictures.
         val: the validation pictures.
     """

@@ -35,6 +35,7 @@ from ricciq.preparation import (
     find_batch_size,
     is_distilled,
     prepare,
+    take_answers,
 )
 from ricciq.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
@@ -87,6 +88,7 @@ def run(
         folder = RunFolder(world.from_first(lambda: choose(output)))
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
+        take_answers(job)
         reference = world.from_first(lambda: _check_validation(job, journal))
         with ExitStack() as held:
 
@@ -121,7 +123,11 @@ def _check_validation(job: Job, journal: Journal) -> Metrics:
     float_model = job.model.eval()
     predictors: dict[str, Predict] = {"float": lambda images: float_model(images.to(job.device))}
     metrics = evaluate(predictors, job.loader("val"))["float"]
-    journal.say(f"float model: top-1 {metrics.top1:.2f} % on {metrics.samples} validation samples")
+    if job.data.labelled:
+        found = f"top-1 {metrics.top1:.2f} % on {metrics.samples} validation samples"
+    else:
+        found = f"its answers stand for labels, on {metrics.samples} validation samples too"
+    journal.say(f"float model: {found}")
     return metrics
 
 
@@ -337,6 +343,7 @@ def _report(
                 "holdout_top1": done.chosen_top1 if done.epoch else None,
                 "chosen_epoch": done.chosen_epoch,
             },
+            "labelled": job.data.labelled,
             "messages": job.messages,
         }
     )

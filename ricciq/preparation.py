@@ -126,7 +126,7 @@ def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: boo
     data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
     loaded = load_model(
         recipe.model.name,
-        num_classes=data.num_classes,
+        num_classes=data.num_classes if data.labelled else None,
         channels=data.channels,
         checkpoint=recipe.model.checkpoint,
         pretrained=recipe.model.pretrained and weights,
@@ -145,7 +145,46 @@ def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: boo
     bits = recipe.quantization
     example = torch.zeros(2, *loaded.preprocessing.input_size, device=device)
     plan = plan_conversion(model, example, bits.planned_bits, bits.act_bits, bits.edge_bits)
+    if not data.labelled:
+        _check_unlabelled(recipe, plan)
+        data.set_answers(int(model.num_classes), {})  # type: ignore[arg-type]
     return Job(recipe, device, data, model, loaded.preprocessing, plan, loaded.messages)
+
+
+def _check_unlabelled(recipe: Recipe, plan: Plan) -> None:
+    """Refuse what needs labels where there are none."""
+    name, training = recipe.data.name, recipe.training
+    augmentation = recipe.data.augmentation
+    if not plan.layers:
+        raise UsageError(
+            f"data {name} has no labels, which training in float needs; give --bits 1 to 8"
+        )
+    if training.distill != 1:
+        raise UsageError(
+            f"data {name} has no labels, so the float model alone can teach; give training.distill "
+            f"1 instead of {training.distill:g}"
+        )
+    if augmentation.mixup or augmentation.cutmix:
+        raise UsageError(
+            f"data {name} has no labels for --mixup or --cutmix to mix; leave them out"
+        )
+
+
+@torch.no_grad()
+def take_answers(job: Job) -> None:
+    """Where pictures have no labels, judge by what the float model answers.
+
+    What is called accuracy of such a run is agreement with that model.
+    """
+    if job.data.labelled:
+        return
+    model = job.model.eval()
+    splits: tuple[Split, ...] = ("holdout", "val")
+    answers = {
+        split: torch.cat([model(x.to(job.device)).argmax(1).cpu() for x, _ in job.loader(split)])
+        for split in splits
+    }
+    job.data.set_answers(job.data.num_classes, {s: a.numpy() for s, a in answers.items()})
 
 
 def describe(job: Job) -> dict[str, Any]:

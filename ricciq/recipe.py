@@ -88,7 +88,7 @@ class QuantizationSection(Section):
     act_quantizer: Literal["lsq", "pact", "fixed"] = "lsq"
     weight_norm: bool = False
     scale_search: Annotated[int, Field(ge=1)] = 100
-    reconstruction: Count = 500
+    reconstruction: Count = 200
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:

@@ -103,7 +103,10 @@ class TrainingReport(_Part):
 
 
 class Report(_Part):
-    """Everything a run found out; schema 1, to which keys are only added."""
+    """Everything a run found out; schema 1, to which keys are only added.
+
+    Where pictures are not ``labelled``, accuracies are agreement with the float model.
+    """
 
     model_config = ConfigDict(populate_by_name=True, protected_namespaces=())
 
@@ -124,6 +127,7 @@ class Report(_Part):
     kept: list[KeptReport]
     geometry: GeometryReport
     training: TrainingReport
+    labelled: bool = True
     messages: list[str] = []
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,14 +157,14 @@ class Report(_Part):
         for heading in ("float", "quantized", "ONNX", "difference"):
             table.add_column(heading, justify="right")
         table.add_row(
-            "top-1",
+            "top-1" if self.labelled else "agreement with float",
             f"{self.float_.top1:.2f} %",
             f"{self.quantized.top1:.2f} %",
             f"{self.onnx.top1:.2f} %",
             f"{self.onnx.top1 - self.float_.top1:+.2f}",
         )
         table.add_row(
-            "top-5",
+            "top-5" if self.labelled else "its answer in top 5",
             f"{self.float_.top5:.2f} %",
             f"{self.quantized.top5:.2f} %",
             f"{self.onnx.top5:.2f} %",

@@ -190,7 +190,8 @@ def _check_classes(target: Target, path: Path, data: PictureData) -> None:
         DataError: their number or a name differs.
     """
     known, given = target.class_names, data.class_names
-    if known == given:
+    nameless = known == [str(number) for number in range(len(given))]
+    if known == given or nameless:  # as what was trained without labels is
         return
     difference = f"{len(given)} classes but {path} knows {len(known)}"
     if len(known) == len(given):
@@ -223,6 +224,12 @@ def evaluate_target(
     """
     target = open_target(path)
     data = open_data(data_name, data_dir)
+    if not data.labelled:
+        if reference is None:
+            raise UsageError(
+                f"data {data_name} has no labels; give --reference and what to agree with"
+            )
+        data.class_names = list(target.class_names)
     _check_classes(target, path, data)
     predictors = {"target": target.predict}
     if reference is not None:
@@ -233,9 +240,18 @@ def evaluate_target(
                 f"{reference} prepares its pictures unlike {path}; compare targets of one model"
             )
         predictors["reference"] = other.predict
-    batches = data.loader(
-        "val", target.preprocessing, batch_size=batch_size, workers=workers, training=False
+    loading = partial(
+        data.loader,
+        "val",
+        target.preprocessing,
+        batch_size=batch_size,
+        workers=workers,
+        training=False,
     )
+    if not data.labelled:
+        answers = [predictors["reference"](images).argmax(1) for images, _ in loading()]
+        data.set_answers(data.num_classes, {"val": torch.cat(answers).numpy()})
+    batches = loading()
     metrics = evaluate(predictors, batches, "target" if reference is None else "reference")
     picture = torch.zeros(1, *target.preprocessing.input_size)
     with torch.inference_mode():
@@ -248,6 +264,7 @@ def evaluate_target(
         "top5": found.top5,
         "loss": found.loss,
         "samples": found.samples,
+        "labelled": data.labelled,
         "latency_ms": latency["target"].median,
     }
     if reference is not None:

@@ -209,6 +209,7 @@ class Trainer:
         self, images: Tensor, targets: Tensor, forward: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        unlabelled = bool(targets.min() < 0)
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
             logits, features = _parted(forward(images))
@@ -216,6 +217,7 @@ class Trainer:
             if self.teacher is not None:
                 with torch.no_grad():
                     taught, known = _parted(self.teacher(images))
+                    targets = taught.argmax(1) if unlabelled else targets
         loss = loss_function(logits, targets, taught, self.settings)
         if features is not None and known is not None:
             loss = loss + self.settings.distill_features * feature_distance(features, known)
