@@ -11,6 +11,8 @@ one method, chosen before, and seeds that had no part in the choice. A row is wr
 run ends, and what has a row is not run again. It differs from `ricciq compare` in that pictures
 stay in memory and the teacher answers each of them once, which halves the time. A method is
 written as for `ricciq compare`; an `@3` behind it stands for three times the learning rate.
+`brevitas` is that library's own training with learned steps (see `brevitas_net.py`) in the same
+loop; it wants an environment that has both.
 """
 
 from __future__ import annotations
@@ -165,15 +167,20 @@ def train(
     model = build(setting.model)
     if not setting.scratch:
         model.load_state_dict(start)
-    plan = plan_conversion(model.eval(), torch.zeros(2, 1, 28, 28), *setting[1:3])
-    convert(model, plan, setting.kinds)
-    calibrate(model, [last(part) for part in data.images[: 4 * BATCH].split(BATCH)])
-    recipe = Trial(method, 1.0, seed).recipe(Recipe())
+    recipe = Trial("ste" if method == "brevitas" else method, 1.0, seed).recipe(Recipe())
     estimator = named_estimator(recipe.method.name, recipe.method.changes)
     correction = Correction(estimator, recipe.method.target)
-    override_forward(model, correction)
+    if method == "brevitas":
+        from brevitas_net import discretize
+
+        discretize(model, *setting[1:3])
+    else:
+        plan = plan_conversion(model.eval(), torch.zeros(2, 1, 28, 28), *setting[1:3])
+        convert(model, plan, setting.kinds)
+        calibrate(model, [last(part) for part in data.images[: 4 * BATCH].split(BATCH)])
+        override_forward(model, correction)
     beside = None if correction.on == "weights" else ActivationCorrection(model, estimator)
-    weights = discrete_weights(model)
+    weights = discrete_weights(model)  # none of Brevitas' layers
     optimizer = create_optimizer_v2(model, opt=options.opt, lr=rate, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(1000 + seed)
     subset = torch.randperm(TRAINED, generator=generator)[: options.samples]

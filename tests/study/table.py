@@ -2,6 +2,8 @@
 
 python tests/study/table.py tests/study/confirmed.csv
 python tests/study/table.py tests/study/ablations.csv --across    # a column a setting
+python tests/study/table.py tests/study/techniques.csv --across --first ricci
+python tests/study/table.py tests/study/bits.csv --across --first METHOD,METHOD    # to their mean
 """
 
 from __future__ import annotations
@@ -10,35 +12,46 @@ import argparse
 import csv
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ricciq.compare import summarize
 
-FIRST = "ste"
+NUMBERS = ("top1", "loss", "train_loss")
 SAME = ("setting", "opt", "lr", "epochs", "samples", "teacher", "judged_on")
 Row = dict[str, Any]
 
 
-def comparisons(path: Path) -> dict[tuple[str, ...], list[Row]]:
-    """Setting and recipe, and what each method gave there on the seeds it shares with the first."""
+def comparisons(path: Path, first: str) -> dict[tuple[str, ...], list[Row]]:
+    """Setting and recipe, and what each method gave there on the seeds it shares with the first.
+
+    The first may be several methods with commas between them: each seed's mean over them.
+    """
     groups: dict[tuple[str, ...], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             method, _, rate = row["method"].partition("@")
             key = (*(row.get(name, "") for name in SAME), rate or "1")
-            numbers = {name: float(row[name]) for name in ("top1", "loss", "train_loss")}
+            numbers = {name: float(row[name]) for name in NUMBERS}
             judged = {"method": method, "lr_scale": 1.0, "seed": int(row["seed"]), **numbers}
             groups[key][method].append(judged | {"diverged": False})
     found = {}
     for key, methods in groups.items():
+        names = first.split(",")
+        together = [{row["seed"]: row for row in methods[name]} for name in names]
+        firsts = {
+            seed: together[0][seed]
+            | {"method": first}
+            | {number: fmean(rows[seed][number] for rows in together) for number in NUMBERS}
+            for seed in set.intersection(*(set(rows) for rows in together))
+        }
         for method, mine in methods.items():
-            firsts = {row["seed"]: row for row in methods[FIRST]}
             shared = [row for row in mine if row["seed"] in firsts]
-            if method != FIRST and len(shared) > 1:
+            if method not in names and len(shared) > 1:
                 pairs = shared + [firsts[row["seed"]] for row in shared]
                 found.setdefault(key, []).append(
                     {
-                        kind: list(summarize(relabelled(pairs, kind), [FIRST, method], [1.0]))
+                        kind: list(summarize(relabelled(pairs, kind), [first, method], [1.0]))
                         for kind in ("top1", "loss")
                     }
                 )
@@ -70,17 +83,19 @@ def print_across(found: dict[tuple[str, ...], list[Row]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path)
+    parser.add_argument("--first", default="ste", help="what differences are taken to")
     parser.add_argument("--across", action="store_true", help="a column a setting")
     options = parser.parse_args()
     if options.across:
-        print_across(comparisons(options.rows))
+        print_across(comparisons(options.rows, options.first))
         return
     print(
-        "| setting | rate | method | seeds | STE top-1, % | top-1, % | difference, 95 % | "
+        f"| setting | rate | method | seeds | {options.first.replace('ste', 'STE')} top-1, % "
+        "| top-1, % | difference, 95 % | "
         "difference of the loss, 95 % |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for key, methods in comparisons(options.rows).items():
+    for key, methods in comparisons(options.rows, options.first).items():
         for both in methods:
             (first, other), (_, loss) = both["top1"], both["loss"]
             print(
