@@ -16,7 +16,7 @@ class Progression:
 
     A stage is an equal share of the epochs; the last one has the widths of the plan. In the others
     what has fewer bits gets those of the stage (progressive quantization, Zhuang et al. 2018, arXiv
-    1711.00205, section 3.2).
+    1711.00205).
 
     Args:
         model: converted; its widths are those of the last stage.

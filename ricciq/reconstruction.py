@@ -1,8 +1,8 @@
 """Quantization without training: rounding learned layer by layer, and means put right.
 
 Each discrete layer, in the order they run, learns on calibration pictures whether to round each
-weight down or up, so that its output is nearest to that of the float layer (Nagel et al. 2020,
-arXiv 2004.10568, section 3.3); what is then left of a channel's mean error goes into its bias
+weight down or up, so that its output is nearest to that of the float layer (AdaRound,
+Nagel et al. 2020, arXiv 2004.10568); what is then left of a channel's mean error goes into its bias
 (Nagel et al. 2019, arXiv 1906.04721, section 4.2). Labels are not needed.
 """
 
@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from ricciq.convert import quantized_layers
 from ricciq.grids import Grid
 from ricciq.journal import Journal
 from ricciq.layers import QuantConv2d, QuantLayer, QuantLinear
@@ -54,9 +53,10 @@ def reconstruct(
         steps: of the optimizer, for each layer.
         journal: where progress is shown.
     """
-    there = quantized_layers(model)
     layers = {
-        name: layer for name in names if isinstance(layer := there[name], QuantConv2d | QuantLinear)
+        name: layer
+        for name in names
+        if isinstance(layer := model.get_submodule(name), QuantConv2d | QuantLinear)
     }
     shown: list[Tensor] = []
     for images in batches:
@@ -137,7 +137,7 @@ class _Rounding(nn.Module):
         return (self.floor + self.share).clamp(self.low, self.high) * self.scale
 
     def indecision(self, sharpness: float) -> Tensor:
-        """1 for each share of a half, 0 for each that is 0 or 1 (eq. 24)."""
+        """1 for each share of a half, 0 for each that is 0 or 1."""
         return (1 - (2 * self.share - 1).abs().pow(sharpness)).sum()
 
     def levels(self) -> Tensor:

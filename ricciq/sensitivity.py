@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,22 +56,22 @@ def measure_sensitivity(
 
     Returns:
         For each layer the mean Kullback-Leibler divergence of the answers from the float model's:
-        what distillation starts from (as Cai et al. 2020, arXiv 2001.00281, eq. 2, have it).
+        what distillation starts from, and what ZeroQ measures (Cai et al. 2020, arXiv 2001.00281).
     """
     widths = [b for b in WIDTHS if kinds.weights != "codebook" or b == 8 or b in CODEBOOK_WIDTHS]
     net = convert(copy.deepcopy(model), plan, kinds)
-    layers = quantized_layers(net)
+    layers = list(quantized_layers(net).values())
     for module in net.modules():
         if isinstance(module, ActivationQuantizer):
             module.observer = _ignore  # which leaves the activations float
-    standardize = {layer: layer.weight_quantizer.standardize for layer in layers.values()}
-    for layer in layers.values():
+    standardize = {layer: layer.weight_quantizer.standardize for layer in layers}
+    for layer in layers:
         _use(layer, standardize[layer])
     found = []
     with evaluating(net), journal.bar("sensitivity", len(names) * len(widths)) as advance:
         taught = [F.log_softmax(net(images).float(), 1) for images in batches]
         for name in names:
-            layer = layers[name]
+            layer = cast(QuantLayer, net.get_submodule(name))
             divergence: dict[int, float] = {}
             for bits in widths:
                 _use(layer, _quantizer(layer, bits, standardize[layer], kinds))
