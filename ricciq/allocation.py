@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ricciq.errors import UsageError
 from ricciq.sensitivity import Sensitivity
+
+Array = npt.NDArray[np.float64]
+PRECISION = 1e3
+"""What objectives near 1 are multiplied by: the solver takes a gap of 1e-6 for none."""
+ALIKE = 1e-9
+"""Relative difference of losses that decides nothing."""
+TINY = 1e-300
 
 
 class Overhead(NamedTuple):
@@ -42,33 +50,50 @@ def allocate(
     """
     widths = list(layers[0].divergence)
     each, once = overhead or Overhead({}, {})
-    # A variable for each layer and width, then one for each width that is used at all.
-    cost = [layer.divergence[bits] for layer in layers for bits in widths]
-    size = [layer.parameters * bits + each.get(bits, 0) for layer in layers for bits in widths]
-    size += [once.get(bits, 0) for bits in widths]
     count, kinds = len(layers), len(widths)
+    # A variable for each layer and width, then one for each width that is used at all.
+    lost = np.array([layer.divergence[bits] for layer in layers for bits in widths])
+    lost = np.concatenate([lost, np.zeros(kinds)])
+    taking = [layer.parameters * bits + each.get(bits, 0) for layer in layers for bits in widths]
+    size = np.array([*taking, *(once.get(bits, 0) for bits in widths)], dtype=np.float64)
     one_width = np.hstack([np.kron(np.eye(count), np.ones(kinds)), np.zeros((count, kinds))])
     is_used = np.hstack([np.kron(np.ones(count), np.eye(kinds)), -count * np.eye(kinds)])
-    # Of solutions that lose alike the smallest is wanted; the weight decides nothing else.
-    tie = 1e-9 * max(*cost, 1e-12) / sum(size)
-    solution = milp(
-        np.array([*cost, *[0.0] * kinds]) + tie * np.array(size),
-        integrality=np.ones(len(size)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_width, 1, 1),
-            LinearConstraint(is_used, -np.inf, 0),
-            LinearConstraint(np.array(size) / max(budget, 1.0), -np.inf, 1 + 1e-12),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    if solution.x is None:
+    rules = [
+        LinearConstraint(one_width, 1, 1),
+        LinearConstraint(is_used, -np.inf, 0),
+        LinearConstraint(size / max(budget, 1.0), -np.inf, 1 + 1e-12),
+    ]
+
+    def best(objective: Array, allowed: Array, *more: LinearConstraint) -> Array | None:
+        found = milp(
+            objective * PRECISION,
+            integrality=np.ones(len(size)),
+            bounds=Bounds(0, allowed),
+            constraints=[*rules, *more],
+            options={"mip_rel_gap": 0.0},
+        )
+        return None if found.x is None else found.x.round()
+
+    taken = best(lost / max(lost.max(), TINY), np.ones(len(size)))
+    if taken is None:
         raise UsageError(
             f"{budget / 8:.0f} bytes are too few for the weights, even with {min(widths)} bit "
             "each; give a larger budget"
         )
-    taken = solution.x[: count * kinds].reshape(count, kinds).argmax(1)
-    return {layer.name: widths[n] for layer, n in zip(layers, taken, strict=True)}
+    # Again in units of what is lost so far, since the solver stops at an absolute gap; and then
+    # the smallest of solutions that lose as little.
+    allowed = (lost <= lost @ taken).astype(float)
+    if least := lost @ taken:
+        finer = best(np.minimum(lost / least, 2.0), allowed)
+        taken = taken if finer is None or lost @ finer > least else finer
+        least = lost @ taken
+        allowed = (lost <= least).astype(float)
+    alike = [LinearConstraint(lost / least, -np.inf, 1 + ALIKE)] if least else []
+    smaller = best(size / size.sum(), allowed, *alike)
+    if smaller is not None and lost @ smaller <= least * (1 + ALIKE):
+        taken = smaller
+    places = taken[: count * kinds].reshape(count, kinds).argmax(1)
+    return {layer.name: widths[n] for layer, n in zip(layers, places, strict=True)}
 
 
 def average_bits(layers: Sequence[Sensitivity], chosen: Mapping[str, int]) -> float:

@@ -31,6 +31,7 @@ def stored_in_onnx(about: Mapping[str, Any]) -> dict[str, Any]:
     bits = about["recipe"]["quantization"]
     return {
         **{key: about[key] for key in ("ricciq", "recipe", "class_names")},
+        "labelled": about.get("labelled", True),
         "bits": {"weights": bits["weight_bits"], "activations": bits["act_bits"]},
     }
 

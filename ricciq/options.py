@@ -89,7 +89,7 @@ def widths(
                 f"--bits {bits} sets the weights; activations get {activations} bits, unless "
                 "--act-bits says so"
             )
-    weights = weights or both
+    weights = both if weights is None else weights
     if weights is not None and max_bytes is not None:
         raise UsageError(f"--max-bytes {max_bytes} finds the bits itself; leave out those given")
     asked: dict[str, Any] = {}
@@ -110,7 +110,8 @@ def _width(flag: str, text: str | None, weights: bool = True) -> int | float | s
         return int(text)
     if weights and text.startswith("auto:"):
         with suppress(ValueError):
-            return float(text.removeprefix("auto:"))
+            if 1 <= (average := float(text.removeprefix("auto:"))) <= 8:
+                return average
     allowed = WIDTHS if weights else "1 to 8, or 32 for float"
     raise UsageError(f"{flag} {text} is not a width; give {allowed}")
 

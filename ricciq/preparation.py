@@ -90,6 +90,7 @@ class Job(NamedTuple):
             "recipe": self.recipe.model_dump(mode="json"),
             "preprocessing": self.preprocessing.to_dict(),
             "class_names": self.data.class_names,
+            "labelled": self.data.labelled,
             "plan": asdict(self.plan),
         }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -100,10 +101,14 @@ def _inputs(model: nn.Module, name: str, batches: Sequence[Tensor]) -> list[Tens
 
 
 def _in_float(layer: QuantConv2d | QuantLinear) -> nn.Module:
-    """The layer with its weights and inputs as they are."""
+    """The layer with its weights and inputs as they are, and without hooks such as a point's."""
     plain = copy.copy(layer)
-    plain._modules = dict(layer._modules)
-    plain._modules["weight_quantizer"] = layer.weight_quantizer.standardize
+    plain._modules, plain._forward_hooks = dict(layer._modules), OrderedDict()
+    quantizer = layer.weight_quantizer
+    standardize = quantizer.standardize
+    if quantizer.kind == "dorefa" and isinstance(standardize, nn.Sequential):
+        standardize = standardize[:-1]  # the tanh is a part of rounding
+    plain._modules["weight_quantizer"] = standardize
     plain.input_quantizer = None
     return plain
 

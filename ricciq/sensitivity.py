@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -59,7 +60,8 @@ def measure_sensitivity(
         what distillation starts from, and what ZeroQ measures (Cai et al. 2020, arXiv 2001.00281).
     """
     widths = [b for b in WIDTHS if kinds.weights != "codebook" or b == 8 or b in CODEBOOK_WIDTHS]
-    net = convert(copy.deepcopy(model), plan, kinds)
+    # Converted with LSQ, since DoReFa's layers pass their weight through a tanh, to round it.
+    net = convert(copy.deepcopy(model), plan, replace(kinds, weights="lsq"))
     layers = list(quantized_layers(net).values())
     for module in net.modules():
         if isinstance(module, ActivationQuantizer):
@@ -77,7 +79,7 @@ def measure_sensitivity(
                 _use(layer, _quantizer(layer, bits, standardize[layer], kinds))
                 lost = _divergence(net, batches, taught)
                 # One number more cannot make a layer worse, if not by chance.
-                divergence[bits] = min([lost, *divergence.values()])
+                divergence[bits] = min([max(lost, 0.0), *divergence.values()])
                 advance(lambda name=name: name)  # type: ignore[misc]
             _use(layer, standardize[layer])
             found.append(Sensitivity(name, layer.latent.numel(), divergence))

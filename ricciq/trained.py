@@ -79,11 +79,13 @@ class Target(NamedTuple):
         predict: (B, C, H, W) on the CPU -> (B, classes) logits.
         preprocessing: what its pictures must look like.
         class_names: in the order of the logits.
+        labelled: whether these are names that data gave, and not just numbers.
     """
 
     predict: Predict
     preprocessing: Preprocessing
     class_names: list[str]
+    labelled: bool
 
 
 def open_target(path: Path) -> Target:
@@ -97,7 +99,13 @@ def open_target(path: Path) -> Target:
         raise ModelError(f"there is no {path}; give an .onnx file, a run folder or a checkpoint")
     if path.is_dir() or path.suffix != ".onnx":
         trained = rebuild(path)
-        return Target(deploy(trained.model), trained.preprocessing, trained.about["class_names"])
+        about = trained.about
+        return Target(
+            deploy(trained.model),
+            trained.preprocessing,
+            about["class_names"],
+            about.get("labelled", True),
+        )
     session = open_session(path)
     about = session_metadata(session, path)
     predict = session_predictor(session, path)
@@ -116,7 +124,7 @@ def open_target(path: Path) -> Target:
             f"{path} has metadata of another model, with pictures of {preprocessing.input_size} "
             f"and {len(names)} classes; export it again with `ricciq export`"
         )
-    return Target(predict, preprocessing, names)
+    return Target(predict, preprocessing, names, about.get("labelled", True))
 
 
 def _class_names(about: Mapping[str, Any]) -> list[str]:
@@ -190,8 +198,8 @@ def _check_classes(target: Target, path: Path, data: PictureData) -> None:
         DataError: their number or a name differs.
     """
     known, given = target.class_names, data.class_names
-    nameless = known == [str(number) for number in range(len(given))]
-    if known == given or nameless:  # as what was trained without labels is
+    nameless = not (target.labelled and data.labelled)
+    if known == given or (nameless and len(known) == len(given)):
         return
     difference = f"{len(given)} classes but {path} knows {len(known)}"
     if len(known) == len(given):

@@ -1,0 +1,53 @@
+"""A net of depthwise convolutions, which few bits hurt most, trains at W4 A4 without collapse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fashion import lay_out_fashion_mnist, needs_fashion
+
+from ricciq import Recipe, run
+
+
+def leave_few_to_validate_on(raw: Path, count: int) -> None:
+    """Ten thousand pictures take onnxruntime longer than the training does."""
+    for name, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
+        path = raw / f"t10k-{name}-ubyte"
+        content = path.read_bytes()
+        number = count.to_bytes(4, "big")
+        path.write_bytes(content[:4] + number + content[8 : header + count * size])
+
+
+@needs_fashion
+def test_a_depthwise_net_keeps_its_accuracy_at_four_bits(tmp_path: Path) -> None:
+    root = lay_out_fashion_mnist(tmp_path / "fashion")
+    leave_few_to_validate_on(root / "FashionMNIST" / "raw", 1000)
+    recipe = Recipe.from_values(
+        {
+            "model": {"name": "fashion_mobilenet", "pretrained": False},
+            "data": {
+                "name": "torch/fashion_mnist",
+                "dir": str(root),
+                "batch_size": 32,
+                "train_samples": 2500,
+            },
+            "quantization": {"weight_bits": 32, "act_bits": 32},
+            "training": {"epochs": 3, "lr": 4e-3},
+        }
+    )
+    in_float, folder = run(recipe, tmp_path / "float")
+    discrete, _ = run(
+        recipe.override(
+            {
+                "model.checkpoint": folder / "best.safetensors",
+                "quantization": {"weight_bits": 4, "act_bits": 4},
+                "training.epochs": 1,
+            }
+        ),
+        tmp_path / "discrete",
+    )
+    assert in_float.float_.top1 > 75  # or there would be nothing to lose
+    assert discrete.float_.top1 == pytest.approx(in_float.quantized.top1)
+    assert discrete.onnx.top1 > discrete.float_.top1 - 2
+    assert discrete.onnx.agreement_unoptimized >= 99.9
