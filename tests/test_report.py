@@ -42,6 +42,7 @@ VALUES = {
             "fused": True,
         }
     ],
+    "labelled": True,
     "kept": [
         {"name": "head.norm", "kind": "LayerNorm", "why": "LayerNorm has no discrete counterpart"},
         {"name": "attn", "kind": "matmul", "why": "products of two activations stay float"},

@@ -65,7 +65,7 @@ def ours(options: argparse.Namespace, traits: list[str]) -> Callable[[], None]:
     model = timm.create_model(options.model, num_classes=CLASSES).to(device)
     model = model.to(memory_format=torch.channels_last)
     images = torch.randn(options.batch, *options.size, device=device)
-    targets = torch.randint(CLASSES, (options.batch,), device=device)
+    targets = torch.randint(CLASSES, (options.batch,))  # as loaders give them
     teacher = None
     if "teacher" in traits:
         teacher = timm.create_model(options.model, num_classes=CLASSES).to(device).eval()
