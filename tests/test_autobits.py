@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from command import Answer, ricciq
 from torch import Tensor, nn
 
 from ricciq import autobits, cli, pipeline
@@ -41,20 +40,6 @@ RECIPE = Recipe().override(
     }
 )
 NOTHING = Overhead({}, {})
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def ricciq(*arguments: str | Path) -> Answer:
-    """Run a command line."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        cli.main([str(a) for a in arguments])
-    return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def check_refusal(answer: Answer, *words: str) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +12,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command import Answer, ricciq
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ricciq import cli, pipeline, trained
+from ricciq import pipeline, trained
 from ricciq.calibration import calibrate
 from ricciq.convert import convert
 from ricciq.data import PictureData, open_data
@@ -38,20 +37,6 @@ DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))
 PICTURES = 200
 PIXELS = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
 LABELS = load_digits().target
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def ricciq(*arguments: str | Path) -> Answer:
-    """Run a command line."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        cli.main([str(a) for a in arguments])
-    return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def check_refusal(answer: Answer, code: int, *words: str) -> None:
