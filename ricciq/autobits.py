@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,7 +60,7 @@ def with_chosen_bits(
             f"{job.recipe.model.name} has no layer between the first and the last to find bits "
             "for; give --bits a number"
         )
-    pictures = list(_pictures(job))
+    pictures = list(job.calibration_images(most=PICTURES))
     found = measure_sensitivity(job.model, job.plan, names, wanted.kinds, pictures, journal)
     weights = sum(layer.parameters for layer in found)
     if wanted.max_bytes is None:
@@ -75,13 +74,6 @@ def with_chosen_bits(
         plot_sensitivity(rows, folder.sensitivity_plot)
         write_csv(folder.sensitivity, rows)
     return job._replace(plan=_planned(job.plan, chosen))
-
-
-def _pictures(job: Job) -> Iterator[torch.Tensor]:
-    settings = job.recipe.data
-    loader = job.loader("fit", samples=min(PICTURES, len(job.loader("fit").dataset)))  # type: ignore[arg-type]
-    for images, _ in islice(loader, settings.calibration_batches):
-        yield images.to(job.device)
 
 
 def _planned(plan: Plan, chosen: Mapping[str, int]) -> Plan:

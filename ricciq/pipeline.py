@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import Tensor
 
 from ricciq import __version__
 from ricciq.autobits import with_chosen_bits
@@ -39,7 +39,7 @@ from ricciq.preparation import (
 )
 from ricciq.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
-from ricciq.reconstruction import reconstruct
+from ricciq.reconstruction import PICTURES, reconstruct
 from ricciq.report import Report
 from ricciq.runfolder import RunFolder, choose_run_folder, read_csv, write_csv
 from ricciq.runtime import open_session, session_predictor
@@ -158,6 +158,8 @@ def train(
         RicciqError: as `ricciq.train.finetune`.
     """
     recipe, world = job.recipe, world or World()
+    # Every process sees all pictures that are calibrated on: those of so many whole steps.
+    images = partial(job.calibration_images, world.size * recipe.training.grad_accum_steps)
     batch_size = _batch_size(job, folder, resume, journal, world)
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
     convert(job.model, job.plan, recipe.quantization.kinds)
@@ -166,13 +168,13 @@ def train(
         f"kept {len(job.plan.kept)} parts float"
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
-        calibrate(job.model, _first_images(job, world), recipe.quantization.scale_search)
+        calibrate(job.model, images(), recipe.quantization.scale_search)
     if recipe.training.epochs == 0 and recipe.quantization.reconstruction:
         reconstruct(
             job.model,
             teacher,
             [layer.name for layer in job.plan.layers],
-            _first_images(job, world),
+            images(PICTURES),
             recipe.quantization.reconstruction,
             journal,
         )
@@ -188,7 +190,7 @@ def train(
         teacher=teacher if is_distilled(job) else None,
         about=job.about,
         journal=journal,
-        pictures=lambda: _first_images(job, world),
+        pictures=images,
         resume=resume,
         world=world,
     )
@@ -223,19 +225,6 @@ def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, wor
         )
     journal.say(f"batch size {size}: the largest of 1, 2, 4 … {LARGEST_BATCH} that fits")
     return size
-
-
-def _first_images(job: Job, world: World) -> Iterator[Tensor]:
-    """The pictures to calibrate on, of every class alike, one batch in memory at a time.
-
-    Every process sees all of them: those of so many steps, in however many parts they are taken.
-    """
-    settings = job.recipe.data
-    parts = world.size * job.recipe.training.grad_accum_steps
-    wanted = settings.calibration_batches * settings.known_batch_size * parts
-    there = len(job.loader("fit").dataset)  # type: ignore[arg-type]
-    for images, _ in job.loader("fit", samples=min(wanted, there)):
-        yield images.to(job.device)
 
 
 def _finish(

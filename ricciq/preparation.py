@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ricciq import __version__
@@ -81,6 +82,21 @@ class Job(NamedTuple):
             pin_memory=self.device.type == "cuda",
             world=world,
         )
+
+    def calibration_images(self, parts: int = 1, most: int | None = None) -> Iterator[Tensor]:
+        """Training pictures as they are, of every class alike, one batch in memory at a time.
+
+        Args:
+            parts: in how many parts the batches of a step are taken; as many times the pictures.
+            most: stop at so many pictures. They too are of every class, which the first of more
+                would not be: a folder is read class by class.
+        """
+        settings = self.recipe.data
+        wanted = settings.calibration_batches * settings.known_batch_size * parts
+        there = len(self.loader("fit").dataset)  # type: ignore[arg-type]
+        wanted = min(wanted, there, wanted if most is None else most)
+        for images, _ in self.loader("fit", samples=wanted):
+            yield images.to(self.device)
 
     @property
     def about(self) -> dict[str, Any]:

@@ -104,6 +104,12 @@ class WeightQuantizer(nn.Module):
             self.fixed_grid = replace(self.fixed_grid, clips=False)
 
     @property
+    def unrounded(self) -> nn.Module:
+        """What the layer itself does to its weight: `standardize` without DoReFa's tanh."""
+        own = self.standardize
+        return own[0] if isinstance(own, nn.Sequential) and isinstance(own[-1], nn.Tanh) else own
+
+    @property
     def grid(self) -> Grid | Codebook:
         """The codes, those of a codebook as they are now."""
         if self.levels is None:

@@ -50,7 +50,7 @@ def reconstruct(
         model: converted and calibrated; the latent weights become levels.
         teacher: the float model it was.
         names: of the discrete layers, in the order they run.
-        batches: (B, C, H, W) pictures on its device, of which the first `PICTURES` or so are taken.
+        batches: (B, C, H, W) pictures on its device; `PICTURES` in all are enough.
         steps: of the optimizer, for each layer.
         journal: where progress is shown.
     """
@@ -59,11 +59,7 @@ def reconstruct(
         for name in names
         if isinstance(layer := model.get_submodule(name), QuantConv2d | QuantLinear)
     }
-    shown: list[Tensor] = []
-    for images in batches:
-        shown.append(images)
-        if sum(map(len, shown)) >= PICTURES:
-            break
+    shown = list(batches)
     with evaluating(model), evaluating(teacher), journal.bar("rounding", len(layers)) as advance:
         for name, layer in layers.items():
             exact = torch.cat(_inputs(teacher, name, shown))
@@ -104,11 +100,7 @@ def _in_float(layer: QuantConv2d | QuantLinear) -> nn.Module:
     """The layer with its weights and inputs as they are, and without hooks such as a point's."""
     plain = copy.copy(layer)
     plain._modules, plain._forward_hooks = dict(layer._modules), OrderedDict()
-    quantizer = layer.weight_quantizer
-    standardize = quantizer.standardize
-    if quantizer.kind == "dorefa" and isinstance(standardize, nn.Sequential):
-        standardize = standardize[:-1]  # the tanh is a part of rounding
-    plain._modules["weight_quantizer"] = standardize
+    plain._modules["weight_quantizer"] = layer.weight_quantizer.unrounded
     plain.input_quantizer = None
     return plain
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -60,13 +59,12 @@ def measure_sensitivity(
         what distillation starts from, and what ZeroQ measures (Cai et al. 2020, arXiv 2001.00281).
     """
     widths = [b for b in WIDTHS if kinds.weights != "codebook" or b == 8 or b in CODEBOOK_WIDTHS]
-    # Converted with LSQ, since DoReFa's layers pass their weight through a tanh, to round it.
-    net = convert(copy.deepcopy(model), plan, replace(kinds, weights="lsq"))
+    net = convert(copy.deepcopy(model), plan, kinds)
     layers = list(quantized_layers(net).values())
     for module in net.modules():
         if isinstance(module, ActivationQuantizer):
             module.observer = _ignore  # which leaves the activations float
-    standardize = {layer: layer.weight_quantizer.standardize for layer in layers}
+    standardize = {layer: layer.weight_quantizer.unrounded for layer in layers}
     for layer in layers:
         _use(layer, standardize[layer])
     found = []

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ricciq.grids import LARGEST_CODE, Codebook, Grid, count_codes
 from ricciq.quantizer import CODEBOOK_WIDTHS, ActivationQuantizer, WeightQuantizer
@@ -562,3 +562,11 @@ def test_a_codebook_at_8_bits_is_the_grid_and_has_no_3_bit_form():
     assert codebook(2, 8).grid == Grid.for_weights(8)
     with pytest.raises(ValueError, match="bits is 3; a codebook takes 1, 2, 4 or ternary"):
         codebook(2, 3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("kind", ["lsq", "dorefa"])
+def test_what_a_layer_does_to_its_weight_is_known_without_rounding(kind, bits):
+    own = nn.Sequential(nn.Identity(), nn.Identity())
+    assert WeightQuantizer(4, bits, own, kind).unrounded is own
+    assert isinstance(WeightQuantizer(4, bits, kind=kind).unrounded, nn.Identity)

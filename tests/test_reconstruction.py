@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
@@ -374,8 +375,9 @@ def test_training_starts_from_the_nearest_levels(
     trained(tmp_path / "run", prepare(RECIPE.override(changes), CPU, Journal()))
 
 
-def test_labels_are_not_asked(tmp_path: Path) -> None:
+def test_labels_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few pictures are chosen so that each class is among them: all leave nothing to choose.
+    monkeypatch.setattr(pipeline, "PICTURES", 10_000)
     changes = {"data.calibration_batches": 30, "quantization.reconstruction": 5}
     models = []
     for name in ("right", "wrong"):
@@ -385,3 +387,20 @@ def test_labels_are_not_asked(tmp_path: Path) -> None:
             targets[:] = np.random.default_rng(0).permutation(targets)
         models.append(trained(tmp_path / name, job))
     assert same_state(*models)
+
+
+def test_few_pictures_are_of_every_class_alike(tmp_path):
+    """A folder is read class by class, so the first of its pictures are of one class."""
+    for part, count in (("train", 30), ("val", 2)):
+        for grey, name in ((0, "black"), (255, "white")):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8), grey).save(folder / f"{number}.png")
+    changes = {"data.name": str(tmp_path), "data.batch_size": 10, "data.calibration_batches": 4}
+    job = prepare(RECIPE.override({**changes, "model.pretrained": False}), CPU, Journal())
+    for most, parts, wanted in ((20, 1, 20), (None, 1, 40), (500, 1, 40), (20, 3, 20)):
+        images = torch.cat(list(job.calibration_images(parts, most)))
+        assert len(images) == wanted
+        assert (images[:, 0, 0, 0] > 0).float().mean() == 0.5
+    assert sum(map(len, job.calibration_images(2))) == len(job.loader("fit").dataset) < 80
