@@ -17,7 +17,6 @@ from PIL import Image
 
 from ricciq import __version__, cli, pipeline
 from ricciq.checkpoint import save_tensors
-from ricciq.distributed import World
 from ricciq.journal import Journal
 from ricciq.recipe import Recipe
 from ricciq.runtime import open_session, session_metadata
@@ -286,7 +285,7 @@ def test_calibration_sees_every_class_of_a_sorted_folder(picture_folder: Path) -
         "data": {"name": str(picture_folder), "batch_size": 4, "calibration_batches": 1},
     }
     job = pipeline.prepare(Recipe.from_values(values), torch.device("cpu"), Journal())
-    (seen,) = pipeline._first_images(job, World())
+    (seen,) = job.calibration_images()
     brightness = sorted(float(picture.mean()) for picture in seen)
     assert brightness[-1] - brightness[0] > 0.5  # the two classes lie 100 of 255 apart
 
