@@ -20,7 +20,7 @@ from ricciq.errors import UsageError
 from ricciq.export import export_onnx, stored_in_onnx
 from ricciq.journal import Journal
 from ricciq.modelfile import size_with_external_data
-from ricciq.plots import plot_sensitivity
+from ricciq.plots import draw_sensitivity, write_png
 from ricciq.preparation import Job
 from ricciq.quantizer import ActivationQuantizer
 from ricciq.runfolder import RunFolder, read_csv, write_csv
@@ -71,7 +71,7 @@ def with_chosen_bits(
     rows = _rows(found, chosen)
     journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
     if folder is not None:
-        plot_sensitivity(rows, folder.sensitivity_plot)
+        write_png(draw_sensitivity(rows), folder.sensitivity_plot)
         write_csv(folder.sensitivity, rows)
     return job._replace(plan=_planned(job.plan, chosen))
 

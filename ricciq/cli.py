@@ -132,7 +132,7 @@ def quantize(
     else:
         Console().print(report.to_table())
         Console().print(
-            f"{folder / 'report.md'} and {folder / 'model.onnx'} are written.", markup=False
+            f"{folder / 'report.html'} and {folder / 'model.onnx'} are written.", markup=False
         )
 
 
@@ -198,6 +198,22 @@ def export(
 
     path = export_run(run, output, as_float=format_ == "float")
     _print({"path": str(path), "bytes": path.stat().st_size, "format": format_}, as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write report.md and report.html of RUN again.
+
+    Example: ricciq report runs/my-run
+    """
+    from ricciq.page import render_run
+
+    pages = [str(path) for path in render_run(run, dry_run=dry_run)]
+    _print({"would write" if dry_run else "written": pages}, as_json)
 
 
 @app.command()

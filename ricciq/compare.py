@@ -27,7 +27,7 @@ from ricciq.estimators import named_estimator
 from ricciq.evaluate import evaluate
 from ricciq.journal import Journal
 from ricciq.pipeline import train
-from ricciq.plots import plot_curves, plot_seeds
+from ricciq.plots import draw_curves, draw_seeds, write_png
 from ricciq.preparation import choose_device, prepare, take_answers
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder, read_csv, write_csv
@@ -160,8 +160,8 @@ def compare(
             "results": results,
         }
         write_csv(folder.rows, rows)
-        plot_seeds(rows, folder.seeds_plot)
-        plot_curves(_curves(trials, folder), folder.curves_plot)
+        write_png(draw_seeds(rows), folder.seeds_plot)
+        write_png(draw_curves(_curves(trials, folder)), folder.curves_plot)
         write_atomically(folder.verdict, json.dumps(verdict, indent=1) + "\n")
     return verdict, folder.path
 

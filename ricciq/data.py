@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from ricciq.distributed import World
@@ -132,6 +133,22 @@ class PictureData:
         self.class_names = [str(number) for number in range(classes)]
         for split, (pictures, indices) in self._splits.items():
             pictures.targets[indices] = answers.get(split, -1)
+
+    def picture(self, split: Split, index: int, mode: str) -> Image.Image:
+        """A picture of a split in PIL mode "L" or "RGB".
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        pictures, indices = self._splits[split]
+        return pictures.open(int(indices[index]), mode)
+
+    def labels(self, split: Split) -> list[str | None]:
+        """The names of a split's classes, in order; None where pictures have no labels."""
+        pictures, indices = self._splits[split]
+        if not self.labelled:
+            return [None] * len(indices)
+        return [self.class_names[target] for target in pictures.targets[indices]]
 
     @property
     def num_classes(self) -> int:

@@ -35,6 +35,37 @@ class Metrics:
     max_abs_diff: float
 
 
+class Guesses:
+    """A predict callable that remembers its first guesses, and how sure it was.
+
+    Args:
+        predict: (B, C, H, W) -> (B, classes) logits.
+    """
+
+    def __init__(self, predict: Predict) -> None:
+        self._predict = predict
+        self._classes: list[Tensor] = []
+        self._shares: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The logits, as they are."""
+        logits = self._predict(images)
+        shares, classes = logits.float().softmax(1).max(1)
+        self._classes.append(classes.cpu())
+        self._shares.append(shares.cpu())
+        return logits
+
+    @property
+    def classes(self) -> Tensor:
+        """(N,) guesses of all pictures so far."""
+        return torch.cat(self._classes)
+
+    @property
+    def shares(self) -> Tensor:
+        """(N,) softmax of the guesses, 0 to 1."""
+        return torch.cat(self._shares)
+
+
 def pooled(parts: Sequence[Metrics]) -> Metrics:
     """The metrics of all samples from those of parts that have no sample in common."""
     samples = sum(part.samples for part in parts)

@@ -19,15 +19,17 @@ from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
 from ricciq.convert import convert
 from ricciq.deployment import deploy
+from ricciq.disagreements import find_disagreements
 from ricciq.distributed import World, joined
 from ricciq.errors import InterruptedRunError, RicciqError
-from ricciq.evaluate import Metrics, Predict, evaluate
+from ricciq.evaluate import Guesses, Metrics, Predict, evaluate
 from ricciq.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
 from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.journal import Journal
 from ricciq.memory import LARGEST_BATCH
 from ricciq.modelfile import size_with_external_data
-from ricciq.plots import plot_geometry
+from ricciq.page import write_pages
+from ricciq.plots import draw_geometry, write_png
 from ricciq.preparation import (
     Job,
     choose_device,
@@ -89,7 +91,9 @@ def run(
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
         take_answers(job)
-        reference = world.from_first(lambda: _check_validation(job, journal))
+        float_model = job.model.eval()
+        in_float = Guesses(lambda images: float_model(images.to(device)))
+        reference = world.from_first(lambda: _check_validation(job, in_float, journal))
         with ExitStack() as held:
 
             def begin() -> None:
@@ -108,7 +112,9 @@ def run(
                 job = job._replace(plan=chosen)
                 world.from_first(lambda: _export_float(job, folder))
                 done = train(job, folder, resume=resume, journal=journal, world=world)
-                report = world.from_first(lambda: _finish(job, folder, reference, done, journal))
+                report = world.from_first(
+                    lambda: _finish(job, folder, in_float, reference, done, journal)
+                )
             except KeyboardInterrupt:
                 stopped = InterruptedRunError(
                     f"stopped; `--output {folder.path} --resume` goes on from the last saved state"
@@ -118,11 +124,9 @@ def run(
     return report, folder.path
 
 
-def _check_validation(job: Job, journal: Journal) -> Metrics:
+def _check_validation(job: Job, in_float: Guesses, journal: Journal) -> Metrics:
     """The float accuracy; and every validation picture is read before hours are spent."""
-    float_model = job.model.eval()
-    predictors: dict[str, Predict] = {"float": lambda images: float_model(images.to(job.device))}
-    metrics = evaluate(predictors, job.loader("val"))["float"]
+    metrics = evaluate({"float": in_float}, job.loader("val"))["float"]
     if job.data.labelled:
         found = f"top-1 {metrics.top1:.2f} % on {metrics.samples} validation samples"
     else:
@@ -202,7 +206,13 @@ def train(
     load_model_state(job.model, tensors, folder.best)
     if done.epoch and job.plan.layers:
         decay = correction.decay(discrete_weights(job.model), FLOW_TIMES)
-        plot_geometry(FLOW_TIMES, decay, read_csv(folder.geometry), folder.geometry_plot)
+        rows = [
+            {"layer": name, "time": time, "norm": norm}
+            for name, norms in decay.items()
+            for time, norm in zip(FLOW_TIMES, norms, strict=True)
+        ]
+        write_csv(folder.decay, rows)
+        write_png(draw_geometry(rows, read_csv(folder.geometry)), folder.geometry_plot)
     return done
 
 
@@ -228,7 +238,12 @@ def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, wor
 
 
 def _finish(
-    job: Job, folder: RunFolder, reference: Metrics, done: Progressed, journal: Journal
+    job: Job,
+    folder: RunFolder,
+    in_float: Guesses,
+    reference: Metrics,
+    done: Progressed,
+    journal: Journal,
 ) -> Report:
     """Export, evaluate what was written, store the outcome in it, and report."""
     journal.say("exporting")
@@ -238,9 +253,10 @@ def _finish(
     if not job.plan.layers:  # a float run: what it trained is the float model
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
+    in_onnx = Guesses(_onnx_predictor(folder.onnx))
     predictors: dict[str, Predict] = {
         "quantized": deployed,
-        "onnx": _onnx_predictor(folder.onnx),
+        "onnx": in_onnx,
         "unoptimized": _onnx_predictor(folder.onnx, optimize=False),
     }
     metrics = evaluate(predictors, job.loader("val"))
@@ -252,8 +268,15 @@ def _finish(
     latency = measure_latency({"float": folder.float_onnx, "onnx": folder.onnx})
     inspection = inspect_onnx(folder.onnx)
     report = _report(job, folder, reference, metrics, latency, inspection, done)
+    if job.plan.layers:
+        picture = partial(job.data.picture, "val", mode=job.preprocessing.mode)
+        labels, names = job.data.labels("val"), job.data.class_names
+        different = find_disagreements(in_float, in_onnx, labels, names, picture)
+        different.save(folder.disagreements)
+        report.onnx.float_agreement = 100 * (1 - different.count / reference.samples)
     write_csv(folder.layers, [layer.model_dump() for layer in report.layers])
-    report.save(folder.report, folder.report_markdown)
+    write_pages(folder, report)
+    report.save(folder.report)
     return report
 
 

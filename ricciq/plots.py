@@ -1,20 +1,25 @@
-"""Pictures of numbers: a study's seeds and curves."""
+"""Pictures of numbers: a study's seeds and curves, a run's training, geometry and sensitivities."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ricciq.checkpoint import write_atomically
 
+COSINE = "cosine of gradient and corrected gradient"
 
-def plot_seeds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+
+def draw_seeds(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Top-1 of every run as a point: a column a method, a panel a learning rate, means as lines."""
     scales = sorted({row["lr_scale"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -31,10 +36,10 @@ def plot_seeds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set_xticks(range(len(methods)), methods, rotation=20)
         panel.set_title(f"learning rate x {scale:g}" if len(scales) > 1 else "")
     panels[0].set_ylabel("top-1, %")
-    _save(figure, path)
+    return figure
 
 
-def plot_curves(curves: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
+def draw_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """Hold-out top-1 over the epochs: the mean over the seeds in a band of one deviation."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -52,51 +57,74 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[float]]], path: Path) -> 
     axes.set_xlabel("epoch")
     axes.set_ylabel("hold-out top-1, %")
     axes.legend()
-    _save(figure, path)
+    return figure
 
 
-def plot_geometry(
-    times: Sequence[float],
-    decay: Mapping[str, Sequence[float]],
-    rows: Sequence[Mapping[str, Any]],
-    path: Path,
-) -> None:
+def draw_decay(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """How the linear flow takes each layer's perturbation away.
+
+    Args:
+        rows: of decay.csv.
+    """
+    figure, axes = _small_figure()
+    _decay_lines(axes, rows)
+    return figure
+
+
+def draw_layers(rows: Sequence[Mapping[str, Any]], column: str, label: str) -> Figure:
+    """A column of geometry.csv over the epochs, a line a layer.
+
+    Args:
+        rows: of geometry.csv.
+        column: what is drawn.
+        label: what it is.
+    """
+    figure, axes = _small_figure()
+    _layer_lines(axes, rows, column, label)
+    return figure
+
+
+def draw_epochs(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], label: str
+) -> Figure:
+    """Columns of summary.csv over the epochs.
+
+    Args:
+        rows: of summary.csv.
+        columns: what is drawn, by the name it gets.
+        label: what it is.
+    """
+    figure, axes = _small_figure()
+    epochs = [int(row["epoch"]) for row in rows]
+    for name, column in columns.items():
+        axes.plot(epochs, [float(row[column]) for row in rows], marker=".", label=name)
+    axes.set_ylabel(label)
+    _epochs_below(axes)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_geometry(
+    decay: Sequence[Mapping[str, Any]], geometry: Sequence[Mapping[str, Any]]
+) -> Figure:
     """What a run's geometry did: its perturbation over the flow time, its mismatch over epochs.
 
     Args:
-        times: of the flow.
-        decay: for each layer the norm of the metric off its diagonal, a number a time.
-        rows: of geometry.csv.
-        path: the picture.
+        decay: rows of decay.csv.
+        geometry: rows of geometry.csv.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    drawn = {name: norms for name, norms in decay.items() if min(norms) > 0}
-    for norms in drawn.values():
-        left.semilogy(times, norms, color="tab:blue", alpha=0.4)
-    if drawn:
-        top = max(norms[0] for norms in drawn.values())
-        law = [top * math.exp(-2 * math.pi**2 * time) for time in times]
-        left.semilogy(times, law, "--", color="black", label="slope -2 pi^2")
-        left.legend()
-    left.set_xlabel("flow time (linear flow)")
-    left.set_ylabel("metric off its diagonal, a line a layer")
-    for name in decay:
-        mine = [row for row in rows if row["layer"] == name]
-        epochs = [int(row["epoch"]) for row in mine]
-        cosines = [float(row["mismatch_cosine"]) for row in mine]
-        right.plot(epochs, cosines, marker=".", color="tab:orange", alpha=0.5)
-    right.set_xlabel("epoch")
-    right.set_ylabel("cosine of gradient and corrected gradient")
-    _save(figure, path)
+    _decay_lines(left, decay)
+    _layer_lines(right, geometry, "mismatch_cosine", COSINE)
+    return figure
 
 
-def plot_sensitivity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """What each layer loses at each width, a line a layer, with a ring at the width it got.
 
     Args:
         rows: of sensitivity.csv.
-        path: the picture.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -114,11 +142,64 @@ def plot_sensitivity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xlabel("bits of the weights of one layer, all else in float")
     axes.set_ylabel("divergence from the float answers, nats")
     if few:
-        axes.legend(fontsize="small")
-    _save(figure, path)
+        axes.legend(fontsize="small", frameon=False)
+    return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _small_figure() -> tuple[Figure, Axes]:
+    """One that can be read on a phone, where a page is 390 pixels wide."""
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _decay_lines(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    layers: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        layers.setdefault(row["layer"], []).append((float(row["time"]), float(row["norm"])))
+    drawn = [points for points in layers.values() if min(norm for _, norm in points) > 0]
+    for points in drawn:
+        axes.semilogy(*zip(*points, strict=True), color="tab:blue", alpha=0.4)
+    if drawn:
+        top = max(points[0][1] for points in drawn)
+        times = [time for time, _ in drawn[0]]
+        law = [top * math.exp(-2 * math.pi**2 * time) for time in times]
+        axes.semilogy(times, law, "--", color="black", label="slope $-2\\pi^2$")
+        axes.legend(frameon=False)
+    axes.set_xlabel("flow time (linear flow)")
+    axes.set_ylabel("metric off its diagonal")
+
+
+def _layer_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
+    for name in dict.fromkeys(row["layer"] for row in rows):
+        mine = [row for row in rows if row["layer"] == name]
+        epochs = [int(row["epoch"]) for row in mine]
+        values = [float(row[column]) for row in mine]
+        axes.plot(epochs, values, marker=".", color="tab:orange", alpha=0.5)
+    axes.set_ylabel(label)
+    _epochs_below(axes)
+
+
+def _epochs_below(axes: Axes) -> None:
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Draw into a file, atomically."""
     content = BytesIO()
     figure.savefig(content, format="png", dpi=150)
     write_atomically(path, content.getvalue())
+
+
+def as_svg(figure: Figure) -> str:
+    """The drawing as an SVG element for a page, whose colour its black becomes.
+
+    Texts stay texts, so that they can be searched, and the same figure gives the same element.
+    """
+    content = StringIO()
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "ricciq", "font.family": "sans-serif"}
+    ):
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    text = content.getvalue()
+    return text[text.index("<svg") :].replace("#000000", "currentColor")

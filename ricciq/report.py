@@ -1,4 +1,4 @@
-"""Report -> JSON, Markdown and a table for the terminal."""
+"""Report -> JSON and a table for the terminal; `ricciq.page` makes pages of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from pydantic import BaseModel, ConfigDict, Field
 from rich.markup import escape
 from rich.table import Table
@@ -32,7 +31,8 @@ class OnnxAccuracy(Accuracy):
     """The written file's accuracy, and how it agrees with the torch model it was made from.
 
     ``agreement`` is measured with onnxruntime's default optimizations, ``agreement_unoptimized``
-    with all of them off; both in percent of samples with the same first guess.
+    with all of them off; both in percent of samples with the same first guess. So is
+    ``float_agreement``, with the float model; None where the run itself was in float.
     """
 
     agreement: float
@@ -40,6 +40,7 @@ class OnnxAccuracy(Accuracy):
     agreement_unoptimized: float
     top1_unoptimized: float
     path: str
+    float_agreement: float | None = None
 
 
 class Size(_Part):
@@ -134,20 +135,9 @@ class Report(_Part):
         """Plain values with the names report.json uses."""
         return self.model_dump(mode="json", by_alias=True)
 
-    def save(self, json_path: Path, markdown_path: Path) -> None:
-        """Write report.md and, last, report.json: its presence says that the run is finished."""
-        write_atomically(markdown_path, self.to_markdown())
-        write_atomically(json_path, json.dumps(self.to_dict(), indent=1) + "\n")
-
-    def to_markdown(self) -> str:
-        """The report as a Markdown page."""
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        return environment.get_template("report.md.j2").render(r=self, float=self.float_) + "\n"
+    def save(self, path: Path) -> None:
+        """Write report.json, after all else: its presence says that the run is finished."""
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def to_table(self) -> Table:
         """The verdict for a terminal."""

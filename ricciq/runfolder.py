@@ -30,6 +30,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.summary = path / "summary.csv"
         self.geometry = path / "geometry.csv"
+        self.decay = path / "decay.csv"
         self.geometry_plot = path / "geometry.png"
         self.layers = path / "layers.csv"
         self.sensitivity = path / "sensitivity.csv"
@@ -43,6 +44,8 @@ class RunFolder:
         self.onnx_in_float = path / "model-float.onnx"
         self.report = path / "report.json"
         self.report_markdown = path / "report.md"
+        self.page = path / "report.html"
+        self.disagreements = path / "disagreements.json"
         self.log = path / "log.txt"
 
     @property
@@ -234,11 +237,21 @@ def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """The rows `write_csv` wrote, with text values; none if the file does not exist."""
+    """The rows `write_csv` wrote, with text values; none if the file does not exist.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise InputError(f"{path} is no table that ricciq wrote; restore it")
+    return rows
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -37,6 +37,9 @@ FILES = {
     "float.onnx",
     "report.json",
     "report.md",
+    "report.html",
+    "disagreements.json",
+    "decay.csv",
     "log.txt",
 }
 MAIN_JOB = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "2"]

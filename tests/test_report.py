@@ -1,10 +1,13 @@
-"""Reports: plain values in, JSON and Markdown out, and back."""
+"""Reports: plain values in, JSON and Markdown out, and back; the schema says what is in them."""
 
 import json
+from importlib import resources
 
+import jsonschema
 import pytest
 
 from ricciq.errors import InputError
+from ricciq.page import to_markdown
 from ricciq.report import Report, load_report
 
 VALUES = {
@@ -28,6 +31,7 @@ VALUES = {
         "agreement_unoptimized": 98.65,
         "top1_unoptimized": 94.21,
         "path": "model.onnx",
+        "float_agreement": 96.54,
     },
     "size": {"float_bytes": 400123, "onnx_bytes": 100456, "ratio": 0.251},
     "latency": {"float_ms": 2.51, "onnx_ms": 1.23, "speedup": 2.04, "threads": 1, "batch": 1},
@@ -94,25 +98,24 @@ def test_the_keys_are_those_of_the_contract(report):
 
 
 def test_a_report_comes_back_from_its_file(report, tmp_path):
-    report.save(tmp_path / "report.json", tmp_path / "report.md")
+    report.save(tmp_path / "report.json")
     assert load_report(tmp_path / "report.json") == report
     written = json.loads((tmp_path / "report.json").read_text())
     assert written == report.to_dict() == VALUES
-    assert (tmp_path / "report.md").read_text() == report.to_markdown()
 
 
 def test_a_report_without_training_comes_back_and_is_written(tmp_path):
     training = {**VALUES["training"], "epochs": 0, "holdout_top1": None}
     report = Report.model_validate({**VALUES, "geometry": {}, "training": training, "kept": []})
-    report.save(tmp_path / "report.json", tmp_path / "report.md")
+    report.save(tmp_path / "report.json")
     assert load_report(tmp_path / "report.json") == report
-    assert "None" not in report.to_markdown()
-    assert "Nothing." in report.to_markdown()
+    assert "None" not in to_markdown(report)
+    assert "Nothing." in to_markdown(report)
 
 
 def test_the_page_has_the_figures_and_everything_that_was_kept(report):
-    page = report.to_markdown()
-    figures = "97.21 94.32 94.33 99.91 99.82 99.73 0.1234 0.2345 0.3456 99.44 98.65 0.12 360"
+    page = to_markdown(report)
+    figures = "96.54 97.21 94.32 94.33 99.91 99.82 99.73 0.1234 0.2345 0.3456 99.44 98.65 0.12 360"
     figures += " 400123 100456 0.251 2.51 1.23 2.04 0.345 0.0567 0.164 0.9876 95.83 63"
     missing = [figure for figure in figures.split() if figure not in page]
     assert not missing
@@ -137,3 +140,24 @@ def test_a_missing_or_binary_file_or_a_folder_is_no_report(tmp_path):
     for path in (tmp_path, tmp_path / "none", tmp_path / "binary"):
         with pytest.raises(InputError, match="is no report of a run"):
             load_report(path)
+
+
+@pytest.fixture
+def schema() -> dict:
+    return json.loads((resources.files("ricciq") / "report.schema.json").read_text())
+
+
+def test_the_shipped_schema_is_that_of_the_report(schema):
+    """`python -c` with these two lines makes it again after a key was added."""
+    assert schema == Report.model_json_schema(mode="serialization")
+
+
+def test_the_schema_takes_reports_and_nothing_else(schema, report):
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(report.to_dict(), schema)
+    jsonschema.validate({**report.to_dict(), "a key of a later version": 1}, schema)
+    for damage in ({"layers": 3}, {"float": {}}, {"seed": "zero"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**report.to_dict(), **damage}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({}, schema)

@@ -1,0 +1,155 @@
+"""A run's pages: report.md, and report.html, one file that needs no network and no other file."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from ricciq.checkpoint import write_atomically
+from ricciq.disagreements import THUMBNAIL, Disagreements
+from ricciq.errors import InputError
+from ricciq.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
+from ricciq.report import Report, load_report
+from ricciq.runfolder import RunFolder, read_csv
+
+_TERNARY_BITS = 1.585
+"""log2 of 3, to draw a bar for."""
+
+
+class Drawing(NamedTuple):
+    """A figure of the page, as an SVG element, and what it shows."""
+
+    svg: Markup
+    caption: str
+
+
+def render_run(path: Path, *, dry_run: bool = False) -> list[Path]:
+    """Write the pages of a finished run again.
+
+    Args:
+        path: the run's folder.
+        dry_run: make the pages, and write nothing.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: the folder is not of a finished run, or something in it is damaged.
+        UsageError: it is in use.
+    """
+    folder = RunFolder(path)
+    report = load_report(folder.report)
+    if dry_run:
+        to_html(folder, report)
+    else:
+        with folder.locked():
+            write_pages(folder, report)
+    return [folder.report_markdown, folder.page]
+
+
+def write_pages(folder: RunFolder, report: Report) -> None:
+    """Write report.md and report.html of a run that has come to its report.
+
+    Raises:
+        InputError: something the run wrote beside its report is damaged.
+    """
+    write_atomically(folder.report_markdown, to_markdown(report))
+    write_atomically(folder.page, to_html(folder, report))
+
+
+def to_markdown(report: Report) -> str:
+    """The report as a Markdown page."""
+    return _render("report.md.j2", r=report, float=report.float_) + "\n"
+
+
+def to_html(folder: RunFolder, report: Report) -> str:
+    """The report as an HTML page, with what the run's folder holds beside it.
+
+    Raises:
+        InputError: something there is damaged.
+    """
+    try:
+        return _render(
+            "report.html.j2",
+            r=report,
+            float=report.float_,
+            training=_training_drawings(folder, report),
+            geometry=_geometry_drawings(folder),
+            sensitivity=[_sensitivity_row(row) for row in read_csv(folder.sensitivity)],
+            disagreements=Disagreements.load(folder.disagreements),
+            thumbnail=THUMBNAIL,
+            most_bytes=max((layer.bytes for layer in report.layers), default=1),
+            bits={layer.name: _bits(layer.weight_bits) for layer in report.layers},
+            recipe=folder.recipe.read_text(encoding="utf-8"),
+            command=_command(folder, report),
+        )
+    except (KeyError, ValueError, OSError) as error:
+        raise InputError(
+            f"{folder.path} holds tables of a run that cannot be read ({error}); give a finished "
+            "run as ricciq wrote it"
+        ) from None
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),  # names come out of files
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def _training_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
+    rows = read_csv(folder.summary)
+    if not rows:
+        return []
+    top1 = "top-1" if report.labelled else "agreement with float"
+    parts = ("train", "hold-out")
+    losses = dict(zip(parts, ("train_loss", "holdout_loss"), strict=True))
+    accuracies = dict(zip(parts, ("train_top1", "holdout_top1"), strict=True))
+    return [
+        _drawing(draw_epochs(rows, losses, "loss"), "Loss over the epochs"),
+        _drawing(draw_epochs(rows, accuracies, f"{top1}, %"), f"{top1} over the epochs"),
+    ]
+
+
+def _geometry_drawings(folder: RunFolder) -> list[Drawing]:
+    drawings = []
+    if decay := read_csv(folder.decay):
+        caption = "The perturbation of the LNE metric as the linear flow goes on, a line a layer"
+        drawings.append(_drawing(draw_decay(decay), caption))
+    if rows := read_csv(folder.geometry):
+        for column, label, caption in (
+            ("mismatch_cosine", "cosine", f"Mismatch: {COSINE}"),
+            ("codes_changed", "share", "Oscillation: the share of codes that changed"),
+        ):
+            figure = draw_layers(rows, column, label)
+            drawings.append(_drawing(figure, f"{caption}, a line a layer"))
+    return drawings
+
+
+def _drawing(figure: Figure, caption: str) -> Drawing:
+    return Drawing(Markup(as_svg(figure)), caption)  # matplotlib escapes its texts
+
+
+def _sensitivity_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A layer's losses in nats by width, and the width it got."""
+    widths = {k.removeprefix("nats_at_"): float(row[k]) for k in row if k.startswith("nats_at_")}
+    return {"layer": row["layer"], "bits": row["bits"], "nats": widths}
+
+
+def _bits(weight_bits: int | str) -> float:
+    return _TERNARY_BITS if isinstance(weight_bits, str) else weight_bits
+
+
+def _command(folder: RunFolder, report: Report) -> str:
+    """What repeats the run."""
+    recipe = shlex.quote(str(folder.recipe))
+    return f"ricciq quantize {shlex.quote(report.model)} --recipe {recipe} --output runs/again"
