@@ -10,6 +10,7 @@ from time import monotonic
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 LINE_SECONDS = 60.0
 """How often a bar says a line where it cannot be drawn."""
@@ -62,12 +63,13 @@ class Journal:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
+            # In a narrow terminal this gives way, and the others stay whole.
+            TextColumn("{task.fields[shown]}", table_column=Column(ratio=3, no_wrap=True)),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, expand=True) as progress:
             task = progress.add_task(title, total=total, shown="")
             steps = 0
 

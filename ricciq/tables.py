@@ -32,32 +32,37 @@ def show(
 
 
 class FittingTable(Table):
-    """A table; where the terminal is too narrow for its words, a line for each cell instead.
+    """A table that never cuts a value; where the terminal is too narrow, it has a line for each.
 
-    Words in columns that fold may be broken, but not into less than `LEAST_FOLDED` letters.
+    Columns that may wrap also break words, but not into less than `LEAST_FOLDED` letters.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         """As rich asks for it."""
         frame = 3 * len(self.columns) + 1
         if frame + sum(_least_width(c, console) for c in self.columns) <= options.max_width:
+            for column in self.columns:
+                column.overflow = "fold"
             yield from super().__rich_console__(console, options)
             return
         lines = Table(title=self.title, caption=self.caption, show_header=False)
-        lines.add_column(overflow="fold")
+        lines.add_column()
         lines.add_column(overflow="fold")
         for row in zip(*(column.cells for column in self.columns), strict=True):
             for column, cell in zip(self.columns, row, strict=True):
-                lines.add_row(column.header, cell, end_section=column is self.columns[-1])
+                if cell:
+                    lines.add_row(column.header, cell)
+            lines.add_section()
         yield lines
 
 
 def _least_width(column: Column, console: Console) -> int:
     """Letters that a column needs."""
     wide = console.options.update(width=10_000)
-    cells = (column.header, *column.cells)
-    longest_word = max(Measurement.get(console, wide, cell).minimum for cell in cells)
-    return min(longest_word, LEAST_FOLDED) if column.overflow == "fold" else longest_word
+    sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
+    if column.no_wrap:
+        return max(size.maximum for size in sizes)
+    return min(LEAST_FOLDED, max(size.minimum for size in sizes))
 
 
 def plan_table(values: dict[str, Any]) -> Table:
@@ -70,7 +75,7 @@ def plan_table(values: dict[str, Any]) -> Table:
     )
     table = FittingTable(title=shown(title), caption=about)
     for heading in ("layer", "weight bits", "activation bits", "weights", "bytes"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for row in values["layers"]:
         names = ("name", "weight_bits", "act_bits", "parameters", "bytes")
         table.add_row(*(str(row[name]) for name in names))
@@ -105,7 +110,7 @@ def inspection_tables(values: dict[str, Any]) -> Group:
     layers = FittingTable()
     headings = ("layer", "operator", "shape", "weight bits", "activation bits", "bytes", "integer")
     for heading in headings:
-        layers.add_column(heading, overflow="fold")
+        layers.add_column(heading)
     for row in values["layers"]:
         layers.add_row(
             shown(row["name"]),
@@ -126,9 +131,9 @@ def inspection_tables(values: dict[str, Any]) -> Group:
 def recipes_table(values: dict[str, Any]) -> Table:
     """The shipped recipes."""
     table = FittingTable()
-    table.add_column("name")
+    table.add_column("name", no_wrap=True)
     for heading in ("model", "bits", "data", "epochs"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for row in values["recipes"]:
         bits = f"W{row['weight_bits']} A{row['act_bits']}"
         table.add_row(row["name"], row["model"], bits, row["data"] or "-", str(row["epochs"]))
@@ -138,8 +143,8 @@ def recipes_table(values: dict[str, Any]) -> Table:
 def doctor_tables(values: dict[str, Any]) -> Group:
     """What an installation and its machine are, and what they lack."""
     problems = FittingTable(title="what is missing or does harm")
-    problems.add_column("what", overflow="fold")
-    problems.add_column("remedy", overflow="fold")
+    problems.add_column("what")
+    problems.add_column("remedy")
     for problem in values["problems"]:
         problems.add_row(shown(problem["what"]), shown(problem["remedy"]))
     machine = {key: values[key] for key in values if key not in ("versions", "problems")}
@@ -153,8 +158,8 @@ def comparison_table(values: dict[str, Any]) -> Table:
     first = shown(values["results"][0]["method"])
     title = f"{values['model']} on {values['data']}, {bits}: {values['folder']}"
     table = FittingTable(title=shown(title))
-    table.add_column("method", overflow="fold")
     headings = (
+        "method",
         "rate x",
         "top-1, %",
         f"minus {first}, 95 %",
