@@ -68,8 +68,7 @@ def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
     except metadata.PackageNotFoundError:
         yield Problem("ricciq itself is not installed, only found", "pip install .")
         needed = ["torch", "timm", "onnx", "onnxruntime"]
-    optional = [name for name in needed if "extra ==" in name]
-    for name in [*(name for name in needed if name not in optional), "torchvision"]:
+    for name in [*(name for name in needed if "extra ==" not in name), "torchvision"]:
         found = re.match(r"([\w-]+)(?:>=([\d.]+))?", name)
         assert found is not None  # of what the project itself wrote
         package, least = found.groups()

@@ -16,6 +16,7 @@ from rich.text import Text
 _ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
 """What `inspect` shows of a file's metadata; --json has all of it."""
 LEAST_FOLDED = 12
+"""Letters that a column is not made narrower than."""
 
 
 def show(

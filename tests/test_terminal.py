@@ -235,3 +235,17 @@ def test_a_name_that_is_nearly_right_gets_the_right_one(words, remedy):
     answer = ricciq(*words)
     assert answer.code in (2, 3)
     assert remedy in answer.err
+
+
+def test_help_waits_for_nothing_heavy():
+    code = """
+import sys
+from ricciq.cli import main
+try:
+    main(["compare", "--help"])
+except SystemExit:
+    heavy = {"torch", "timm", "numpy", "scipy", "onnx", "onnxruntime", "matplotlib", "psutil"}
+    sys.exit(" ".join(heavy & sys.modules.keys()) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
