@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import signal
@@ -12,11 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.text import Text
 
-from ricciq import __version__, options
+from ricciq import __version__, cookbook, options
 from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError
-from ricciq.tables import comparison_table, inspection_tables, plan_table, printable, value_table
+from ricciq.tables import (
+    comparison_table,
+    doctor_tables,
+    inspection_tables,
+    plan_table,
+    printable,
+    show,
+)
 
 if TYPE_CHECKING:
     from ricciq.journal import Journal
@@ -24,11 +31,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ricciq",
-    help="Quantize pretrained vision models to 1-8 bits and export ONNX that runs fast.",
+    help="Quantize pretrained vision models to 1-8 bits and export ONNX that runs fast.\n\n"
+    "Example: ricciq quantize digits_resnet8 --data digits --bits 2",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(cookbook.app, name="recipes")
 
 # Newer versions of Typer carry a click of their own; this is the base of its errors in any of them.
 CommandLineError: Any = typer.BadParameter.__mro__[2]
@@ -61,7 +70,7 @@ def quantize(
     max_bytes: options.MaxBytes = None,
     recipe: options.RecipeName = None,
     checkpoint: options.Checkpoint = None,
-    method: Annotated[str | None, typer.Option(help=f"{options.METHODS}.")] = None,
+    method: options.Method = None,
     aa: options.AutoAugment = None,
     mixup: options.Mixup = None,
     cutmix: options.CutMix = None,
@@ -80,11 +89,16 @@ def quantize(
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Quantize MODEL: load, convert, calibrate, fine-tune, export, evaluate, report.
 
     Example: ricciq quantize digits_resnet8 --data digits --bits 2
+
+    Example: ricciq quantize resnet50 --recipe resnet50-w4a4 --data ./imagenet
+
+    Example: ricciq quantize resnet18 --data ./pictures --bits auto:2.5 --dry-run
     """
     merged, messages = _recipe(
         model,
@@ -113,27 +127,23 @@ def quantize(
     )
     from ricciq import autobits, pipeline, preparation
 
-    journal = _begin(messages)
+    journal = _begin(messages, quiet)
     if dry_run:
         on = preparation.choose_device(merged.device)
         found = merged.quantization.weight_bits == "auto"  # by what the weights are like
         job = preparation.prepare(merged, on, journal, weights=found)
         job = autobits.with_chosen_bits(job, journal)
         if _is_first():
-            _print(preparation.describe(job), as_json, plan_table)
+            show(preparation.describe(job), as_json, plan_table, quiet)
         return
     report, folder = pipeline.run(
         merged, output, resume=resume, overwrite=overwrite, journal=journal
     )
-    if not _is_first():
-        return
-    if as_json:
-        print(json.dumps({**report.to_dict(), "run_folder": str(folder)}))
-    else:
-        Console().print(report.to_table())
-        Console().print(
-            f"{folder / 'report.html'} and {folder / 'model.onnx'} are written.", markup=False
-        )
+    if _is_first():
+        written = f"{folder / 'report.html'} and {folder / 'model.onnx'} are written."
+        told = Group(report.to_table(), Text(written, overflow="fold"))
+        values = {**report.to_dict(), "run_folder": str(folder)}
+        show(values, as_json, lambda _: told, quiet)
 
 
 @app.command("eval")
@@ -155,6 +165,8 @@ def evaluate(
     """Measure TARGET on the validation data: top-1, top-5, loss, latency, agreement.
 
     Example: ricciq eval model.onnx --data digits --min-top1 95
+
+    Example: ricciq eval model.onnx --data digits --reference float.onnx --min-agreement 97
     """
     for flag, gate in (("--min-top1", min_top1), ("--min-agreement", min_agreement)):
         if gate is not None and not math.isfinite(gate):  # nothing is below NaN
@@ -168,7 +180,7 @@ def evaluate(
     result = evaluate_target(
         target, data, data_dir, reference, batch_size=batch_size or 64, workers=workers or 0
     )
-    _print(result, as_json)
+    show(result, as_json)
     for name, value, least in (
         ("top-1", result["top1"], min_top1),
         ("agreement", result.get("agreement"), min_agreement),
@@ -185,19 +197,26 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or a run's best.safetensors.")],
     output: Annotated[Path | None, typer.Option(help="File to write.")] = None,
-    format_: Annotated[str, typer.Option("--format", help="qdq or float.")] = "qdq",
+    format_: options.Format = "qdq",
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Write the ONNX file of RUN again.
 
     Example: ricciq export runs/my-run --output model.onnx
+
+    Example: ricciq export runs/my-run --format float --dry-run
     """
     if format_ not in ("qdq", "float"):
         raise UsageError(f"--format {format_} is not known; give qdq or float")
     from ricciq.trained import export_run
 
-    path = export_run(run, output, as_float=format_ == "float")
-    _print({"path": str(path), "bytes": path.stat().st_size, "format": format_}, as_json)
+    path = export_run(run, output, as_float=format_ == "float", dry_run=dry_run)
+    file = {"path": str(path), "format": format_}
+    if dry_run:
+        show({**file, "dry_run": True, "replaces": path.exists()}, as_json)
+    else:
+        show({**file, "bytes": path.stat().st_size}, as_json)
 
 
 @app.command()
@@ -209,11 +228,13 @@ def report(
     """Write report.md and report.html of RUN again.
 
     Example: ricciq report runs/my-run
+
+    Example: ricciq report runs/my-run --dry-run
     """
     from ricciq.page import render_run
 
-    pages = [str(path) for path in render_run(run, dry_run=dry_run)]
-    _print({"would write" if dry_run else "written": pages}, as_json)
+    pages = {"pages": [str(path) for path in render_run(run, dry_run=dry_run)]}
+    show({**pages, "dry_run": True} if dry_run else pages, as_json)
 
 
 @app.command()
@@ -223,11 +244,11 @@ def inspect(
 ) -> None:
     """Show the layers of an ONNX FILE, what onnxruntime fused, bytes, accuracy, preprocessing.
 
-    Example: ricciq inspect model.onnx
+    Example: ricciq inspect model.onnx --json
     """
     from ricciq.inspection import inspect_onnx
 
-    _print(inspect_onnx(file).to_dict(), as_json, inspection_tables)
+    show(inspect_onnx(file).to_dict(), as_json, inspection_tables)
 
 
 @app.command()
@@ -241,21 +262,18 @@ def bench(
     """Time an ONNX FILE, and another by turns with it.
 
     Example: ricciq bench model.onnx --against float.onnx
+
+    Example: ricciq bench model.onnx --batch 8 --threads 4
     """
     from ricciq.bench import bench_files
 
-    _print(bench_files(file, against, batch=batch, threads=threads), as_json)
+    show(bench_files(file, against, batch=batch, threads=threads), as_json)
 
 
 @app.command()
 def compare(
     model: options.Model,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help=f"Two or more of {options.METHODS}; changed as in ricci:block=9:time=0.05."
-        ),
-    ],
+    methods: options.Methods,
     seeds: Annotated[int, typer.Option(help="Runs of each method.")],
     data: options.MaybeData = None,
     data_dir: options.DataDir = None,
@@ -266,9 +284,7 @@ def compare(
     recipe: options.RecipeName = None,
     checkpoint: options.Checkpoint = None,
     lr_scales: Annotated[str, typer.Option(help="Factors of the learning rate.")] = "1",
-    split: Annotated[
-        str, typer.Option(help="Judge by val, or by holdout to choose a method.")
-    ] = "val",
+    split: options.Split = "val",
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
     lr: options.LearningRate = None,
@@ -278,11 +294,17 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on; done runs stay.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study.")] = False,
+    dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Train MODEL under several methods with the same seeds, and compare them pair by pair.
 
-    Example: ricciq compare digits_resnet8 --data digits --methods ste,ricci --seeds 5 --bits 2
+    Example: ricciq compare digits_resnet8 --data digits --methods ste,ricci --seeds 5
+
+    Example: ricciq compare digits_resnet8 --data digits --methods ricci,ricci:block=9 --seeds 3
+
+    Example: ricciq compare resnet18 --data ./pictures --methods ste,lne --seeds 3 --dry-run
     """
     if split not in ("val", "holdout"):
         raise UsageError(f"--split {split} is no part to judge by; give val or holdout")
@@ -309,7 +331,7 @@ def compare(
 
     from ricciq import compare as study
 
-    journal = _begin(messages)
+    journal = _begin(messages, quiet)
     verdict, folder = study.compare(
         merged,
         re.split(r",(?![^\[]*\])", methods),  # not within a list, as in training.progressive=[8,4]
@@ -319,9 +341,26 @@ def compare(
         split="holdout" if split == "holdout" else "val",
         resume=resume,
         overwrite=overwrite,
+        dry_run=dry_run,
         journal=journal,
     )
-    _print({**verdict, "folder": str(folder)}, as_json, comparison_table)
+    table = None if dry_run else comparison_table
+    show({**verdict, "folder": str(folder)}, as_json, table, quiet)
+
+
+@app.command()
+def doctor(as_json: options.Json = False) -> None:
+    """Show versions, devices and what is missing here, with its remedy.
+
+    Example: ricciq doctor --json
+    """
+    from ricciq.doctor import examine
+
+    found = examine()
+    show(found, as_json, doctor_tables)
+    for problem in found["problems"]:
+        if problem["essential"]:
+            raise RicciqError(f"{problem['what']}; {problem['remedy']}")
 
 
 def _recipe(
@@ -355,11 +394,11 @@ def _is_first() -> bool:
     return process_number()[0] == 0
 
 
-def _begin(messages: list[str]) -> Journal:
+def _begin(messages: list[str], quiet: bool) -> Journal:
     """A journal on stderr that starts with these messages; SIGTERM stops as Ctrl-C does."""
     from ricciq.journal import Journal
 
-    journal = Journal(Console(stderr=True) if _is_first() else None)
+    journal = Journal(Console(stderr=True) if _is_first() and not quiet else None)
     for message in messages:
         journal.say(message)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -376,13 +415,6 @@ def _model_and_weights(model: str, checkpoint: Path | None) -> dict[str, Any]:
     from ricciq.trained import float_source
 
     return float_source(path)
-
-
-def _print(values: dict[str, Any], as_json: bool, table: Any = None) -> None:
-    if as_json:
-        print(json.dumps(values))
-    else:
-        Console().print((table or value_table)(values))
 
 
 def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001

@@ -28,7 +28,7 @@ from ricciq.evaluate import evaluate
 from ricciq.journal import Journal
 from ricciq.pipeline import train
 from ricciq.plots import draw_curves, draw_seeds, write_png
-from ricciq.preparation import choose_device, prepare, take_answers
+from ricciq.preparation import choose_device, describe, prepare, take_answers
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder, read_csv, write_csv
 from ricciq.trained import rebuild
@@ -91,6 +91,7 @@ def compare(
     split: Split = "val",
     resume: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
     journal: Journal | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Train one recipe under several methods and seeds, and compare what comes out.
@@ -108,10 +109,12 @@ def compare(
         resume: go on with a study of the same recipe; its runs are not repeated, and it may have
             got more methods, seeds or rates.
         overwrite: replace a study that the folder holds.
+        dry_run: only find out what there is to do, and write nothing.
         journal: where progress is shown.
 
     Returns:
-        What compare.json holds, and the folder. A row of rows.csv is a run.
+        What compare.json holds, or would be about with the steps of a run, and the folder. A row
+        of rows.csv is a run.
 
     Raises:
         UsageError: fewer than two methods or seeds, or a folder that cannot be used.
@@ -137,6 +140,19 @@ def compare(
     trials = _plan(recipe, methods, seeds, lr_scales)
     device = choose_device(recipe.device)
     folder = choose_run_folder(recipe, output, resume=resume, overwrite=overwrite, kind=StudyFolder)
+    about = {
+        "schema": 1,
+        "model": recipe.model.name,
+        "data": recipe.data.name,
+        "weight_bits": recipe.quantization.weight_bits,
+        "act_bits": recipe.quantization.act_bits,
+        "split": split,
+        "seeds": [recipe.seed + n for n in range(seeds)],
+    }
+    if dry_run:
+        run = describe(prepare(trials[0].recipe(recipe), device, journal, weights=False))
+        about |= {"methods": [*methods], "lr_scales": [*lr_scales], "runs": len(trials)}
+        return {**about, **{key: run[key] for key in ("device", "epochs", "steps")}}, folder.path
     with folder.locked():
         if not resume:
             folder.begin(recipe)
@@ -148,17 +164,7 @@ def compare(
             raise InterruptedRunError(
                 f"stopped; `--output {folder.path} --resume` goes on from the last saved state"
             ) from None
-        results = list(summarize(rows, methods, lr_scales))
-        verdict = {
-            "schema": 1,
-            "model": recipe.model.name,
-            "data": recipe.data.name,
-            "weight_bits": recipe.quantization.weight_bits,
-            "act_bits": recipe.quantization.act_bits,
-            "split": split,
-            "seeds": [recipe.seed + n for n in range(seeds)],
-            "results": results,
-        }
+        verdict = {**about, "results": list(summarize(rows, methods, lr_scales))}
         write_csv(folder.rows, rows)
         write_png(draw_seeds(rows), folder.seeds_plot)
         write_png(draw_curves(_curves(trials, folder)), folder.curves_plot)

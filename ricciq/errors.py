@@ -14,6 +14,11 @@
 Every message is one sentence that names the thing, the value and the remedy.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class RicciqError(Exception):
     """Anything that ends a ricciq command without a traceback."""
@@ -65,3 +70,16 @@ class InterruptedRunError(RicciqError):
     """The user stopped a run; its last saved state is intact."""
 
     exit_code = 130
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str, most: int = 3) -> str:
+    """The remedy for a name that is not known: those that are near to it, best first.
+
+    Args:
+        given: the name that somebody wrote.
+        known: the names that there are, in small letters.
+        otherwise: the remedy where none is near.
+        most: how many to name.
+    """
+    near = difflib.get_close_matches(given.lower(), list(known), most, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}" if near else otherwise

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from time import monotonic
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+LINE_SECONDS = 60.0
+"""How often a bar says a line where it cannot be drawn."""
 
 
 class Journal:
@@ -44,23 +49,27 @@ class Journal:
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[Callable[[], str]], None]]:
-        """A progress bar for the length of a block; nothing where there is no terminal.
+        """A progress bar for the length of a block; a line a minute where it cannot be drawn.
 
         Yields:
             A function to call after each of ``total`` steps; its argument gives the text to show
             and is called now and then, since making it may wait for the device.
         """
-        if self.console is None or not self.console.is_terminal:
+        if self.console is None:
             yield lambda _: None
+            return
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
+            yield self._lines(title, total)
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
+            # In a narrow terminal this gives way, and the others stay whole.
+            TextColumn("{task.fields[shown]}", table_column=Column(ratio=3, no_wrap=True)),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, expand=True) as progress:
             task = progress.add_task(title, total=total, shown="")
             steps = 0
 
@@ -72,3 +81,19 @@ class Journal:
                 progress.advance(task)
 
             yield advance
+
+    def _lines(self, title: str, total: int) -> Callable[[Callable[[], str]], None]:
+        """What `bar` yields where only lines can be shown."""
+        began = said = monotonic()
+        steps = 0
+
+        def advance(text: Callable[[], str]) -> None:
+            nonlocal said, steps
+            steps += 1
+            now = monotonic()
+            if now - said >= LINE_SECONDS and steps < total:
+                said = now
+                left = timedelta(seconds=round((now - began) / steps * (total - steps)))
+                self.say(f"{title}: {steps}/{total} {text()} {left} left")
+
+        return advance

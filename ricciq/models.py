@@ -6,7 +6,6 @@ Importing this module registers the nets of `ricciq.nets` with timm.
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 import ricciq.nets  # noqa: F401  registers them
-from ricciq.errors import CheckpointError, ModelError
+from ricciq.errors import CheckpointError, ModelError, did_you_mean
 from ricciq.preprocessing import Preprocessing
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -110,20 +109,15 @@ def _find_config(name: str) -> Any:
     """timm's PretrainedCfg of a name; None for names that timm has given up but still maps."""
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
-        near = difflib.get_close_matches(architecture, list_models(), n=3)
-        raise ModelError(
-            f"timm knows no model {architecture!r}: give "
-            + (" or ".join(near) if near else "one that timm.list_models() names")
-        )
+        hint = did_you_mean(architecture, list_models(), "give one that timm.list_models() names")
+        raise ModelError(f"timm knows no model {architecture!r}; {hint}")
     try:
         return get_pretrained_cfg(name)
     except RuntimeError as error:
         known = list_models(architecture, include_tags=True)
         tags = [full.partition(".")[2] for full in known if "." in full]
-        near = difflib.get_close_matches(tag, tags, n=5, cutoff=0.0)
-        raise ModelError(
-            f"model {architecture!r} has no tag {tag!r}: give {' or '.join([*near, 'none'])}"
-        ) from error
+        hint = did_you_mean(tag, tags, f"give {' or '.join([*tags, 'none'])}")
+        raise ModelError(f"model {architecture!r} has no tag {tag!r}; {hint}") from error
 
 
 def _not_created(name: str, pretrained: bool, error: Exception) -> ModelError:

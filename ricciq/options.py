@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ricciq import completion
 from ricciq.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -31,15 +32,43 @@ GradCheckpointing = Annotated[
     typer.Option("--grad-checkpointing", help="Recompute activations, to save memory."),
 ]
 METHODS = "ricci, ste, ewgs, dsq, ede, lne or project"
+Method = Annotated[
+    str | None,
+    typer.Option(help=f"{METHODS}.", autocompletion=completion.one_of(completion.method_names)),
+]
+Methods = Annotated[
+    str,
+    typer.Option(
+        help=f"Two or more of {METHODS}; changed as in ricci:block=9:time=0.05.",
+        autocompletion=completion.some_of(completion.method_names),
+    ),
+]
 WIDTHS = "1 to 8, ternary, 32 for float, or auto:2.5 for the best of that average"
-Model = Annotated[str, typer.Argument(help="timm model name, or a float run's folder or file.")]
-Bits = Annotated[str | None, typer.Option(help=f"Weights and activations: {WIDTHS}.")]
-WeightBits = Annotated[str | None, typer.Option(help=f"Weights: {WIDTHS}.")]
-ActBits = Annotated[str | None, typer.Option(help="Activations: 1 to 8, or 32.")]
+_of_activations = completion.one_of(lambda: [*"12345678", "32"])
+_of_weights = completion.one_of(lambda: [*"12345678", "32", "ternary"])
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm model name, or a float run's folder or file.",
+        autocompletion=completion.one_of(completion.model_names),
+    ),
+]
+Bits = Annotated[
+    str | None,
+    typer.Option(help=f"Weights and activations: {WIDTHS}.", autocompletion=_of_weights),
+]
+WeightBits = Annotated[
+    str | None, typer.Option(help=f"Weights: {WIDTHS}.", autocompletion=_of_weights)
+]
+ActBits = Annotated[
+    str | None, typer.Option(help="Activations: 1 to 8, or 32.", autocompletion=_of_activations)
+]
 MaxBytes = Annotated[
     str | None, typer.Option(help="Find the bits of layers for a file this large, as 4MB.")
 ]
-RecipeName = Annotated[str | None, typer.Option(help="Shipped recipe's name, or a file.")]
+RECIPE = "Shipped recipe's name, or a file."
+of_recipes = completion.one_of(completion.recipe_names)
+RecipeName = Annotated[str | None, typer.Option(help=RECIPE, autocompletion=of_recipes)]
 Checkpoint = Annotated[Path | None, typer.Option(help="Float weights to start from.")]
 AutoAugment = Annotated[
     str | None, typer.Option("--aa", help="timm's policy of augmentation, as rand-m7-mstd0.5.")
@@ -50,7 +79,13 @@ Reprob = Annotated[float | None, typer.Option(help="Probability of erasing a rec
 Epochs = Annotated[int | None, typer.Option(help="0 calibrates without training.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int | None, typer.Option(help="Start of everything random.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:0.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:0.",
+        autocompletion=completion.one_of(lambda: ["auto", "cpu", "cuda"]),
+    ),
+]
 Amp = Annotated[bool | None, typer.Option(help="Mixed precision.")]
 Compile = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.")
@@ -59,6 +94,22 @@ Output = Annotated[Path | None, typer.Option(help="Folder of the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="qdq or float.",
+        autocompletion=completion.one_of(lambda: ["qdq", "float"]),
+    ),
+]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="Judge by val, or by holdout to choose a method.",
+        autocompletion=completion.one_of(lambda: ["val", "holdout"]),
+    ),
+]
 
 
 def widths(

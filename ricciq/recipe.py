@@ -6,7 +6,7 @@ YAML file, then from command-line flags; the merged recipe is saved in the run f
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Mapping
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-from ricciq.errors import RecipeError
+from ricciq.errors import RecipeError, did_you_mean
 from ricciq.preprocessing import Augmentation
 
 if TYPE_CHECKING:
@@ -311,8 +311,7 @@ def find_recipe(name_or_file: str | Path) -> Path:
     path = Path(name_or_file)
     if path.is_file():
         return path
-    near = difflib.get_close_matches(str(name_or_file), shipped, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(shipped)}"
+    hint = did_you_mean(str(name_or_file), shipped, f"there are {', '.join(shipped)}")
     raise RecipeError(f"there is no recipe {name_or_file}; {hint}")
 
 
@@ -329,8 +328,10 @@ def _sentence(error: ValidationError, source: str) -> str:
         for section in Recipe.model_fields.values():
             if isinstance(section.annotation, type) and issubclass(section.annotation, Section):
                 known += section.annotation.model_fields
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}" if near else "remove it"
+        hint = did_you_mean(str(first["loc"][-1]), known, "remove it", most=1)
         return f"{source} has an unknown key {where}; {hint}"
     reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        names = re.findall(r"'(.*?)'", first["ctx"]["expected"])
+        reason = did_you_mean(value, names, reason)
     return f"{source} does not hold at {where or 'its top'} = {value}: {reason}"

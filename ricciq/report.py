@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich.markup import escape
-from rich.table import Table
 
 from ricciq.checkpoint import write_atomically
 from ricciq.errors import InputError
+from ricciq.tables import FittingTable
 
 
 class _Part(BaseModel):
@@ -139,10 +139,10 @@ class Report(_Part):
         """Write report.json, after all else: its presence says that the run is finished."""
         write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
-    def to_table(self) -> Table:
+    def to_table(self) -> FittingTable:
         """The verdict for a terminal."""
         bits = f"W{self.weight_bits} A{self.act_bits}"
-        table = Table(title=escape(f"{self.model} on {self.data}, {bits}, {self.method}"))
+        table = FittingTable(title=escape(f"{self.model} on {self.data}, {bits}, {self.method}"))
         table.add_column("")
         for heading in ("float", "quantized", "ONNX", "difference"):
             table.add_column(heading, justify="right")

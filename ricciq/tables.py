@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
 
 _ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
 """What `inspect` shows of a file's metadata; --json has all of it."""
+LEAST_FOLDED = 12
+"""Letters that a column is not made narrower than."""
+
+
+def show(
+    values: dict[str, Any],
+    as_json: bool,
+    table: Callable[[dict[str, Any]], RenderableType] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Print what a verb found out on stdout: as one JSON object, or unless quiet as a table."""
+    if as_json:
+        print(json.dumps(values))
+    elif not quiet:
+        Console().print((table or value_table)(values))
+
+
+class FittingTable(Table):
+    """A table that never cuts a value; where the terminal is too narrow, it has a line for each.
+
+    Columns that may wrap also break words, but not into less than `LEAST_FOLDED` letters.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        """As rich asks for it."""
+        frame = 3 * len(self.columns) + 1
+        if frame + sum(_least_width(c, console) for c in self.columns) <= options.max_width:
+            for column in self.columns:
+                column.overflow = "fold"
+            yield from super().__rich_console__(console, options)
+            return
+        lines = Table(title=self.title, caption=self.caption, show_header=False)
+        lines.add_column()
+        lines.add_column(overflow="fold")
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            for column, cell in zip(self.columns, row, strict=True):
+                if cell:
+                    lines.add_row(column.header, cell)
+            lines.add_section()
+        yield lines
+
+
+def _least_width(column: Column, console: Console) -> int:
+    """Letters that a column needs."""
+    wide = console.options.update(width=10_000)
+    sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
+    if column.no_wrap:
+        return max(size.maximum for size in sizes)
+    return min(LEAST_FOLDED, max(size.minimum for size in sizes))
 
 
 def plan_table(values: dict[str, Any]) -> Table:
@@ -22,7 +74,7 @@ def plan_table(values: dict[str, Any]) -> Table:
         f"{values['training_memory'] / 1e9:.1f} GB to train, with batches of "
         f"{values['batch_size']}"
     )
-    table = Table(title=shown(title), caption=about)
+    table = FittingTable(title=shown(title), caption=about)
     for heading in ("layer", "weight bits", "activation bits", "weights", "bytes"):
         table.add_column(heading)
     for row in values["layers"]:
@@ -56,10 +108,10 @@ def as_text(table: Table) -> str:
 
 def inspection_tables(values: dict[str, Any]) -> Group:
     """What an ONNX file holds."""
-    layers = Table()
+    layers = FittingTable()
     headings = ("layer", "operator", "shape", "weight bits", "activation bits", "bytes", "integer")
     for heading in headings:
-        layers.add_column(heading, overflow="fold")
+        layers.add_column(heading)
     for row in values["layers"]:
         layers.add_row(
             shown(row["name"]),
@@ -77,14 +129,38 @@ def inspection_tables(values: dict[str, Any]) -> Group:
     return Group(layers, value_table(values["totals"]), value_table(about))
 
 
+def recipes_table(values: dict[str, Any]) -> Table:
+    """The shipped recipes."""
+    table = FittingTable()
+    table.add_column("name", no_wrap=True)
+    for heading in ("model", "bits", "data", "epochs"):
+        table.add_column(heading)
+    for row in values["recipes"]:
+        bits = f"W{row['weight_bits']} A{row['act_bits']}"
+        table.add_row(row["name"], row["model"], bits, row["data"] or "-", str(row["epochs"]))
+    return table
+
+
+def doctor_tables(values: dict[str, Any]) -> Group:
+    """What an installation and its machine are, and what they lack."""
+    problems = FittingTable(title="what is missing or does harm")
+    problems.add_column("what")
+    problems.add_column("remedy")
+    for problem in values["problems"]:
+        problems.add_row(shown(problem["what"]), shown(problem["remedy"]))
+    machine = {key: values[key] for key in values if key not in ("versions", "problems")}
+    last = problems if values["problems"] else Text("nothing is missing")
+    return Group(value_table(values["versions"]), value_table(machine), last)
+
+
 def comparison_table(values: dict[str, Any]) -> Table:
     """A study: a row a method and learning rate."""
     bits = f"W{values['weight_bits']} A{values['act_bits']}"
     first = shown(values["results"][0]["method"])
     title = f"{values['model']} on {values['data']}, {bits}: {values['folder']}"
-    table = Table(title=shown(title))
-    table.add_column("method", overflow="fold", min_width=20)
+    table = FittingTable(title=shown(title))
     headings = (
+        "method",
         "rate x",
         "top-1, %",
         f"minus {first}, 95 %",
@@ -93,7 +169,7 @@ def comparison_table(values: dict[str, Any]) -> Table:
         "diverged",
     )
     for heading in headings:
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading)
     for row in values["results"]:
         loss = row["train_loss"]
         table.add_row(
@@ -111,6 +187,8 @@ def comparison_table(values: dict[str, Any]) -> Table:
 def value_table(values: dict[str, Any]) -> Table:
     """Names and values."""
     table = Table(show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     for key, value in values.items():
         table.add_row(key, shown(_text(value)))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,13 +162,19 @@ def float_source(path: Path) -> dict[str, Any]:
     return {"model.name": name, "model.checkpoint": file, "data.input_size": size}
 
 
-def export_run(path: Path, output: Path | None = None, *, as_float: bool = False) -> Path:
+def export_run(
+    path: Path, output: Path | None = None, *, as_float: bool = False, dry_run: bool = False
+) -> Path:
     """Write the ONNX file of a run again, with the accuracy its report tells of it.
 
     Args:
         path: a run folder or a checkpoint file a run wrote.
         output: the file to write; by default model.onnx (or model-float.onnx) beside the weights.
         as_float: write float operators and float weights that hold the discrete values.
+        dry_run: open the run, and write nothing.
+
+    Returns:
+        The file.
 
     Raises:
         CheckpointError: the run has no usable best.safetensors.
@@ -184,10 +191,10 @@ def export_run(path: Path, output: Path | None = None, *, as_float: bool = False
         stored |= accuracy_in_onnx(load_report(folder.report).onnx.model_dump())
     if output is None and not folder.is_ours:
         raise UsageError(f"{path} lies in no folder of a run; give --output and the file to write")
-    if output is not None:
-        return export_onnx(model, output, trained.preprocessing, stored)
-    with folder.locked():
-        written = folder.onnx_in_float if as_float else folder.onnx
+    written = output or (folder.onnx_in_float if as_float else folder.onnx)
+    if dry_run:
+        return written
+    with nullcontext() if output else folder.locked():
         return export_onnx(model, written, trained.preprocessing, stored)
 
 

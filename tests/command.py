@@ -1,13 +1,18 @@
 """The command line, run in this process, also where a module makes its runs once."""
 
 import io
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import typer
 
 from ricciq import cli
+from ricciq.recipe import shipped_recipes
+
+ROOT = Path(__file__).parent.parent
 
 
 class Answer(NamedTuple):
@@ -22,3 +27,26 @@ def ricciq(*arguments: str | Path) -> Answer:
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
         cli.main([str(a) for a in arguments])
     return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def verbs() -> Iterator[Any]:
+    """Every verb, those of groups included, and every group."""
+    waiting = [typer.main.get_command(cli.app)]
+    while waiting:
+        command: Any = waiting.pop()
+        yield command
+        waiting += getattr(command, "commands", {}).values()
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a command line that a page shows, and look for the recipes it names."""
+    command: Any = typer.main.get_command(cli.app)
+    at = 1
+    while hasattr(command, "commands"):
+        command, at = command.commands[words[at]], at + 1
+    values = command.make_context(words[at - 1], words[at:]).params
+    named = [values.get("recipe")]
+    if words[1] == "recipes":
+        named += [values.get("name"), *values.get("names", ())]
+    for recipe in filter(None, named):
+        assert recipe in shipped_recipes() or (ROOT / recipe).is_file()

@@ -17,6 +17,7 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__i
 FLOORS = {
     7: "__main__",
     6: "cli",
+    5.5: "cookbook",
     5: "compare",
     4: "pipeline trained",
     3.8: "preparation train",
@@ -27,14 +28,14 @@ FLOORS = {
     3: "convert export history optimization",
     2.5: "deployment page",
     2: "disagreements oscillation layers data models runfolder report bench doctor plots",
-    1.5: "correction loading folders shards",
-    1.25: "tarfiles hub torchsets",
+    1.5: "correction loading folders shards options",
+    1.25: "tarfiles hub torchsets completion",
     1: "recipe calibration estimators evaluate inspection pictures checkpoint",
     0.5: "nets graph packing preprocessing runtime recording",
     0.3: "quantizer",
     0.25: "modelfile flow rounding",
     0.2: "stopping",
-    0.1: "distributed options",
+    0.1: "distributed",
     0: "errors grids ricci journal tables memory",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -7,10 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer
-
-from ricciq.cli import app
-from ricciq.recipe import shipped_recipes
+from command import check_command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,12 +34,7 @@ def test_the_page_begins_with_the_two_set_up_commands() -> None:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_names_verbs_options_and_recipes_that_exist(command: list[str]) -> None:
-    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    known = {option for p in verbs[command[1]].params for option in (*p.opts, *p.secondary_opts)}
-    assert {word for word in command if word.startswith("--")} <= known
-    if "--recipe" in command:
-        recipe = command[command.index("--recipe") + 1]
-        assert recipe in shipped_recipes() or (ROOT / recipe).is_file()
+    check_command(command)
 
 
 def test_the_python_runs(

@@ -1,0 +1,113 @@
+"""`ricciq recipes`: the shipped recipes, to list, read, copy and check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ricciq import options
+from ricciq.errors import RecipeError, UsageError
+from ricciq.tables import recipes_table, show
+
+app = typer.Typer(
+    help="List, show, copy and check recipes.\n\nExample: ricciq recipes ls",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+Name = Annotated[str, typer.Argument(help=options.RECIPE, autocompletion=options.of_recipes)]
+Names = Annotated[list[str], typer.Argument(help=options.RECIPE, autocompletion=options.of_recipes)]
+
+
+@app.command("ls")
+def list_recipes(as_json: options.Json = False) -> None:
+    """List the shipped recipes.
+
+    Example: ricciq recipes ls --json
+    """
+    from ricciq.recipe import Recipe, shipped_recipes
+
+    rows = [
+        {
+            "name": name,
+            "model": recipe.model.name,
+            "weight_bits": recipe.quantization.weight_bits,
+            "act_bits": recipe.quantization.act_bits,
+            "data": recipe.data.name,
+            "epochs": recipe.training.epochs,
+        }
+        for name, recipe in ((name, Recipe.load(name)) for name in shipped_recipes())
+    ]
+    show({"recipes": rows}, as_json, recipes_table)
+
+
+@app.command("show")
+def show_recipe(name: Name) -> None:
+    """Print a recipe that holds as it is written, comments included.
+
+    Example: ricciq recipes show resnet50-w4a4
+    """
+    from ricciq.recipe import Recipe, find_recipe
+
+    Recipe.load(name)  # what is no recipe is refused, rather than sent to the terminal
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@app.command("cp")
+def copy_recipe(
+    name: Name,
+    target: Annotated[Path, typer.Argument(help="File or folder to copy it to.")] = Path("."),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file.")] = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Copy a recipe, to change it and give the copy to --recipe.
+
+    Example: ricciq recipes cp resnet50-w4a4 mine.yaml
+
+    Example: ricciq recipes cp resnet50-w4a4 --dry-run
+    """
+    from ricciq.recipe import find_recipe
+
+    source = find_recipe(name)
+    file = target / source.name if target.is_dir() else target
+    if file.exists() and not overwrite:
+        raise UsageError(f"{file} is there already; give --overwrite or another TARGET")
+    if not dry_run:
+        try:
+            file.write_bytes(source.read_bytes())
+        except OSError as error:
+            raise UsageError(f"{file} cannot be written ({error}); give another TARGET") from None
+    print(f"would write {file}" if dry_run else f"{file} is written")
+
+
+@app.command("check")
+def check_recipes(names: Names, as_json: options.Json = False) -> None:
+    """Check whether recipes hold; all of them are looked at, and a bad one makes it exit with 2.
+
+    Example: ricciq recipes check resnet50-w4a4 fashion-low
+    """
+    errors = {name: _error_in(name) for name in names}
+    if as_json:
+        rows = [{"recipe": name, "error": error} for name, error in errors.items()]
+        show({"recipes": rows}, as_json)
+    else:
+        for name, error in errors.items():
+            print(f"{name} does not hold" if error else f"{name} holds")
+    if bad := [error for error in errors.values() if error]:
+        raise RecipeError("; ".join(bad))
+
+
+def _error_in(name: str) -> str | None:
+    """Why a recipe does not hold, also by what is only looked at when a run begins."""
+    from ricciq.estimators import named_estimator
+    from ricciq.optimization import check_training
+    from ricciq.recipe import Recipe
+
+    try:
+        recipe = Recipe.load(name)
+        named_estimator(recipe.method.name, recipe.method.changes)
+        check_training(recipe.training)
+    except UsageError as error:
+        return str(error)
+    return None
