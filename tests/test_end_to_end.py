@@ -169,6 +169,17 @@ def test_bench_times_both_files(run: tuple[Path, dict[str, Any]]) -> None:
     assert shown["ratio"] == pytest.approx(shown["against_ms"] / shown["file_ms"])
 
 
+def test_two_runs_with_one_seed_give_the_same_bytes(tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    short = [*MAIN_JOB, "--epochs", "1", "--seed", "3"]
+    ricciq(*short, "--output", here)
+    process = start([*short, "--output", str(elsewhere)])  # with another order of sets
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    for name in ("best.safetensors", "model.onnx", "float.onnx", "recipe.yaml"):
+        assert (here / name).read_bytes() == (elsewhere / name).read_bytes(), name
+
+
 def test_a_stopped_run_resumes_to_the_same_weights_and_file(tmp_path: Path) -> None:
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     ricciq(*SHORT, "--output", undisturbed)

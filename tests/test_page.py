@@ -107,8 +107,8 @@ def test_report_writes_the_same_pages_again(copied: RunFolder) -> None:
     assert answer.code == 0
     assert not copied.page.exists()
     pages = [str(copied.report_markdown), str(copied.page)]
-    assert json.loads(answer.out) == {"would write": pages}
-    assert json.loads(ricciq("report", copied.path, "--json").out) == {"written": pages}
+    assert json.loads(answer.out) == {"pages": pages, "dry_run": True}
+    assert json.loads(ricciq("report", copied.path, "--json").out) == {"pages": pages}
     again = copied.report_markdown.read_text(), copied.page.read_text()
     elsewhere = again[1].replace(str(copied.path), "RUN")
     assert again[0] == before[0]

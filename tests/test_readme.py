@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from command import check_command
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +34,7 @@ def test_the_page_begins_with_the_two_set_up_commands() -> None:
     assert first.strip() == f"pip install . && {main_job}"
     assert second.strip().startswith("pip install '.[test]' && ")
     assert second.strip().endswith("pytest")
-    assert README.count("pip install") == 2
+    assert sum(line.startswith("pip install") for line in README.splitlines()) == 2
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -37,11 +42,36 @@ def test_every_command_names_verbs_options_and_recipes_that_exist(command: list[
     check_command(command)
 
 
-def test_the_python_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, where `ricciq` is this environment's."""
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
-    assert len(list((tmp_path / "runs").glob("*-digits_resnet8-w2a2/model.onnx"))) == 1
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    return tmp_path
+
+
+def test_the_python_runs(in_a_shell: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, parts = blocks("python")
+    exec(compile(script, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert re.match(r"1 bits: -?\d", said)
+    runs = in_a_shell / "runs"
+    assert (in_a_shell / said.splitlines()[-1] / "report.html").is_file()
+    before = len(list(runs.iterdir()))
+    exec(compile(parts, "README.md", "exec"), {})
+    assert len(list(runs.iterdir())) == before + 1
     assert "model.onnx" in capsys.readouterr().out
+
+
+def test_the_job_for_a_pipeline_runs(in_a_shell: Path) -> None:
+    (job,) = blocks("yaml")
+    steps = yaml.safe_load(job)["jobs"]["quantize"]["steps"]
+    lines = [step["run"] for step in steps if step.get("run", "").startswith("ricciq")]
+    assert len(lines) == 2
+    for line in lines:
+        subprocess.run(["bash", "-ec", line], check=True)
+    report = json.loads((in_a_shell / "report.json").read_text())
+    assert report == {
+        **json.loads((in_a_shell / "runs" / "ci" / "report.json").read_text()),
+        "run_folder": "runs/ci",
+    }

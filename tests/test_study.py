@@ -1,4 +1,4 @@
-"""The study's figures in the README are those of its rows."""
+"""The figures of the study's page are those of its rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 STUDY = Path(__file__).parent / "study"
 UNIFORM = "ricci:quantization.weight_bits=2,ricci:quantization.weight_bits=3"
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
     ],
     ids=" ".join,
 )
-def test_the_readme_has_the_table_of_the_rows(arguments: list[str]) -> None:
+def test_the_page_has_the_table_of_the_rows(arguments: list[str]) -> None:
     command = [sys.executable, "table.py", *arguments]
     table = subprocess.run(command, cwd=STUDY, capture_output=True, text=True, check=True).stdout
     assert len(table.splitlines()) > 2
-    assert table in README
+    assert table in PAGE
