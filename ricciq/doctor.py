@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from packaging.requirements import Requirement
 
 from ricciq import __version__
 
@@ -68,11 +68,11 @@ def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
     except metadata.PackageNotFoundError:
         yield Problem("ricciq itself is not installed, only found", "pip install .")
         needed = ["torch", "timm", "onnx", "onnxruntime"]
-    for name in [*(name for name in needed if "extra ==" not in name), "torchvision"]:
-        found = re.match(r"([\w-]+)(?:>=([\d.]+))?", name)
-        assert found is not None  # of what the project itself wrote
-        package, least = found.groups()
-        remedy = f"pip install '{found[0]}'"
+    for requirement in map(Requirement, [*needed, "torchvision"]):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        package, wanted = requirement.name, requirement.specifier
+        remedy = f"pip install '{package}{wanted}'"
         try:
             versions[package] = metadata.version(package)
             import_module(_MODULES.get(package, package.replace("-", "_")))
@@ -85,14 +85,10 @@ def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
             what = f"{package} {versions[package]} does not import ({reason})"
             yield Problem(what, remedy, essential=True)
         else:
-            if least and _numbers(versions[package]) < _numbers(least):
-                yield Problem(f"{package} {versions[package]} is older than {least}", remedy)
+            if not wanted.contains(versions[package], prereleases=True):
+                yield Problem(f"{package} {versions[package]} is not {wanted}", remedy)
     if util.find_spec("datasets") is None:
         yield Problem("--data hfds/NAME needs datasets", "pip install 'ricciq[hf]'")
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]]
 
 
 def _cpu() -> dict[str, Any]:
