@@ -163,28 +163,38 @@ def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: boo
     example = torch.zeros(2, *loaded.preprocessing.input_size, device=device)
     plan = plan_conversion(model, example, bits.planned_bits, bits.act_bits, bits.edge_bits)
     if not data.labelled:
-        _check_unlabelled(recipe, plan)
+        recipe = _without_labels(recipe, plan, journal)
         data.set_answers(int(model.num_classes), {})  # type: ignore[arg-type]
     return Job(recipe, device, data, model, loaded.preprocessing, plan, loaded.messages)
 
 
-def _check_unlabelled(recipe: Recipe, plan: Plan) -> None:
-    """Refuse what needs labels where there are none."""
+def _without_labels(recipe: Recipe, plan: Plan, journal: Journal) -> Recipe:
+    """A recipe for pictures without labels: the float model alone teaches.
+
+    Raises:
+        UsageError: it asks for what needs labels.
+    """
     name, training = recipe.data.name, recipe.training
     augmentation = recipe.data.augmentation
     if not plan.layers:
         raise UsageError(
             f"data {name} has no labels, which training in float needs; give --bits 1 to 8"
         )
-    if training.distill != 1:
+    if not training.distill:
         raise UsageError(
-            f"data {name} has no labels, so the float model alone can teach; give training.distill "
-            f"1 instead of {training.distill:g}"
+            f"data {name} has no labels, so only the float model can teach; give training.distill "
+            "more than 0"
         )
     if augmentation.mixup or augmentation.cutmix:
         raise UsageError(
             f"data {name} has no labels for --mixup or --cutmix to mix; leave them out"
         )
+    if training.distill < 1:
+        journal.say(
+            f"data {name} has no labels: the float model alone teaches, and training.distill "
+            f"{training.distill:g} counts as 1"
+        )
+    return recipe.override({"training.distill": 1.0})
 
 
 @torch.no_grad()

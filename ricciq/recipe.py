@@ -182,7 +182,7 @@ class TrainingSection(Section):
     damping: Annotated[float, Field(ge=0)] = 0.0
     damping_form: Literal["l2", "lne"] = "l2"
     freezing: Annotated[float, Field(gt=0, lt=1)] | None = None
-    distill: Share = 1.0
+    distill: Share = 0.5
     distill_features: Annotated[float, Field(ge=0)] = 0.0
     temperature: Positive = 1.0
 

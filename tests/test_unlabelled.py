@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ricciq import pipeline, trained
 from ricciq.calibration import calibrate
+from ricciq.checkpoint import load_tensors
 from ricciq.convert import convert
 from ricciq.data import PictureData, open_data
 from ricciq.errors import DataError
@@ -252,8 +253,8 @@ def test_the_head_keeps_the_classes_of_the_checkpoint(folder: Path, tmp_path: Pa
     ("flags", "recipe", "words"),
     [
         (["--bits", "32"], "", ["no labels", "--bits 1 to 8"]),
-        ([], "training: {distill: 0.5}", ["no labels", "training.distill 1", "0.5"]),
-        ([], "training: {distill: 0, distill_features: 1}", ["no labels", "training.distill 1"]),
+        ([], "training: {distill: 0}", ["no labels", "training.distill"]),
+        ([], "training: {distill: 0, distill_features: 1}", ["no labels", "training.distill"]),
         (["--mixup", "0.2"], "", ["no labels", "--mixup"]),
         (["--cutmix", "1"], "", ["no labels", "--cutmix"]),
     ],
@@ -313,6 +314,9 @@ def test_a_report_says_that_accuracy_is_agreement(run: Run) -> None:
         assert "| top-1 |" not in text
     assert "The pictures have no labels" in page
     assert "its answers stand for labels" in run.shown.err
+    assert "training.distill 0.5 counts as 1" in run.shown.err
+    _, about = load_tensors(run.folder / "best.safetensors")
+    assert about["recipe"]["training"]["distill"] == 1
     assert "top-1" not in run.shown.out
 
 

@@ -196,11 +196,9 @@ def train(
             if beside is not None:
                 beside.advance(progress)
             logs = F.log_softmax(model(last(data.images[chosen])), 1)
-            if options.no_teacher:
-                loss = F.nll_loss(logs, data.targets[chosen])
-            else:
-                taught = data.taught[chosen]
-                loss = F.kl_div(logs, taught, reduction="batchmean", log_target=True)
+            hard = F.nll_loss(logs, data.targets[chosen])
+            soft = F.kl_div(logs, data.taught[chosen], reduction="batchmean", log_target=True)
+            loss = (1 - options.distill) * hard + options.distill * soft
             loss.backward()
             if loss.isfinite():
                 correction(weights, progress)
@@ -226,7 +224,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=8e-3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=15_000)
-    parser.add_argument("--no-teacher", action="store_true", help="learn from the classes")
+    parser.add_argument("--distill", type=float, default=1.0, help="the float model's share")
     parser.add_argument("--test", action="store_true", help="the test pictures judge")
     options = parser.parse_args()
 
@@ -245,7 +243,8 @@ def main() -> None:
         options.rows.write_text(",".join((*COLUMNS, *RESULTS)) + "\n")
     first, last_seed = map(int, options.seeds.split("-"))
     taught: dict[str, Data] = {}
-    teacher, judges = not options.no_teacher, "test" if options.test else "holdout"
+    teacher = {0.0: False, 1.0: True}.get(options.distill, options.distill)
+    judges = "test" if options.test else "holdout"
     for seed in range(first, last_seed + 1):
         for key in options.settings.split(","):
             setting = SETTINGS[key]

@@ -68,7 +68,8 @@ def print_across(found: dict[tuple[str, ...], list[Row]]) -> None:
     settings = list(dict.fromkeys(key[0] for key in found))
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for (setting, opt, lr, _, _, teacher, _, _), methods in found.items():
-        recipe = "" if teacher == "True" else ", without a teacher"
+        shares = {"True": "", "False": ", without a teacher"}
+        recipe = shares.get(teacher, f", the teacher's share {teacher}")
         recipe += "" if opt == "adamw" else f", {opt} {lr}"
         for both in methods:
             other = both["top1"][1]
