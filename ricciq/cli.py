@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -16,7 +17,14 @@ from rich.console import Console
 
 from ricciq import __version__, options
 from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError
-from ricciq.tables import comparison_table, inspection_tables, plan_table, printable, value_table
+from ricciq.tables import (
+    comparison_table,
+    inspection_tables,
+    plan_table,
+    printable,
+    shortened,
+    value_table,
+)
 
 if TYPE_CHECKING:
     from ricciq.journal import Journal
@@ -353,7 +361,7 @@ def _begin(messages: list[str]) -> Journal:
 def _model_and_weights(model: str, checkpoint: Path | None) -> dict[str, Any]:
     """What MODEL and --checkpoint put into the recipe."""
     path = Path(model)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises where a name is too long
         return {"model.name": model, "model.checkpoint": checkpoint}
     if checkpoint is not None:
         raise UsageError(f"{model} has weights of its own; give either it or --checkpoint")
@@ -395,5 +403,5 @@ def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     if message:  # a bare `ricciq` has shown its help and has nothing to add
-        print(f"ricciq: {printable(message)}", file=sys.stderr)
+        print(f"ricciq: {printable(shortened(message))}", file=sys.stderr)
     sys.exit(code)

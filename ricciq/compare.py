@@ -14,7 +14,6 @@ from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
 import torch
-import yaml
 from scipy import stats
 
 from ricciq.autobits import with_chosen_bits
@@ -29,7 +28,7 @@ from ricciq.journal import Journal
 from ricciq.pipeline import train
 from ricciq.plots import plot_curves, plot_seeds
 from ricciq.preparation import choose_device, prepare, take_answers
-from ricciq.recipe import Recipe
+from ricciq.recipe import Recipe, parse_yaml
 from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder, read_csv, write_csv
 from ricciq.trained import rebuild
 
@@ -68,8 +67,8 @@ class Trial(NamedTuple):
             # What has a dot is a key of another section, as in ricci:training.ema=0.99.
             part = others if "." in key else section
             try:
-                part[key if key != "name" else "name="] = yaml.safe_load(value)
-            except yaml.YAMLError:
+                part[key if key != "name" else "name="] = parse_yaml(value)
+            except ValueError:
                 raise RecipeError(
                     f"--methods {self.method} has no value in {change!r}; write it as block=9"
                 ) from None
@@ -253,9 +252,9 @@ def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: J
             guess = {"holdout_top1": 100 / classes, "holdout_loss": math.log(classes)}
             return {"diverged": True, **guess, "train_loss": None, "seconds": None}
         if done.epoch:
-            epochs = read_csv(folder.summary)
-            held = float(epochs[done.chosen_epoch - 1]["holdout_loss"])
-            final: float | None = float(epochs[-1]["train_loss"])
+            epochs = read_csv(folder.summary, {"holdout_loss": float, "train_loss": float})
+            held = epochs[done.chosen_epoch - 1]["holdout_loss"]
+            final: float | None = epochs[-1]["train_loss"]
         else:
             metrics = evaluate({"calibrated": job.model.eval()}, job.loader("holdout"))
             done.chosen_top1, held = metrics["calibrated"].top1, metrics["calibrated"].loss
@@ -309,7 +308,7 @@ def _curves(trials: Sequence[Trial], study: StudyFolder) -> dict[str, list[list[
     curves: dict[str, list[list[float]]] = {}
     for trial in trials:
         if trial.lr_scale == trials[0].lr_scale:
-            epochs = read_csv(study.trial(trial.name).summary)
-            line = [float(epoch["holdout_top1"]) for epoch in epochs]
+            epochs = read_csv(study.trial(trial.name).summary, {"holdout_top1": float})
+            line = [epoch["holdout_top1"] for epoch in epochs]
             curves.setdefault(trial.method, []).append(line)
     return curves

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 import ricciq.nets  # noqa: F401  registers them
+from ricciq.checkpoint import check_finite
 from ricciq.errors import CheckpointError, ModelError
 from ricciq.preprocessing import Preprocessing
 
@@ -79,7 +82,8 @@ def load_model(
     weights = None if checkpoint is None else _read_checkpoint(checkpoint)
     if num_classes is None and weights is not None and config:
         heads = [f"{head}.weight" for head in _names(config.classifier)]
-        num_classes = next((len(weights[head]) for head in heads if head in weights), None)
+        there = (weights[head] for head in heads if head in weights)
+        num_classes = next((len(head) for head in there if head.ndim > 1 and head.numel()), None)
     arguments: dict[str, Any] = {"in_chans": channels}
     if num_classes is not None:
         arguments["num_classes"] = num_classes
@@ -92,7 +96,7 @@ def load_model(
             raise _not_created(name, pretrained, error) from error
     messages: list[str] = []
     if checkpoint is not None and weights is not None:
-        _check_finite(model, weights, checkpoint)
+        check_finite(weights, model.state_dict(), checkpoint)
         messages = _adapt(model, weights)
         _load(model, weights, name, checkpoint)
     elif pretrained and config:
@@ -184,9 +188,9 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, or it is damaged, unsafe, or not finite.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a name is too long
         raise CheckpointError(f"checkpoint {path} is a folder: give a file inside it")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}: give the path of a file")
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise CheckpointError(
@@ -196,35 +200,53 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         # timm's training checkpoints hold a Namespace; older releases of timm did not allow it.
         with torch.serialization.safe_globals([argparse.Namespace]):
+            _check_packing(path)
             weights = load_state_dict(str(path), use_ema=True, weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged files raise nearly anything
         raise CheckpointError(
             f"checkpoint {path} is damaged or holds objects beside tensors, so nothing of it was "
             f"loaded ({type(error).__name__}): save the weights again, best as .safetensors"
         ) from error
+    size = path.stat().st_size
     for key, value in weights.items():
-        if not isinstance(value, Tensor):
+        if not _is_plain(value, size):
             raise CheckpointError(
-                f"checkpoint {path} holds {type(value).__name__} {key!r} where a tensor belongs: "
-                "give a file with a state dict"
+                f"checkpoint {path} holds {_described(value)} {key!r} where a plain tensor "
+                "belongs: give a file with a state dict"
             )
     return weights
 
 
-def _check_finite(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Refuse NaN, and infinity unless the model begins with it there, as an open bound."""
-    own = model.state_dict()
-    for key, value in weights.items():
-        if not value.is_floating_point() or value.isfinite().all():
-            continue
-        if (
-            key not in own
-            or not torch.equal(value.isinf(), own[key].isinf())
-            or value.isnan().any()
-        ):
+def _check_packing(path: Path) -> None:
+    """Refuse a zip that is packed, as torch never writes it: a small one could fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise CheckpointError(
-                f"checkpoint {path} holds NaN or infinity in {key!r}: give one that trained well"
+                f"checkpoint {path} is a packed zip, which torch does not write: save the weights "
+                "again with torch.save, or as .safetensors"
             )
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = "" if value.layout == torch.strided else f", {value.layout}"
+    return f"a tensor ({value.dtype} {list(value.shape)} on {value.device.type}{kind})"
+
+
+def _is_plain(value: Any, most: int) -> bool:
+    """Whether something is a tensor whose numbers are all there, in so many bytes at most."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
+        and value.nbytes <= most
+    )
 
 
 def _adapt(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:

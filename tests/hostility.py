@@ -1,4 +1,4 @@
-"""A command line run under guard: in time, in little memory, and writing nowhere but where it may."""
+"""A command line run under guard: in time, in little memory, writing only where it may."""
 
 from __future__ import annotations
 

@@ -174,8 +174,11 @@ WEIGHTS: Mutations = {
     "infinity": float32(float("inf")),
     "minus infinity": float32(float("-inf"), "running_mean"),
     "NaN in the head": float32(float("nan"), "fc."),
+}
+
+BEYOND: Mutations = {
     "a variance below zero": float32(-3e38, "running_var"),
-    "weights beyond all sums": float32(3e38, "conv1.weight"),
+    "weights beyond all sums": float32(3e38, "conv1."),
 }
 
 
@@ -224,12 +227,12 @@ class _Foreign:
 
 
 def inflated(content: bytes) -> bytes:
-    """A storage of 4 GB that is zeros, packed to 4 MB; what names it claims as much."""
+    """A storage of 1 GB that is zeros, packed to 1 MB; what names it claims as much."""
     weights = torch.load(io.BytesIO(content), weights_only=True)
     weights["conv1.weight"] = torch.zeros(1 << 20)
     file = io.BytesIO()
     torch.save(weights, file)
-    small, large = struct.pack("<i", 1 << 20), struct.pack("<i", 1 << 30)
+    small, large = struct.pack("<i", 1 << 20), struct.pack("<i", 1 << 28)
     packed = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(file.getvalue())) as old,
@@ -243,7 +246,7 @@ def inflated(content: bytes) -> bytes:
                 new.writestr(name, part)
                 continue
             with new.open(name, "w", force_zip64=True) as member:
-                for _ in range(1024):
+                for _ in range(256):
                     member.write(part)
     return packed.getvalue()
 
@@ -280,7 +283,9 @@ TORCH: Mutations = {
         lambda: torch.quantize_per_tensor(torch.ones(9), 0.1, 0, torch.qint8)
     ),
     "complex numbers": _set(lambda: torch.zeros(16, 1, 3, 3, dtype=torch.complex64)),
-    "8-bit floats": _set(lambda: torch.zeros(16, 1, 3, 3).to(torch.float8_e4m3fn)),
+    "NaN in 8-bit floats": _set(
+        lambda: torch.full((16, 1, 3, 3), float("nan")).to(torch.float8_e4m3fn)
+    ),
     "a number without a shape": _set(lambda: torch.tensor(1.0), "fc.weight"),
     "no dimensions": _set(lambda: torch.zeros(0)),
     "a head of a billion classes": _set(lambda: torch.zeros(2**30, 0), "fc.weight"),

@@ -79,7 +79,6 @@ ABOUT: Mutations = {
     **said("plan.layers.0.norm", "conv1"),
     **said("plan.layers.0.norm", 3),
     **said("plan.layers.0.parent", "nowhere"),
-    **said("plan.layers.0.owned", 1),
     **said("plan.points", []),
     **said("plan.points", {"nowhere": "nowhere"}),
     **said("plan.points", {"conv1": ["x"]}),
@@ -91,7 +90,6 @@ ABOUT: Mutations = {
     **said("class_names", []),
     **said("class_names", ["a"] * 11),
     **said("class_names", [1] * 10),
-    **said("class_names", ["x"] * 10),
     **said("preprocessing", LEFT_OUT),
     **said("preprocessing", [1]),
     **said("preprocessing.input_size", [1, 8]),
@@ -113,7 +111,6 @@ ABOUT: Mutations = {
     **said("recipe.data.input_size", 10**6),
     **said("recipe.data.input_size", "all"),
     **said("recipe.quantization.weight_quantizer", "pickle"),
-    **said("recipe.quantization.weight_quantizer", "dorefa"),
     **said("recipe.owned", 1),
 }
 
@@ -136,7 +133,6 @@ STATES: Mutations = {
     **said("progress.tally", {"loss": "high"}),
     **said("progress.geometry", 3),
     **said("progress.scaler", [1]),
-    **said("progress.stage", 99),
     **said("progress.stage", "last"),
     **said("progress.best_top1", "best"),
     **said("progress.seconds", "long"),
@@ -156,6 +152,13 @@ STATES: Mutations = {
     "NaN among the weights": float32(float("nan"), "model."),
     "NaN among the moments": float32(float("nan"), "exp_avg"),
     "infinity among the moments": float32(float("inf"), "exp_avg_sq"),
+}
+
+USELESS: Mutations = {
+    **said("progress.stage", 99),
+    **said("progress.epoch", 10**9),
+    **said("progress.steps", 10**30),
+    **said("progress.geometry", {"x": {"y": 1.0}}),
 }
 
 
