@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ricciq import __version__, options
 from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError
+from ricciq.network import forbid_network
 from ricciq.tables import (
     comparison_table,
     inspection_tables,
@@ -87,6 +88,7 @@ def quantize(
     output: options.Output = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
+    offline: options.Offline = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
@@ -94,6 +96,8 @@ def quantize(
 
     Example: ricciq quantize digits_resnet8 --data digits --bits 2
     """
+    if offline:
+        forbid_network()
     merged, messages = _recipe(
         model,
         checkpoint,
@@ -158,12 +162,15 @@ def evaluate(
     ] = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
+    offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure TARGET on the validation data: top-1, top-5, loss, latency, agreement.
 
     Example: ricciq eval model.onnx --data digits --min-top1 95
     """
+    if offline:
+        forbid_network()
     for flag, gate in (("--min-top1", min_top1), ("--min-agreement", min_agreement)):
         if gate is not None and not math.isfinite(gate):  # nothing is below NaN
             raise UsageError(f"{flag} {gate} is no gate; give a percentage")
@@ -270,12 +277,15 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on; done runs stay.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study.")] = False,
+    offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
     """Train MODEL under several methods with the same seeds, and compare them pair by pair.
 
     Example: ricciq compare digits_resnet8 --data digits --methods ste,ricci --seeds 5 --bits 2
     """
+    if offline:
+        forbid_network()
     if split not in ("val", "holdout"):
         raise UsageError(f"--split {split} is no part to judge by; give val or holdout")
     merged, messages = _recipe(

@@ -323,14 +323,14 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
     """Refuse a plan, which may come from a file, that names what a model does not have."""
     modules = dict(model.named_modules())
     layers = {layer.name for layer in plan.layers}
-    named: dict[str, tuple[type[nn.Module], ...]] = {
-        **dict.fromkeys([*plan.points, *plan.points.values()], (nn.Module,)),
-        **{layer.parent: (nn.Module,) for layer in plan.layers if layer.parent is not None},
-        **{layer.norm: (nn.BatchNorm2d,) for layer in plan.layers if layer.norm is not None},
-        **dict.fromkeys(layers, (*CONVOLUTIONS, *LINEARS)),
-    }
-    for name, kinds in named.items():
-        if not isinstance(modules.get(name), kinds):
+    named: list[tuple[str | None, tuple[type[nn.Module], ...]]] = [
+        *((name, (nn.Module,)) for name in (*plan.points, *plan.points.values())),
+        *((layer.parent, (nn.Module,)) for layer in plan.layers),
+        *((layer.norm, (nn.BatchNorm2d,)) for layer in plan.layers),
+        *((name, (nn.Conv2d, nn.Linear)) for name in layers),
+    ]
+    for name, kinds in named:
+        if name is not None and not isinstance(modules.get(name), kinds):
             raise ValueError(f"its plan has {name!r}, which is no {kinds[0].__name__} of the model")
     if len(layers) < len(plan.layers):
         raise ValueError("its plan has a layer twice")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
 
 import torch
 from timm import get_pretrained_cfg, is_model, list_models
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 import ricciq.nets  # noqa: F401  registers them
 from ricciq.checkpoint import check_finite
 from ricciq.errors import CheckpointError, ModelError
+from ricciq.network import is_network_forbidden
 from ricciq.preprocessing import Preprocessing
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -79,6 +81,8 @@ def load_model(
             f"timm has no pretrained weights for {name!r}: give a file with --checkpoint, or set "
             "`pretrained: false` in a recipe"
         )
+    if pretrained and config.url and not (config.file or config.hf_hub_id):
+        _check_cached(name, config.url)
     weights = None if checkpoint is None else _read_checkpoint(checkpoint)
     if num_classes is None and weights is not None and config:
         heads = [f"{head}.weight" for head in _names(config.classifier)]
@@ -130,7 +134,23 @@ def _find_config(name: str) -> Any:
         ) from error
 
 
+def _check_cached(name: str, url: str) -> None:
+    """Refuse weights from a plain address, which torch would fetch, where there is no network."""
+    file = Path(urlparse(url).path).name
+    if is_network_forbidden() and not Path(torch.hub.get_dir(), "checkpoints", file).is_file():
+        raise _would_be_downloaded(name)
+
+
+def _would_be_downloaded(name: str) -> ModelError:
+    return ModelError(
+        f"the pretrained weights of {name!r} would be downloaded, which --offline or "
+        "HF_HUB_OFFLINE forbids: start once without it, or give a file with --checkpoint"
+    )
+
+
 def _not_created(name: str, pretrained: bool, error: Exception) -> ModelError:
+    if pretrained and is_network_forbidden():
+        return _would_be_downloaded(name)
     if pretrained:
         return ModelError(
             f"the pretrained weights of {name!r} could not be loaded ({_reason(error)}): give a "

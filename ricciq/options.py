@@ -58,6 +58,9 @@ Compile = Annotated[
 Output = Annotated[Path | None, typer.Option(help="Folder of the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run.")]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Use what is on this machine, never the network.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")]
 
 

@@ -38,8 +38,8 @@ MAX_CHARACTERS = 3_000
 class _Loader(yaml.SafeLoader):
     """Plain values only, each key once.
 
-    An alias is refused, since aliases of aliases could fill the memory, and so is a long value,
-    since a number of many digits takes hours.
+    An alias is refused, since aliases of aliases could fill the memory; so is a long value, since a
+    number of many digits takes hours, and NUL, which no path has.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -49,6 +49,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
+        if "\0" in value:
+            raise yaml.YAMLError("it holds a NUL character; remove it")
         if len(value) > MAX_CHARACTERS:
             raise yaml.YAMLError(f"{value[:20]}… has {len(value)} characters; write it shorter")
         return value

@@ -51,7 +51,12 @@ def in_little_memory() -> Iterator[None]:
 
 def _tree(folder: Path, but: Path) -> dict[Path, tuple[int, int]]:
     paths = [path for path in folder.rglob("*") if not path.is_relative_to(but)]
-    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
+    return {path: (0, 0) if path.is_dir() else _state(path) for path in paths}
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.lstat()
+    return found.st_size, found.st_mtime_ns
 
 
 def guarded(line: list[str | Path], folder: Path, output: Path) -> Answer:

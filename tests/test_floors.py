@@ -34,7 +34,7 @@ FLOORS = {
     0.3: "quantizer",
     0.25: "modelfile flow rounding",
     0.2: "stopping",
-    0.1: "distributed options",
+    0.1: "distributed options network",
     0: "errors grids ricci journal tables memory",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
