@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from scipy import stats
 
 from ricciq.autobits import with_chosen_bits
@@ -21,7 +22,13 @@ from ricciq.checkpoint import write_atomically
 from ricciq.data import open_data
 from ricciq.deployment import deploy
 from ricciq.distributed import process_number
-from ricciq.errors import DivergedError, InterruptedRunError, RecipeError, UsageError
+from ricciq.errors import (
+    DivergedError,
+    InputError,
+    InterruptedRunError,
+    RecipeError,
+    UsageError,
+)
 from ricciq.estimators import named_estimator
 from ricciq.evaluate import evaluate
 from ricciq.journal import Journal
@@ -206,7 +213,7 @@ def _judged(
     recipe = trial.recipe(base)
     row: Row
     if result.is_file():
-        row = json.loads(result.read_text(encoding="utf-8"))
+        row = _read_row(result)
     else:
         with folder.locked():
             row = {**trial._asdict(), **_trained(recipe, device, folder, journal)}
@@ -229,6 +236,27 @@ def _judged(
             metrics = evaluate({"quantized": deploy(trained.model)}, pictures)["quantized"]
             row |= {"top1": metrics.top1, "loss": metrics.loss}
         write_atomically(result, json.dumps(row) + "\n")
+    return row
+
+
+def _read_row(path: Path) -> Row:
+    """What was stored of a run that is done.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        row = TypeAdapter(Row).validate_json(path.read_bytes())
+        numbers = [row["holdout_top1"], row["holdout_loss"], row["lr_scale"], row["seed"]]
+        numbers += [row[name] for name in ("top1", "loss") if name in row]
+        numbers += [row[name] for name in ("train_loss", "seconds") if row[name] is not None]
+        if not (isinstance(row["diverged"], bool) and all(map(math.isfinite, numbers))):
+            raise ValueError("numbers that are none")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{path} is no result of a run ({reason}); remove it to repeat the run"
+        ) from None
     return row
 
 

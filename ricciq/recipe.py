@@ -71,8 +71,9 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    # PyYAML lets through what int() and date() raise, and None where a !!timestamp is none.
-    except (ValueError, AttributeError, yaml.YAMLError, RecursionError) as error:
+    # PyYAML lets through what int() and date() raise, None where a !!timestamp is none, and a key
+    # that is missing where a !!bool is none.
+    except (ValueError, AttributeError, KeyError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 

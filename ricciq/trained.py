@@ -56,7 +56,7 @@ def rebuild(path: Path) -> Rebuilt:
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
     """
-    file = RunFolder(path).best if path.is_dir() else path
+    file = _weights_of(path)
     tensors, about = load_tensors(file)
     try:
         recipe = Recipe.from_values(about["recipe"], f"the recipe in {file}")
@@ -79,6 +79,11 @@ def rebuild(path: Path) -> Rebuilt:
         ) from None
     load_model_state(model, tensors, file)
     return Rebuilt(model.eval(), recipe, preprocessing, about)
+
+
+def _weights_of(path: Path) -> Path:
+    """The file of a run folder's weights, or the file itself."""
+    return RunFolder(path).best if os.path.isdir(path) else path
 
 
 class Target(NamedTuple):
@@ -154,7 +159,7 @@ def float_source(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the run's model is discrete already.
     """
-    file = RunFolder(path).best if path.is_dir() else path
+    file = _weights_of(path)
     _, about = load_tensors(file)
     try:
         recipe, layers = about["recipe"], about["plan"]["layers"]
