@@ -181,6 +181,17 @@ REPORTS: Mutations = {
     **report("size.ratio", None),
 }
 
+RESULTS: Mutations = {
+    "a list": something_else(b"[1]"),
+    "nested deeply": something_else(b"[" * 100_000),
+    **report("holdout_top1", LEFT_OUT),
+    **report("holdout_top1", "high"),
+    **report("holdout_top1", float("nan")),
+    **report("top1", [1]),
+    **report("seconds", "long"),
+    **report("diverged", "no"),
+}
+
 TABLES: Mutations = {
     "noise": something_else(np.random.default_rng(0).bytes(3000)),
     "text": something_else(b"no table at all\n" * 10),

@@ -5,10 +5,13 @@ Where a turned bit leaves a file valid it is used; what may not happen is anythi
 
 from __future__ import annotations
 
+import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from command import Answer, ricciq
@@ -33,10 +36,12 @@ from mutations_of_data import (
     SHARDS,
     TARS,
     TARS_ALL_THE_SAME,
+    bare,
     picture,
     tar_of,
 )
-from mutations_of_runs import ABOUT, REPORTS, STATES, TABLES, USELESS
+from mutations_of_runs import ABOUT, REPORTS, RESULTS, STATES, TABLES, USELESS
+from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from ricciq import pipeline
@@ -244,6 +249,30 @@ def test_the_report_of_a_run(call: Call, place: Path, run: Path, mutation: Mutat
     refused(call("export {output}"), "report.json")
 
 
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> Path:
+    """The folder of a comparison."""
+    folder = tmp_path_factory.mktemp("studies") / "study"
+    answer = ricciq(*COMPARE.format(quick=quick, output=folder).split())
+    assert answer.code == 0, answer.err
+    return folder
+
+
+COMPARE = (
+    "compare digits_resnet8 --data digits --recipe {quick} --epochs 0 --methods ste,ricci "
+    "--seeds 2 --output {output}"
+)
+
+
+@each(SURE | RESULTS)
+def test_the_result_of_a_trial(call: Call, place: Path, study: Path, mutation: Mutation) -> None:
+    folder = place / "out"
+    shutil.copytree(study, folder)
+    file = next(folder.glob("trials/ricci*seed1/result.json"))
+    file.write_bytes(mutation(file.read_bytes()))
+    refused(call(f"{COMPARE} --resume"), "result.json")
+
+
 # ONNX
 
 
@@ -259,6 +288,26 @@ def test_flipped_onnx(call: Call, run: Path, mutation: Mutation) -> None:
     file = damaged(run / "model.onnx", "x.onnx", mutation)
     for verb in ("eval {file} --data digits", "inspect {file}", "bench {file}"):
         call(verb, file)
+
+
+WRONG_NUMBERS = {"NaN": float("nan"), "infinity": float("inf")}
+
+
+@pytest.mark.parametrize("number", WRONG_NUMBERS.values(), ids=WRONG_NUMBERS)
+def test_onnx_whose_weights_are_not_finite(call: Call, run: Path, number: float) -> None:
+    """What it answers means nothing, but it can be looked into and timed."""
+    model = onnx.load(run / "float.onnx")
+    weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    values = numpy_helper.to_array(weight).copy()
+    values[:] = number
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    file = Path.cwd() / "x.onnx"
+    onnx.save(model, file)
+    answer = call("eval {file} --data digits", file)
+    assert answer.code == 3
+    refused(answer, "x.onnx", "NaN or infinite")
+    for verb in ("inspect {file}", "bench {file}"):
+        assert call(verb, file).code == 0
 
 
 # Recipes
@@ -333,6 +382,29 @@ def test_flipped_pictures(
     evaluate()
 
 
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make", [pipe, endless, circle, Path.mkdir])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_pictures_that_are_no_files(
+    evaluate: Callable[[], Answer], data: Path, make: Callable[[Path], None], part: str
+) -> None:
+    path = data / part / "3" / "0.png"
+    path.unlink()
+    make(path)
+    refused(evaluate(), str(path.parent))
+
+
 @pytest.fixture
 def val(data: Path) -> Path:
     """The validation pictures in a tar."""
@@ -348,6 +420,19 @@ def test_tars(evaluate: Callable[[], Answer], val: Path, mutation: Mutation) -> 
     val.write_bytes(mutation(val.read_bytes()))
     refused(evaluate(), str(val.parent))
     assert not [path for path in val.parent.parent.rglob("*") if "owned" in path.name]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_is_3_gb_of_nothing(
+    evaluate: Callable[[], Answer], val: Path, kind: bytes
+) -> None:
+    """On a disk it takes no place."""
+    good = val.read_bytes()
+    with val.open("wb") as file:
+        file.write(bare("x", 3 << 30, kind)(b""))
+        file.seek(3 << 30, os.SEEK_CUR)
+        file.write(good)
+    refused(evaluate(), "val.tar", f"header of {3 << 30} bytes")
 
 
 @each(TARS_ALL_THE_SAME | flips(20) | flips(10, bits=20))
