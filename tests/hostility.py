@@ -1,4 +1,7 @@
-"""A command line run under guard: in time, in little memory, writing only where it may."""
+"""A command line run under guard: in time, in little memory, writing only where it may.
+
+And what modules of hostile files have in common; they load this one as a plugin.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import faulthandler
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import pytest
 from command import Answer, ricciq
+from mutations import NOTHING_OF_THE_KIND, Mutations, truncations
 
 SECONDS = 10
 MEMORY = 2 << 30
@@ -80,3 +84,64 @@ def guarded(line: list[str | Path], folder: Path, output: Path) -> Answer:
         assert answer.out == ""
         assert not [said for said in progress if "ricciq:" in said or "Error" in said]
     return answer
+
+
+QUICK = """
+quantization: {reconstruction: 0, scale_search: 2}
+data: {train_samples: 64, calibration_batches: 1, input_size: 8}
+training: {epochs: 1}
+seed: 0
+device: cpu
+"""
+SURE = NOTHING_OF_THE_KIND | truncations(0.001, 0.1, 0.5, 0.9, 0.999)
+"""What is wrong with a file of any kind."""
+Call = Callable[..., Answer]
+
+
+def each(mutations: Mutations) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("mutation", mutations.values(), ids=mutations)
+
+
+def refused(answer: Answer, *words: str) -> None:
+    assert answer.code in (2, 3), answer.err
+    for word in words:
+        assert word in answer.err
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that is done in a second."""
+    path = tmp_path_factory.mktemp("quick") / "quick.yaml"
+    path.write_text(QUICK)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    line = f"quantize digits_resnet8 --data digits --recipe {quick} --output {folder}"
+    answer = ricciq(*line.split())
+    assert answer.code == 0, answer.err
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder a command is run in, so deep that few names lead out of what is watched."""
+    folder = tmp_path / "a" / "b" / "c"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def call(place: Path, tmp_path: Path, quick: Path) -> Call:
+    """Run a command line under guard; it may write to its output only."""
+
+    def run(line: str, file: Path | None = None) -> Answer:
+        output = place / "out"
+        words = [word.format(file=file, output=output, quick=quick) for word in line.split()]
+        return guarded(list(words), tmp_path, output)
+
+    return run

@@ -5,17 +5,14 @@ Where a turned bit leaves a file valid it is used; what may not happen is anythi
 
 from __future__ import annotations
 
-import os
 import shutil
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
-from command import Answer, ricciq
-from hostility import guarded
+from command import ricciq
+from hostility import SURE, Call, each, refused
 from mutations import (
     BEYOND,
     HEADERS,
@@ -24,22 +21,10 @@ from mutations import (
     TORCH,
     WEIGHTS,
     Mutation,
-    Mutations,
     flips,
     truncations,
 )
-from mutations_of_data import (
-    NAMES,
-    PICTURES,
-    PICTURES_ALL_THE_SAME,
-    RECIPES,
-    SHARDS,
-    TARS,
-    TARS_ALL_THE_SAME,
-    bare,
-    picture,
-    tar_of,
-)
+from mutations_of_data import RECIPES
 from mutations_of_runs import ABOUT, REPORTS, RESULTS, STATES, TABLES, USELESS
 from onnx import numpy_helper
 from safetensors.torch import load_file
@@ -48,66 +33,10 @@ from ricciq import pipeline
 from ricciq.errors import UsageError
 from ricciq.nets import BUNDLED
 
-QUICK = """
-quantization: {reconstruction: 0, scale_search: 2}
-data: {train_samples: 64, calibration_batches: 1, input_size: 8}
-training: {epochs: 1}
-seed: 0
-device: cpu
-"""
-SURE = NOTHING_OF_THE_KIND | truncations(0.001, 0.1, 0.5, 0.9, 0.999)
-"""What is wrong with a file of any kind."""
-
-
-def each(mutations: Mutations) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("mutation", mutations.values(), ids=mutations)
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture(scope="session")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe that is done in a second."""
-    path = tmp_path_factory.mktemp("quick") / "quick.yaml"
-    path.write_text(QUICK)
-    return path
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> Path:
-    """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    line = f"quantize digits_resnet8 --data digits --recipe {quick} --output {folder}"
-    answer = ricciq(*line.split())
-    assert answer.code == 0, answer.err
-    return folder
-
 
 @pytest.fixture(scope="session")
 def weights() -> dict[str, torch.Tensor]:
     return load_file(BUNDLED / "digits_resnet8.safetensors")
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder a command is run in, so deep that few names lead out of what is watched."""
-    folder = tmp_path / "a" / "b" / "c"
-    folder.mkdir(parents=True)
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
-def call(place: Path, tmp_path: Path, quick: Path) -> Call:
-    """Run a command line under guard; it may write to its output only."""
-
-    def run(line: str, file: Path | None = None) -> Answer:
-        output = place / "out"
-        words = [word.format(file=file, output=output, quick=quick) for word in line.split()]
-        return guarded(list(words), tmp_path, output)
-
-    return run
 
 
 @pytest.fixture
@@ -122,11 +51,7 @@ def far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "_finish", end)
 
 
-def refused(answer: Answer, *words: str) -> None:
-    assert answer.code in (2, 3), answer.err
-    for word in words:
-        assert word in answer.err
-
+pytest_plugins = ["hostility"]
 
 QUANTIZE = "quantize digits_resnet8 --data digits --recipe {quick} --epochs 0 --output {output}"
 CHECKPOINT = f"{QUANTIZE} --checkpoint {{file}}"
@@ -264,7 +189,7 @@ COMPARE = (
 )
 
 
-@each(SURE | RESULTS)
+@each(NOTHING_OF_THE_KIND | truncations(0.1, 0.9) | RESULTS)
 def test_the_result_of_a_trial(call: Call, place: Path, study: Path, mutation: Mutation) -> None:
     folder = place / "out"
     shutil.copytree(study, folder)
@@ -308,146 +233,3 @@ def test_onnx_whose_weights_are_not_finite(call: Call, run: Path, number: float)
     refused(answer, "x.onnx", "NaN or infinite")
     for verb in ("inspect {file}", "bench {file}"):
         assert call(verb, file).code == 0
-
-
-# Recipes
-
-
-@each(RECIPES)
-def test_recipes(call: Call, place: Path, mutation: Mutation) -> None:
-    file = place / "x.yaml"
-    file.write_bytes(mutation(QUICK.encode()))
-    refused(call("quantize digits_resnet8 --recipe {file} --output {output}", file), "x.yaml")
-    assert not (place / "out").exists()
-    assert not (place / MARK).exists()
-
-
-@each(NAMES)
-def test_names_in_recipes(call: Call, place: Path, mutation: Mutation) -> None:
-    file = place / "x.yaml"
-    file.write_bytes(mutation(QUICK.encode()))
-    refused(call("quantize digits_resnet8 --recipe {file} --output {output}", file))
-    assert not (place / "out").exists()
-
-
-@each(flips(20) | flips(10, bits=10) | truncations(*(n / 11 for n in range(11))))
-def test_flipped_recipes(call: Call, mutation: Mutation) -> None:
-    file = Path.cwd() / "x.yaml"
-    file.write_bytes(mutation(QUICK.encode()))
-    call("quantize digits_resnet8 --data digits --recipe {file} --dry-run", file)
-
-
-# Pictures and tars: the classes are those of the digits, so that what a run wrote can be evaluated
-
-
-@pytest.fixture
-def data(place: Path) -> Path:
-    """A folder with a picture a class in each part."""
-    folder = place / "data"
-    for part in ("train", "val"):
-        for digit in range(10):
-            path = folder / part / str(digit) / "0.png"
-            path.parent.mkdir(parents=True)
-            path.write_bytes(picture("PNG"))
-    return folder
-
-
-@pytest.fixture
-def evaluate(call: Call, run: Path, data: Path) -> Callable[[], Answer]:
-    return lambda: call(f"eval {run / 'model.onnx'} --data {data}")
-
-
-@each(NOTHING_OF_THE_KIND | truncations(0.1, 0.5) | PICTURES)
-def test_pictures(evaluate: Callable[[], Answer], data: Path, mutation: Mutation) -> None:
-    path = data / "val" / "3" / "0.png"
-    path.write_bytes(mutation(path.read_bytes()))
-    refused(evaluate(), str(path))
-    assert not Path(MARK).exists()
-
-
-@each(PICTURES_ALL_THE_SAME)
-def test_strange_pictures(evaluate: Callable[[], Answer], data: Path, mutation: Mutation) -> None:
-    path = data / "val" / "3" / "0.png"
-    path.write_bytes(mutation(path.read_bytes()))
-    assert evaluate().code == 0
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
-@each(flips(8) | flips(2, bits=40) | truncations(0.2, 0.8))
-def test_flipped_pictures(
-    evaluate: Callable[[], Answer], data: Path, kind: str, mutation: Mutation
-) -> None:
-    path = data / "val" / "3" / "0.png"
-    path.write_bytes(mutation(picture(kind, "RGB", (40, 30))))
-    evaluate()
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def endless(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def circle(path: Path) -> None:
-    path.symlink_to(path)
-
-
-@pytest.mark.parametrize("make", [pipe, endless, circle, Path.mkdir])
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_pictures_that_are_no_files(
-    evaluate: Callable[[], Answer], data: Path, make: Callable[[Path], None], part: str
-) -> None:
-    path = data / part / "3" / "0.png"
-    path.unlink()
-    make(path)
-    refused(evaluate(), str(path.parent))
-
-
-@pytest.fixture
-def val(data: Path) -> Path:
-    """The validation pictures in a tar."""
-    path = data / "val.tar"
-    files = {f"{digit}/0.png": picture("PNG") for digit in range(10)}
-    path.write_bytes(tar_of(files))
-    shutil.rmtree(data / "val")
-    return path
-
-
-@each(NOTHING_OF_THE_KIND | truncations(0.001, 0.1, 0.5) | TARS)
-def test_tars(evaluate: Callable[[], Answer], val: Path, mutation: Mutation) -> None:
-    val.write_bytes(mutation(val.read_bytes()))
-    refused(evaluate(), str(val.parent))
-    assert not [path for path in val.parent.parent.rglob("*") if "owned" in path.name]
-
-
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_header_that_is_3_gb_of_nothing(
-    evaluate: Callable[[], Answer], val: Path, kind: bytes
-) -> None:
-    """On a disk it takes no place."""
-    good = val.read_bytes()
-    with val.open("wb") as file:
-        file.write(bare("x", 3 << 30, kind)(b""))
-        file.seek(3 << 30, os.SEEK_CUR)
-        file.write(good)
-    refused(evaluate(), "val.tar", f"header of {3 << 30} bytes")
-
-
-@each(TARS_ALL_THE_SAME | flips(20) | flips(10, bits=20))
-def test_strange_tars(evaluate: Callable[[], Answer], val: Path, mutation: Mutation) -> None:
-    val.write_bytes(mutation(val.read_bytes()))
-    evaluate()
-
-
-@each(SHARDS | truncations(0.2, 0.8) | flips(10))
-def test_shards(call: Call, run: Path, place: Path, mutation: Mutation) -> None:
-    folder = place / "shards"
-    folder.mkdir()
-    files = {}
-    for digit in range(10):
-        files |= {f"{digit}.png": picture("PNG"), f"{digit}.cls": str(digit).encode()}
-    (folder / "train.tar").write_bytes(tar_of(files))
-    (folder / "validation.tar").write_bytes(mutation(tar_of(files)))
-    call(f"eval {run / 'model.onnx'} --data wds/x --data-dir {folder}")
