@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -219,7 +220,10 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         )
     try:
         # timm's training checkpoints hold a Namespace; older releases of timm did not allow it.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(action="ignore"),  # what they are about is refused below
+        ):
             _check_packing(path)
             weights = load_state_dict(str(path), use_ema=True, weights_only=True)
     except CheckpointError:

@@ -6,6 +6,8 @@ Where a turned bit leaves a file valid it is used; what may not happen is anythi
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -22,6 +24,7 @@ from mutations import (
     WEIGHTS,
     Mutation,
     flips,
+    payload,
     truncations,
 )
 from mutations_of_data import RECIPES
@@ -104,6 +107,25 @@ def test_flipped_torch_files(
     call: Call, weights: dict[str, torch.Tensor], mutation: Mutation
 ) -> None:
     call(CHECKPOINT, damaged(saved_by_torch(weights), "x.pth", mutation))
+
+
+def test_a_pickle_is_refused_in_a_single_line(tmp_path: Path) -> None:
+    """In a process of its own, where nobody catches warnings."""
+    file = tmp_path / "x.pth"
+    file.write_bytes(payload(MARK))
+    line = f"quantize digits_resnet8 --data digits --checkpoint {file}"
+    done = subprocess.run(
+        [sys.executable, "-m", "ricciq", *line.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 3
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("ricciq: ")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 # The folder of a run
