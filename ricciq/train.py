@@ -95,11 +95,10 @@ class Progressed:
         try:
             done = TypeAdapter(cls).validate_python(state.metadata["progress"])
             Tally.from_dict(done.tally)  # has sums of its own names only
-        except (KeyError, TypeError, ValidationError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except (KeyError, TypeError, ValidationError):
             raise CheckpointError(
-                f"{state.path} is the state of another version of ricciq, or damaged ({reason}); "
-                "start again with --overwrite"
+                f"{state.path} is damaged, or the state of another version of ricciq; start again "
+                "with --overwrite"
             ) from None
         return done
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ricciq.bench import interleave
@@ -61,7 +61,7 @@ def rebuild(path: Path) -> Rebuilt:
     try:
         recipe = Recipe.from_values(about["recipe"], f"the recipe in {file}")
         preprocessing = Preprocessing.from_dict(about["preprocessing"])
-        plan = TypeAdapter(Plan).validate_python(about["plan"])
+        plan = _plan(about["plan"])
         loaded = load_model(
             recipe.model.name,
             num_classes=len(_class_names(about)),
@@ -84,6 +84,20 @@ def rebuild(path: Path) -> Rebuilt:
 def _weights_of(path: Path) -> Path:
     """The file of a run folder's weights, or the file itself."""
     return RunFolder(path).best if os.path.isdir(path) else path
+
+
+def _plan(values: Any) -> Plan:
+    """A plan from plain values.
+
+    Raises:
+        ValueError: something in it is of another type.
+    """
+    try:
+        return TypeAdapter(Plan).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("plan", *first["loc"])))
+        raise ValueError(f"{where}: {first['msg']}") from None
 
 
 class Target(NamedTuple):
