@@ -52,8 +52,12 @@ def with_chosen_bits(
     wanted = job.recipe.quantization
     if wanted.weight_bits != "auto":
         return job
-    if resume and folder is not None and (rows := read_csv(folder.sensitivity)):
-        return job._replace(plan=_planned(job.plan, {r["layer"]: int(r["bits"]) for r in rows}))
+    if (
+        resume
+        and folder is not None
+        and (rows := read_csv(folder.sensitivity, {"layer": str, "bits": int}))
+    ):
+        return job._replace(plan=_planned(job.plan, {r["layer"]: r["bits"] for r in rows}))
     names = [layer.name for layer in job.plan.layers[1:-1]]
     if not names:
         raise UsageError(

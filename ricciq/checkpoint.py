@@ -104,13 +104,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise CheckpointError(f"there is no checkpoint {path}; check the path")
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            if not isinstance(metadata, dict):
+                raise ValueError("what ricciq says in it is no mapping")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+    # What safetensors raises of types that torch lacks is an AttributeError.
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} is not an intact checkpoint of ricciq ({reason}); give one a run wrote"
@@ -118,12 +128,38 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def check_finite(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse NaN, and infinity unless a model begins with it there, as an open bound.
+
+    Args:
+        tensors: what a file holds; as float32, which it will be.
+        own: what the model begins with.
+        path: of the file.
+
+    Raises:
+        CheckpointError: the message names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        # Flat, since arithmetic with a million dimensions takes hours.
+        wide = tensor.reshape(-1).float()
+        if wide.isfinite().all():
+            continue
+        open_bound = name in own and torch.equal(wide.isinf(), own[name].reshape(-1).isinf())
+        if not open_bound or wide.isnan().any():
+            raise CheckpointError(
+                f"checkpoint {path} holds NaN or infinity in {name!r}: give one that trained well"
+            )
+
+
 def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy a complete state into a model of the same structure.
 
     Raises:
-        CheckpointError: names or shapes differ.
+        CheckpointError: names or shapes differ, or a tensor is not finite.
     """
+    check_finite(tensors, model.state_dict(), path)
     try:
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:
@@ -161,6 +197,7 @@ def restore_training_state(
     part = "model."
     weights = {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
     load_model_state(model, weights, path)
+    check_finite({n: t for n, t in tensors.items() if not n.startswith(part)}, {}, path)
     try:
         stored = _with_tensors(metadata["optimizer"], tensors)
         stored["state"] = {int(index): values for index, values in stored["state"].items()}
@@ -213,7 +250,10 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if value.keys() == {"tensor"}:
         return tensors[value["tensor"]]
     if value.keys() == {"dtype"}:
-        return getattr(torch, value["dtype"])
+        dtype = getattr(torch, value["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{value['dtype']} is no type of numbers")
+        return dtype
     if value.keys() == {"tuple"}:
         return tuple(_with_tensors(v, tensors) for v in value["tuple"])
     return {k: _with_tensors(v, tensors) for k, v in value.items()}

@@ -16,18 +16,20 @@ from rich.text import Text
 
 from ricciq import __version__, cookbook, options
 from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError
+from ricciq.network import forbid_network
+from ricciq.request import requested_recipe
 from ricciq.tables import (
     comparison_table,
     doctor_tables,
     inspection_tables,
     plan_table,
     printable,
+    shortened,
     show,
 )
 
 if TYPE_CHECKING:
     from ricciq.journal import Journal
-    from ricciq.recipe import Recipe
 
 app = typer.Typer(
     name="ricciq",
@@ -88,6 +90,7 @@ def quantize(
     output: options.Output = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
+    offline: options.Offline = False,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -100,7 +103,9 @@ def quantize(
 
     Example: ricciq quantize resnet18 --data ./pictures --bits auto:2.5 --dry-run
     """
-    merged, messages = _recipe(
+    if offline:
+        forbid_network()
+    merged, messages = requested_recipe(
         model,
         checkpoint,
         recipe,
@@ -160,6 +165,7 @@ def evaluate(
     ] = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
+    offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure TARGET on the validation data: top-1, top-5, loss, latency, agreement.
@@ -168,6 +174,8 @@ def evaluate(
 
     Example: ricciq eval model.onnx --data digits --reference float.onnx --min-agreement 97
     """
+    if offline:
+        forbid_network()
     for flag, gate in (("--min-top1", min_top1), ("--min-agreement", min_agreement)):
         if gate is not None and not math.isfinite(gate):  # nothing is below NaN
             raise UsageError(f"{flag} {gate} is no gate; give a percentage")
@@ -294,6 +302,7 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on; done runs stay.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study.")] = False,
+    offline: options.Offline = False,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -306,9 +315,11 @@ def compare(
 
     Example: ricciq compare resnet18 --data ./pictures --methods ste,lne --seeds 3 --dry-run
     """
+    if offline:
+        forbid_network()
     if split not in ("val", "holdout"):
         raise UsageError(f"--split {split} is no part to judge by; give val or holdout")
-    merged, messages = _recipe(
+    merged, messages = requested_recipe(
         model,
         checkpoint,
         recipe,
@@ -363,30 +374,6 @@ def doctor(as_json: options.Json = False) -> None:
             raise RicciqError(f"{problem['what']}; {problem['remedy']}")
 
 
-def _recipe(
-    model: str,
-    checkpoint: Path | None,
-    name: str | None,
-    widths: tuple[str | None, str | None, str | None, str | None],
-    flags: dict[str, Any],
-) -> tuple[Recipe, list[str]]:
-    """Defaults, then the recipe of that name or file, then flags; and what there is to say."""
-    from ricciq.recipe import Recipe
-
-    messages: list[str] = []
-    source = _model_and_weights(model, checkpoint)
-    loaded = Recipe.load(name) if name else Recipe()
-    asked = options.widths(*widths, messages)
-    bits = {"quantization": loaded.quantization.model_dump() | asked} if asked else {}
-    method = flags.pop("method.name", None)
-    if method not in (None, loaded.method.name):  # a method's values are not another's
-        flags["method"] = {"name": method}
-    merged = loaded.override({**source, **bits, **flags})
-    if not merged.data.name:
-        raise UsageError("no data was named; give --data a folder, torch/NAME or digits")
-    return merged, messages
-
-
 def _is_first() -> bool:
     """Whether this is the process that speaks, of those that torchrun started."""
     from ricciq.distributed import process_number
@@ -403,18 +390,6 @@ def _begin(messages: list[str], quiet: bool) -> Journal:
         journal.say(message)
     signal.signal(signal.SIGTERM, _interrupt)
     return journal
-
-
-def _model_and_weights(model: str, checkpoint: Path | None) -> dict[str, Any]:
-    """What MODEL and --checkpoint put into the recipe."""
-    path = Path(model)
-    if not path.exists():
-        return {"model.name": model, "model.checkpoint": checkpoint}
-    if checkpoint is not None:
-        raise UsageError(f"{model} has weights of its own; give either it or --checkpoint")
-    from ricciq.trained import float_source
-
-    return float_source(path)
 
 
 def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001
@@ -443,5 +418,5 @@ def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     if message:  # a bare `ricciq` has shown its help and has nothing to add
-        print(f"ricciq: {printable(message)}", file=sys.stderr)
+        print(f"ricciq: {printable(shortened(message))}", file=sys.stderr)
     sys.exit(code)

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
 import torch
-import yaml
+from pydantic import TypeAdapter
 from scipy import stats
 
 from ricciq.autobits import with_chosen_bits
@@ -22,14 +22,20 @@ from ricciq.checkpoint import write_atomically
 from ricciq.data import open_data
 from ricciq.deployment import deploy
 from ricciq.distributed import process_number
-from ricciq.errors import DivergedError, InterruptedRunError, RecipeError, UsageError
+from ricciq.errors import (
+    DivergedError,
+    InputError,
+    InterruptedRunError,
+    RecipeError,
+    UsageError,
+)
 from ricciq.estimators import named_estimator
 from ricciq.evaluate import evaluate
 from ricciq.journal import Journal
 from ricciq.pipeline import train
 from ricciq.plots import draw_curves, draw_seeds, write_png
 from ricciq.preparation import choose_device, describe, prepare, take_answers
-from ricciq.recipe import Recipe
+from ricciq.recipe import Recipe, parse_yaml
 from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder, read_csv, write_csv
 from ricciq.trained import rebuild
 
@@ -68,8 +74,8 @@ class Trial(NamedTuple):
             # What has a dot is a key of another section, as in ricci:training.ema=0.99.
             part = others if "." in key else section
             try:
-                part[key if key != "name" else "name="] = yaml.safe_load(value)
-            except yaml.YAMLError:
+                part[key if key != "name" else "name="] = parse_yaml(value)
+            except ValueError:
                 raise RecipeError(
                     f"--methods {self.method} has no value in {change!r}; write it as block=9"
                 ) from None
@@ -213,7 +219,7 @@ def _judged(
     recipe = trial.recipe(base)
     row: Row
     if result.is_file():
-        row = json.loads(result.read_text(encoding="utf-8"))
+        row = _read_row(result)
     else:
         with folder.locked():
             row = {**trial._asdict(), **_trained(recipe, device, folder, journal)}
@@ -239,6 +245,27 @@ def _judged(
     return row
 
 
+def _read_row(path: Path) -> Row:
+    """What was stored of a run that is done.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        row = TypeAdapter(Row).validate_json(path.read_bytes())
+        numbers = [row["holdout_top1"], row["holdout_loss"], row["lr_scale"], row["seed"]]
+        numbers += [row[name] for name in ("top1", "loss") if name in row]
+        numbers += [row[name] for name in ("train_loss", "seconds") if row[name] is not None]
+        if not (isinstance(row["diverged"], bool) and all(map(math.isfinite, numbers))):
+            raise ValueError("numbers that are none")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{path} is no result of a run ({reason}); remove it to repeat the run"
+        ) from None
+    return row
+
+
 def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: Journal) -> Row:
     """Train one run, or go on with it; what came out on the hold-out."""
     journal.say(folder.path.name)
@@ -259,9 +286,9 @@ def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: J
             guess = {"holdout_top1": 100 / classes, "holdout_loss": math.log(classes)}
             return {"diverged": True, **guess, "train_loss": None, "seconds": None}
         if done.epoch:
-            epochs = read_csv(folder.summary)
-            held = float(epochs[done.chosen_epoch - 1]["holdout_loss"])
-            final: float | None = float(epochs[-1]["train_loss"])
+            epochs = read_csv(folder.summary, {"holdout_loss": float, "train_loss": float})
+            held = epochs[done.chosen_epoch - 1]["holdout_loss"]
+            final: float | None = epochs[-1]["train_loss"]
         else:
             metrics = evaluate({"calibrated": job.model.eval()}, job.loader("holdout"))
             done.chosen_top1, held = metrics["calibrated"].top1, metrics["calibrated"].loss
@@ -315,7 +342,7 @@ def _curves(trials: Sequence[Trial], study: StudyFolder) -> dict[str, list[list[
     curves: dict[str, list[list[float]]] = {}
     for trial in trials:
         if trial.lr_scale == trials[0].lr_scale:
-            epochs = read_csv(study.trial(trial.name).summary)
-            line = [float(epoch["holdout_top1"]) for epoch in epochs]
+            epochs = read_csv(study.trial(trial.name).summary, {"holdout_top1": float})
+            line = [epoch["holdout_top1"] for epoch in epochs]
             curves.setdefault(trial.method, []).append(line)
     return curves

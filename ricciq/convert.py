@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from pydantic import Field
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -44,8 +46,9 @@ class LayerPlan:
     """
 
     name: str
-    weight_bits: Bits
-    act_bits: int
+    # Checked where a plan is read from a file; a plain dataclass does not check.
+    weight_bits: Annotated[int, Field(ge=1, le=8)] | Literal["ternary"]
+    act_bits: Annotated[int, Field(ge=1, le=FLOAT_BITS)]
     norm: str | None
     parent: str | None = None
 
@@ -316,6 +319,23 @@ def _kept_products(recording: Recording, lent: dict[Call, str]) -> Iterator[Kept
             yield Kept(call.name, call.kind, "a function call on weights that no layer owns")
 
 
+def _check_plan(plan: Plan, model: nn.Module) -> None:
+    """Refuse a plan, which may come from a file, that names what a model does not have."""
+    modules = dict(model.named_modules())
+    layers = {layer.name for layer in plan.layers}
+    named: list[tuple[str | None, tuple[type[nn.Module], ...]]] = [
+        *((name, (nn.Module,)) for name in (*plan.points, *plan.points.values())),
+        *((layer.parent, (nn.Module,)) for layer in plan.layers),
+        *((layer.norm, (nn.BatchNorm2d,)) for layer in plan.layers),
+        *((name, (nn.Conv2d, nn.Linear)) for name in layers),
+    ]
+    for name, kinds in named:
+        if name is not None and not isinstance(modules.get(name), kinds):
+            raise ValueError(f"its plan has {name!r}, which is no {kinds[0].__name__} of the model")
+    if len(layers) < len(plan.layers):
+        raise ValueError("its plan has a layer twice")
+
+
 def convert(model: nn.Module, plan: Plan, kinds: Kinds = LSQ) -> nn.Module:
     """Swap the planned layers in place and add the 8-bit points.
 
@@ -326,7 +346,11 @@ def convert(model: nn.Module, plan: Plan, kinds: Kinds = LSQ) -> nn.Module:
 
     Returns:
         The same model, with float activations until it is calibrated.
+
+    Raises:
+        ValueError: the plan is that of another model.
     """
+    _check_plan(plan, model)
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for layer in plan.layers:
         module = model.get_submodule(layer.name)

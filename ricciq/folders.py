@@ -163,7 +163,7 @@ def _labelled(
                 raise DataError(f"picture {file} lies in no class folder: put it in one and repack")
             labelled.append((folder, file))
         else:
-            refuse_compressed(Path(file.name))
+            refuse_compressed(file)
     if not labelled:
         raise DataError(
             f"tar {tar} holds no pictures ({', '.join(IMG_EXTENSIONS)}): fill or remove it"

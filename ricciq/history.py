@@ -112,10 +112,14 @@ class History:
 
     @classmethod
     def read(cls, folder: RunFolder, epochs: int) -> History:
-        """What an interrupted run wrote about its finished epochs."""
+        """What an interrupted run wrote about its finished epochs.
+
+        Raises:
+            InputError: a file is damaged.
+        """
 
         def rows(path: Path) -> list[dict[str, Any]]:
-            return [row for row in read_csv(path) if int(row["epoch"]) <= epochs]
+            return [row for row in read_csv(path, {"epoch": int}) if row["epoch"] <= epochs]
 
         return cls(rows(folder.summary), rows(folder.geometry))
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ricciq.errors import DataError
+from ricciq.network import is_network_forbidden
 from ricciq.pictures import EncodedPictures, Indices, Parts
 
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
@@ -56,6 +57,11 @@ def open_hub(name: str, cache: Path | None) -> Parts:
     try:
         splits = datasets.load_dataset(name, cache_dir=None if cache is None else str(cache))
     except Exception as error:  # the library raises whatever its parsers and the network do
+        if is_network_forbidden() and not Path(name).is_dir():
+            raise DataError(
+                f"data 'hfds/{name}' would be downloaded, which --offline or HF_HUB_OFFLINE "
+                "forbids: start once without it, or give the folder of a copy as in hfds/./pets"
+            ) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(". ")
         raise DataError(
             f"data 'hfds/{name}' cannot be loaded ({reason}): correct the name, connect to the "

@@ -45,9 +45,9 @@ def size_with_external_data(path: Path) -> int:
 
 
 def _parse(path: Path) -> onnx.ModelProto:
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a name is too long
         raise ModelError(f"{path} is a folder; give an ONNX file")
-    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
+    if not os.path.isfile(path):
         raise ModelError(f"there is no model file {path}; check the path")
     try:
         if path.stat().st_size >= _LARGEST:

@@ -6,10 +6,14 @@ Importing this module registers the nets of `ricciq.nets` with timm.
 from __future__ import annotations
 
 import argparse
+import os
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
 
 import torch
 from timm import get_pretrained_cfg, is_model, list_models
@@ -22,7 +26,9 @@ from timm.models import (
 from torch import Tensor, nn
 
 import ricciq.nets  # noqa: F401  registers them
+from ricciq.checkpoint import check_finite
 from ricciq.errors import CheckpointError, ModelError, did_you_mean
+from ricciq.network import is_network_forbidden
 from ricciq.preprocessing import Preprocessing
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -75,10 +81,13 @@ def load_model(
             f"timm has no pretrained weights for {name!r}: give a file with --checkpoint, or set "
             "`pretrained: false` in a recipe"
         )
+    if pretrained and config.url and not (config.file or config.hf_hub_id):
+        _check_cached(name, config.url)
     weights = None if checkpoint is None else _read_checkpoint(checkpoint)
     if num_classes is None and weights is not None and config:
         heads = [f"{head}.weight" for head in _names(config.classifier)]
-        num_classes = next((len(weights[head]) for head in heads if head in weights), None)
+        there = (weights[head] for head in heads if head in weights)
+        num_classes = next((len(head) for head in there if head.ndim > 1 and head.numel()), None)
     arguments: dict[str, Any] = {"in_chans": channels}
     if num_classes is not None:
         arguments["num_classes"] = num_classes
@@ -91,7 +100,7 @@ def load_model(
             raise _not_created(name, pretrained, error) from error
     messages: list[str] = []
     if checkpoint is not None and weights is not None:
-        _check_finite(model, weights, checkpoint)
+        check_finite(weights, model.state_dict(), checkpoint)
         messages = _adapt(model, weights)
         _load(model, weights, name, checkpoint)
     elif pretrained and config:
@@ -120,7 +129,23 @@ def _find_config(name: str) -> Any:
         raise ModelError(f"model {architecture!r} has no tag {tag!r}; {hint}") from error
 
 
+def _check_cached(name: str, url: str) -> None:
+    """Refuse weights from a plain address, which torch would fetch, where there is no network."""
+    file = Path(urlparse(url).path).name
+    if is_network_forbidden() and not Path(torch.hub.get_dir(), "checkpoints", file).is_file():
+        raise _would_be_downloaded(name)
+
+
+def _would_be_downloaded(name: str) -> ModelError:
+    return ModelError(
+        f"the pretrained weights of {name!r} would be downloaded, which --offline or "
+        "HF_HUB_OFFLINE forbids: start once without it, or give a file with --checkpoint"
+    )
+
+
 def _not_created(name: str, pretrained: bool, error: Exception) -> ModelError:
+    if pretrained and is_network_forbidden():
+        return _would_be_downloaded(name)
     if pretrained:
         return ModelError(
             f"the pretrained weights of {name!r} could not be loaded ({_reason(error)}): give a "
@@ -178,9 +203,9 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, or it is damaged, unsafe, or not finite.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a name is too long
         raise CheckpointError(f"checkpoint {path} is a folder: give a file inside it")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}: give the path of a file")
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise CheckpointError(
@@ -189,36 +214,57 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         )
     try:
         # timm's training checkpoints hold a Namespace; older releases of timm did not allow it.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(action="ignore"),  # what they are about is refused below
+        ):
+            _check_packing(path)
             weights = load_state_dict(str(path), use_ema=True, weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged files raise nearly anything
         raise CheckpointError(
             f"checkpoint {path} is damaged or holds objects beside tensors, so nothing of it was "
             f"loaded ({type(error).__name__}): save the weights again, best as .safetensors"
         ) from error
+    size = path.stat().st_size
     for key, value in weights.items():
-        if not isinstance(value, Tensor):
+        if not _is_plain(value, size):
             raise CheckpointError(
-                f"checkpoint {path} holds {type(value).__name__} {key!r} where a tensor belongs: "
-                "give a file with a state dict"
+                f"checkpoint {path} holds {_described(value)} {key!r} where a plain tensor "
+                "belongs: give a file with a state dict"
             )
     return weights
 
 
-def _check_finite(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Refuse NaN, and infinity unless the model begins with it there, as an open bound."""
-    own = model.state_dict()
-    for key, value in weights.items():
-        if not value.is_floating_point() or value.isfinite().all():
-            continue
-        if (
-            key not in own
-            or not torch.equal(value.isinf(), own[key].isinf())
-            or value.isnan().any()
-        ):
+def _check_packing(path: Path) -> None:
+    """Refuse a zip that is packed, as torch never writes it: a small one could fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise CheckpointError(
-                f"checkpoint {path} holds NaN or infinity in {key!r}: give one that trained well"
+                f"checkpoint {path} is a packed zip, which torch does not write: save the weights "
+                "again with torch.save, or as .safetensors"
             )
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = "" if value.layout == torch.strided else f", {value.layout}"
+    return f"a tensor ({value.dtype} {list(value.shape)} on {value.device.type}{kind})"
+
+
+def _is_plain(value: Any, most: int) -> bool:
+    """Whether something is a tensor whose numbers are all there, in so many bytes at most."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
+        and value.nbytes <= most
+    )
 
 
 def _adapt(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:

@@ -93,6 +93,9 @@ Compile = Annotated[
 Output = Annotated[Path | None, typer.Option(help="Folder of the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run.")]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Use what is on this machine, never the network.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
 Format = Annotated[
@@ -157,14 +160,19 @@ def _width(flag: str, text: str | None, weights: bool = True) -> int | float | s
     """A width; of weights also "ternary", or as a fraction the average that auto: asks for."""
     if text is None or (weights and text == "ternary"):
         return text
-    if text.isascii() and text.isdigit() and int(text) in (*range(1, 9), 32):
-        return int(text)
+    if (width := _whole(text)) in (*range(1, 9), 32):
+        return width
     if weights and text.startswith("auto:"):
         with suppress(ValueError):
             if 1 <= (average := float(text.removeprefix("auto:"))) <= 8:
                 return average
     allowed = WIDTHS if weights else "1 to 8, or 32 for float"
     raise UsageError(f"{flag} {text} is not a width; give {allowed}")
+
+
+def _whole(text: str) -> int | None:
+    """A whole number from 0 on, of no more digits than Python reads at once."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def training_batch_size(text: str | None) -> int | str | None:
@@ -175,6 +183,6 @@ def training_batch_size(text: str | None) -> int | str | None:
     """
     if text is None or text == "auto":
         return text
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
+    if size := _whole(text):
+        return size
     raise UsageError(f"--batch-size {text} is no number of pictures; give one from 1, or auto")

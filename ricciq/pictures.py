@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from ricciq.preprocessing import Preprocessing
 
 Indices = npt.NDArray[np.int64]
 GREY_PROBES = 32
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Others are programs that PIL has run, as PostScript, or what no data set is made of."""
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
@@ -97,7 +100,7 @@ class EncodedPictures(ABC):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.source(index)) as picture:
+                with Image.open(self.source(index), formats=FORMATS) as picture:
                     yield picture
         except Exception as error:  # decoders raise nearly anything on damaged files
             reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
@@ -124,8 +127,15 @@ class PictureFiles(EncodedPictures):
         return self.paths[index]
 
     def source(self, index: int) -> str:
-        """The path."""
-        return self.paths[index]
+        """The path.
+
+        Raises:
+            OSError: it is that of a pipe or a device, which might never end.
+        """
+        path = self.paths[index]
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is no file")
+        return path
 
 
 class PictureArrays:

@@ -21,7 +21,7 @@ from ricciq.convert import convert
 from ricciq.deployment import deploy
 from ricciq.disagreements import find_disagreements
 from ricciq.distributed import World, joined
-from ricciq.errors import InterruptedRunError, RicciqError
+from ricciq.errors import CheckpointError, DivergedError, InterruptedRunError, RicciqError
 from ricciq.evaluate import Guesses, Metrics, Predict, evaluate
 from ricciq.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
 from ricciq.inspection import Inspection, inspect_onnx
@@ -126,7 +126,13 @@ def run(
 
 def _check_validation(job: Job, in_float: Guesses, journal: Journal) -> Metrics:
     """The float accuracy; and every validation picture is read before hours are spent."""
-    metrics = evaluate({"float": in_float}, job.loader("val"))["float"]
+    try:
+        metrics = evaluate({"float": in_float}, job.loader("val"))["float"]
+    except DivergedError:  # before any training
+        raise CheckpointError(
+            f"the float weights of {job.recipe.model.checkpoint or job.recipe.model.name} give NaN "
+            "or infinite answers; give some that trained well"
+        ) from None
     if job.data.labelled:
         found = f"top-1 {metrics.top1:.2f} % on {metrics.samples} validation samples"
     else:
@@ -223,7 +229,7 @@ def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, wor
 
     def known() -> int:
         state = last_state(folder, journal) if resume else None
-        return state.metadata.get("progress", {}).get("batch_size", 0) if state else 0
+        return Progressed.of(state).batch_size if state else 0
 
     if so_far := world.from_first(known):
         return so_far
@@ -363,6 +369,6 @@ def _report(
 
 def _geometry(folder: RunFolder, epoch: int) -> dict[str, float]:
     """Means over the layers at the last epoch, from geometry.csv."""
-    rows = [row for row in read_csv(folder.geometry) if int(row["epoch"]) == epoch]
+    rows = [row for row in read_csv(folder.geometry, {"epoch": int}) if row["epoch"] == epoch]
     names = ("perturbation_start", "perturbation_end", "decay", "mismatch_cosine")
     return {name: fmean(float(row[name]) for row in rows) for name in names} if rows else {}

@@ -153,6 +153,7 @@ def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: boo
     if recipe.training.grad_checkpointing:  # found out now, switched on by the trainer
         recompute_activations(loaded.model, True)
         recompute_activations(loaded.model, False)
+    recipe.data.augmentation.transform(loaded.preprocessing)  # refuses an unknown policy
     if recipe.training.distill_features:
         WithFeatures(loaded.model)  # refuses a model that has none
     for message in loaded.messages:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     Transform = Callable[[Image.Image], Tensor]
 
 SMALL_INPUT = 64
+LARGEST_SIDE = 8191
+"""Of a picture, in pixels."""
 _INTERPOLATIONS = {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"}
 _CROP_MODES = {"center", "squash", "border"}
 # Checked where a recipe is read; a plain dataclass does not check.
@@ -69,7 +71,8 @@ class Preprocessing:
         except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"preprocessing that holds something else: {error}") from None
         for name, good in {
-            "input_size": channels in (1, 3) and all(0 < n < 8192 for n in (height, width)),
+            "input_size": channels in (1, 3)
+            and 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE,
             "mean": len(made.mean) == channels and all(map(math.isfinite, made.mean)),
             "std": len(made.std) == channels and all(0 < x < math.inf for x in made.std),
             "interpolation": made.interpolation in _INTERPOLATIONS,

@@ -6,6 +6,7 @@ YAML file, then from command-line flags; the merged recipe is saved in the run f
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from itertools import pairwise, takewhile
@@ -16,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from ricciq.errors import RecipeError, did_you_mean
-from ricciq.preprocessing import Augmentation
+from ricciq.preprocessing import LARGEST_SIDE, Augmentation
 
 if TYPE_CHECKING:
     from ricciq.grids import Bits
@@ -30,15 +31,50 @@ Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MAX_BYTES = 1_000_000
 """A recipe larger than this is not read."""
+MAX_CHARACTERS = 3_000
+"""A value longer than this is not read."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only; an alias is refused, since aliases of aliases could fill the memory."""
+    """Plain values only, each key once.
+
+    An alias is refused, since aliases of aliases could fill the memory; so is a long value, since a
+    number of many digits takes hours, and NUL, which no path has.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias; write the value out")
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if "\0" in value:
+            raise yaml.YAMLError("it holds a NUL character; remove it")
+        if len(value) > MAX_CHARACTERS:
+            raise yaml.YAMLError(f"{value[:20]}… has {len(value)} characters; write it shorter")
+        return value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"a key stands twice in what begins in line {line}; remove one")
+        return values
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values of a YAML text.
+
+    Raises:
+        ValueError: it is no YAML, or holds what a recipe has no need of.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    # PyYAML lets through what int() and date() raise, None where a !!timestamp is none, and a key
+    # that is missing where a !!bool is none.
+    except (ValueError, AttributeError, KeyError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 class Section(BaseModel):
@@ -64,7 +100,7 @@ class DataSection(Section):
     dir: Path | None = None
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     workers: Count = 0
-    input_size: Annotated[int, Field(ge=1)] | None = None
+    input_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
     train_samples: Annotated[int, Field(ge=1)] | None = None
     holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     calibration_batches: Annotated[int, Field(ge=1)] = 8
@@ -253,13 +289,9 @@ class Recipe(Section):
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise RecipeError(f"recipe {path} is larger than 1 MB; give a recipe file")
-            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        # PyYAML lets through what int() and date() raise, and None where a !!timestamp is none.
-        except (OSError, ValueError, AttributeError, yaml.YAMLError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise RecipeError(
-                f"recipe {path} cannot be read ({reason}); correct the file"
-            ) from None
+            values = parse_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"recipe {path} cannot be read ({error}); correct the file") from None
         if not isinstance(values, dict):
             raise RecipeError(f"recipe {path} holds no sections; write model:, data: and so on")
         return cls.from_values(values, f"recipe {path}")
@@ -309,7 +341,7 @@ def find_recipe(name_or_file: str | Path) -> Path:
     if str(name_or_file) in shipped:
         return shipped[str(name_or_file)]
     path = Path(name_or_file)
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises where a name is too long
         return path
     hint = did_you_mean(str(name_or_file), shipped, f"there are {', '.join(shipped)}")
     raise RecipeError(f"there is no recipe {name_or_file}; {hint}")

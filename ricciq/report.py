@@ -21,6 +21,8 @@ class _Part(BaseModel):
 class Accuracy(_Part):
     """Accuracies in percent, cross-entropy in nats."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     top1: float
     top5: float
     loss: float

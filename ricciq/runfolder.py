@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
@@ -236,8 +237,14 @@ def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    """The rows `write_csv` wrote, with text values; none if the file does not exist.
+def read_csv(
+    path: Path, kinds: Mapping[str, Callable[[str], Any]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """The rows `write_csv` wrote; none if the file does not exist.
+
+    Args:
+        path: of the file.
+        kinds: what makes a value of the text in a column; text stays text without.
 
     Raises:
         InputError: the file is damaged.
@@ -247,11 +254,15 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, strict=True))
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it") from None
-    if any(None in row or None in row.values() for row in rows):
-        raise InputError(f"{path} is no table that ricciq wrote; restore it")
-    return rows
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError("its rows are not alike")
+        return [row | {key: kind(row[key]) for key, kind in kinds.items()} for row in rows]
+    except (OSError, csv.Error, KeyError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise InputError(
+            f"{path} is no table that a run wrote ({reason}); restore it, or start again with "
+            "--overwrite"
+        ) from None
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

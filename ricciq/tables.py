@@ -212,3 +212,11 @@ def shown(text: str) -> str:
 def printable(text: str) -> str:
     """Text with what could steer the terminal taken out."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def shortened(text: str, most: int = 900) -> str:
+    """A sentence that names something long, without its middle: it ends with the remedy."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end]} … {text[-end:]}"

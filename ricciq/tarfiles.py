@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from ricciq.errors import DataError
 from ricciq.pictures import EncodedPictures
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+LARGEST_HEADER = 1 << 20
+"""In bytes; the longest name that a system takes is a few thousand."""
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
@@ -93,7 +95,7 @@ def files_in_inner_tar(inner: Member) -> list[Member]:
     return _files(inner.archive, inner, inner.offset, inner.offset + inner.size)
 
 
-def refuse_compressed(path: Path) -> None:
+def refuse_compressed(path: Path | Member) -> None:
     """Raise a DataError where a file's name says that it is a compressed tar."""
     if path.name.lower().endswith(COMPRESSED_SUFFIXES):
         raise DataError(
@@ -125,6 +127,24 @@ def _files(path: Path, shown: Path | Member, start: int, end: int) -> list[Membe
     return found
 
 
+class _Headers:
+    """A tar as tarfile sees it: it reads only headers here, some as long as they say they are."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+        self._read = file.read
+
+    def read(self, size: int) -> bytes:
+        """As of a file.
+
+        Raises:
+            ValueError: so long a header could fill the memory.
+        """
+        if size > LARGEST_HEADER:
+            raise ValueError(f"it has a header of {size} bytes")
+        return self._read(size)
+
+
 def _members(
     path: Path, file: BinaryIO, shown: Path | Member, start: int, end: int
 ) -> Iterator[Member]:
@@ -138,7 +158,7 @@ def _members(
                 "quickly: unpack it to a plain .tar"
             )
     file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
         while (entry := tar.next()) is not None:
             # Or the headers of a million pictures would fill a gigabyte.
             tar.members.clear()  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -31,7 +32,7 @@ from ricciq.history import History, Tally
 from ricciq.journal import Journal
 from ricciq.loading import Batch, set_epoch
 from ricciq.memory import halve_until, is_out_of_memory
-from ricciq.recipe import Recipe
+from ricciq.recipe import Count, Recipe
 from ricciq.runfolder import RunFolder
 from ricciq.stopping import Stopped, Stopping, stopping_between_steps
 from ricciq.trainer import Pictures, Trainer
@@ -64,22 +65,42 @@ class Progressed:
         stage: which of the stages of falling widths the steps are of.
     """
 
-    epoch: int = 0
-    steps: int = 0
-    images: int = 0
+    # Checked where a state is read; a plain dataclass does not check.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    epoch: Count = 0
+    steps: Count = 0
+    images: Count = 0
     seconds: float = 0.0
-    skipped: int = 0
-    bad_in_a_row: int = 0
+    skipped: Count = 0
+    bad_in_a_row: Count = 0
     best_top1: float = 0.0
-    chosen_epoch: int = 0
+    chosen_epoch: Count = 0
     chosen_top1: float = 0.0
-    batch: int = 0
-    tally: dict[str, Any] = field(default_factory=dict)
+    batch: Count = 0
+    tally: dict[str, int | float] = field(default_factory=dict)
     geometry: dict[str, dict[str, float]] = field(default_factory=dict)
-    batch_size: int = 0
-    processes: int = 1
+    batch_size: Count = 0
+    processes: Count = 1
     scaler: dict[str, Any] = field(default_factory=dict)
-    stage: int = 0
+    stage: Count = 0
+
+    @classmethod
+    def of(cls, state: State) -> Progressed:
+        """What a state says.
+
+        Raises:
+            CheckpointError: it is no state of this version's.
+        """
+        try:
+            done = TypeAdapter(cls).validate_python(state.metadata["progress"])
+            Tally.from_dict(done.tally)  # has sums of its own names only
+        except (KeyError, TypeError, ValidationError):
+            raise CheckpointError(
+                f"{state.path} is damaged, or the state of another version of ricciq; start again "
+                "with --overwrite"
+            ) from None
+        return done
 
 
 def finetune(
@@ -200,14 +221,8 @@ class _Sitting:
         if state is None:
             return
         trainer = self.trainer
-        values = restore_training_state(trainer.changing, trainer.optimizer, state)
-        try:
-            self.done = Progressed(**values)
-        except TypeError:
-            raise CheckpointError(
-                f"{state.path} is the state of another version of ricciq; start again with "
-                "--overwrite"
-            ) from None
+        self.done = Progressed.of(state)
+        restore_training_state(trainer.changing, trainer.optimizer, state)
         if self.done.processes != self.world.size:
             raise UsageError(
                 f"{state.path} is the state of {self.done.processes} processes and was given to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -9,14 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ricciq.bench import interleave
 from ricciq.checkpoint import load_model_state, load_tensors
-from ricciq.convert import Kept, LayerPlan, Plan, convert
+from ricciq.convert import Plan, convert
 from ricciq.data import PictureData, open_data
 from ricciq.deployment import deploy, in_float_operators
-from ricciq.errors import CheckpointError, DataError, ModelError, RecipeError, UsageError
+from ricciq.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    ModelError,
+    RecipeError,
+    UsageError,
+)
 from ricciq.evaluate import Predict, evaluate
 from ricciq.export import accuracy_in_onnx, export_onnx, stored_in_onnx
 from ricciq.models import load_model
@@ -48,29 +57,48 @@ def rebuild(path: Path) -> Rebuilt:
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
     """
-    file = RunFolder(path).best if path.is_dir() else path
+    file = _weights_of(path)
     tensors, about = load_tensors(file)
     try:
         recipe = Recipe.from_values(about["recipe"], f"the recipe in {file}")
         preprocessing = Preprocessing.from_dict(about["preprocessing"])
-        stored, classes = about["plan"], len(_class_names(about))
-        layers = [LayerPlan(**layer) for layer in stored["layers"]]
-        plan = Plan(layers, stored["points"], [Kept(**kept) for kept in stored["kept"]])
-    except (KeyError, TypeError, ValueError, RecipeError) as error:
+        plan = _plan(about["plan"])
+        loaded = load_model(
+            recipe.model.name,
+            num_classes=len(_class_names(about)),
+            channels=preprocessing.input_size[0],
+            checkpoint=None,
+            pretrained=False,
+            input_size=recipe.data.input_size,
+        )
+        model = convert(loaded.model, plan, recipe.quantization.kinds)
+    except (KeyError, ValueError, RecipeError, ModelError) as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{file} does not say how to rebuild its model ({error}); give a run's best.safetensors"
+            f"{file} does not say how to rebuild its model ({reason}); give a run's "
+            "best.safetensors"
         ) from None
-    loaded = load_model(
-        recipe.model.name,
-        num_classes=classes,
-        channels=preprocessing.input_size[0],
-        checkpoint=None,
-        pretrained=False,
-        input_size=recipe.data.input_size,
-    )
-    model = convert(loaded.model, plan, recipe.quantization.kinds)
     load_model_state(model, tensors, file)
     return Rebuilt(model.eval(), recipe, preprocessing, about)
+
+
+def _weights_of(path: Path) -> Path:
+    """The file of a run folder's weights, or the file itself."""
+    return RunFolder(path).best if os.path.isdir(path) else path
+
+
+def _plan(values: Any) -> Plan:
+    """A plan from plain values.
+
+    Raises:
+        ValueError: something in it is of another type.
+    """
+    try:
+        return TypeAdapter(Plan).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("plan", *first["loc"])))
+        raise ValueError(f"{where}: {first['msg']}") from None
 
 
 class Target(NamedTuple):
@@ -96,7 +124,7 @@ def open_target(path: Path) -> Target:
         ModelError: there is nothing of the kind, or the ONNX file is not usable.
         CheckpointError: a run's file is damaged.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises where a name is too long
         raise ModelError(f"there is no {path}; give an .onnx file, a run folder or a checkpoint")
     if path.is_dir() or path.suffix != ".onnx":
         trained = rebuild(path)
@@ -135,7 +163,7 @@ def _class_names(about: Mapping[str, Any]) -> list[str]:
         ValueError: there are none.
     """
     names = about.get("class_names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not (names and isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError("class_names that are no list of names")
     return names
 
@@ -146,7 +174,7 @@ def float_source(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the run's model is discrete already.
     """
-    file = RunFolder(path).best if path.is_dir() else path
+    file = _weights_of(path)
     _, about = load_tensors(file)
     try:
         recipe, layers = about["recipe"], about["plan"]["layers"]
@@ -267,7 +295,10 @@ def evaluate_target(
         answers = [predictors["reference"](images).argmax(1) for images, _ in loading()]
         data.set_answers(data.num_classes, {"val": torch.cat(answers).numpy()})
     batches = loading()
-    metrics = evaluate(predictors, batches, "target" if reference is None else "reference")
+    try:
+        metrics = evaluate(predictors, batches, "target" if reference is None else "reference")
+    except DivergedError as error:
+        raise ModelError(f"{path} cannot be evaluated: {error}") from None
     picture = torch.zeros(1, *target.preprocessing.input_size)
     with torch.inference_mode():
         latency = interleave({name: partial(p, picture) for name, p in predictors.items()})

@@ -17,6 +17,7 @@ from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.preprocessing import Preprocessing
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("hostility")  # a helper that asserts, too
 
 WIDTH = 9  # odd, so that packed rows do not fill their last byte
 

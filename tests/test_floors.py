@@ -17,7 +17,7 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__i
 FLOORS = {
     7: "__main__",
     6: "cli",
-    5.5: "cookbook",
+    5.5: "cookbook request",
     5: "compare",
     4: "pipeline trained",
     3.8: "preparation train",
@@ -35,7 +35,7 @@ FLOORS = {
     0.3: "quantizer",
     0.25: "modelfile flow rounding",
     0.2: "stopping",
-    0.1: "distributed",
+    0.1: "distributed network",
     0: "errors grids ricci journal tables memory",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
