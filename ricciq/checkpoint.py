@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ricciq.errors import CheckpointError, RicciqError
+from ricciq.errors import CheckpointError, RicciqError, on_one_line
 
 METADATA_KEY = "ricciq"
 
@@ -121,7 +121,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         AttributeError,
         RecursionError,
     ) as error:
-        reason = " ".join(str(error).split())
+        reason = on_one_line(error)
         raise CheckpointError(
             f"{path} is not an intact checkpoint of ricciq ({reason}); give one a run wrote"
         ) from None
@@ -163,7 +163,7 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path
     try:
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = on_one_line(error, 200)
         raise CheckpointError(
             f"{path} does not fit the model of its recipe ({reason}); give the run's own file"
         ) from None

@@ -15,7 +15,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from ricciq import __version__, cookbook, options
-from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError
+from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError, on_one_line
 from ricciq.network import forbid_network
 from ricciq.request import requested_recipe
 from ricciq.tables import (
@@ -139,7 +139,7 @@ def quantize(
         job = preparation.prepare(merged, on, journal, weights=found)
         job = autobits.with_chosen_bits(job, journal)
         if _is_first():
-            show(preparation.describe(job), as_json, plan_table, quiet)
+            show({**preparation.describe(job), "dry_run": True}, as_json, plan_table, quiet)
         return
     report, folder = pipeline.run(
         merged, output, resume=resume, overwrite=overwrite, journal=journal
@@ -369,9 +369,9 @@ def doctor(as_json: options.Json = False) -> None:
 
     found = examine()
     show(found, as_json, doctor_tables)
-    for problem in found["problems"]:
-        if problem["essential"]:
-            raise RicciqError(f"{problem['what']}; {problem['remedy']}")
+    essential = [problem for problem in found["problems"] if problem["essential"]]
+    if essential:
+        raise RicciqError(" and ".join(f"{p['what']}; {p['remedy']}" for p in essential))
 
 
 def _is_first() -> bool:
@@ -409,7 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", InterruptedRunError.exit_code, debug)
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        what = on_one_line(f"{type(error).__name__}: {error}", 300)
         message = f"failed unexpectedly ({what}); `ricciq --debug` shows where"
         _fail(message, RicciqError.exit_code, debug)
 

@@ -28,6 +28,7 @@ from ricciq.errors import (
     InterruptedRunError,
     RecipeError,
     UsageError,
+    on_one_line,
 )
 from ricciq.estimators import named_estimator
 from ricciq.evaluate import evaluate
@@ -157,7 +158,9 @@ def compare(
     }
     if dry_run:
         run = describe(prepare(trials[0].recipe(recipe), device, journal, weights=False))
-        about |= {"methods": [*methods], "lr_scales": [*lr_scales], "runs": len(trials)}
+        done = [(folder.trial(trial.name).path / RESULT).is_file() for trial in trials]
+        runs = len(trials) - (sum(done) if resume else 0)
+        about |= {"methods": [*methods], "lr_scales": [*lr_scales], "runs": runs, "dry_run": True}
         return {**about, **{key: run[key] for key in ("device", "epochs", "steps")}}, folder.path
     with folder.locked():
         if not resume:
@@ -259,7 +262,7 @@ def _read_row(path: Path) -> Row:
         if not (isinstance(row["diverged"], bool) and all(map(math.isfinite, numbers))):
             raise ValueError("numbers that are none")
     except (OSError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = on_one_line(error)
         raise InputError(
             f"{path} is no result of a run ({reason}); remove it to repeat the run"
         ) from None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ricciq import options
-from ricciq.errors import RecipeError, UsageError
+from ricciq.errors import RecipeError, RicciqError, UsageError
 from ricciq.tables import recipes_table, show
 
 app = typer.Typer(
@@ -67,16 +68,20 @@ def copy_recipe(
 
     Example: ricciq recipes cp resnet50-w4a4 --dry-run
     """
-    from ricciq.recipe import find_recipe
+    from ricciq.checkpoint import write_atomically
+    from ricciq.recipe import Recipe, find_recipe
 
+    Recipe.load(name)  # refuses what is none
     source = find_recipe(name)
-    file = target / source.name if target.is_dir() else target
-    if file.exists() and not overwrite:
+    file = target / source.name if os.path.isdir(target) else target
+    if os.path.exists(file) and not overwrite:
         raise UsageError(f"{file} is there already; give --overwrite or another TARGET")
+    if not os.path.isdir(file.parent):
+        raise UsageError(f"there is no folder {file.parent}; make it or give another TARGET")
     if not dry_run:
         try:
-            file.write_bytes(source.read_bytes())
-        except OSError as error:
+            write_atomically(file, source.read_bytes())
+        except (OSError, RicciqError) as error:
             raise UsageError(f"{file} cannot be written ({error}); give another TARGET") from None
     print(f"would write {file}" if dry_run else f"{file} is written")
 
@@ -102,12 +107,14 @@ def _error_in(name: str) -> str | None:
     """Why a recipe does not hold, also by what is only looked at when a run begins."""
     from ricciq.estimators import named_estimator
     from ricciq.optimization import check_training
+    from ricciq.preprocessing import Preprocessing
     from ricciq.recipe import Recipe
 
     try:
         recipe = Recipe.load(name)
         named_estimator(recipe.method.name, recipe.method.changes)
         check_training(recipe.training)
+        recipe.data.augmentation.transform(Preprocessing((3, 224, 224), (0.5,) * 3, (0.5,) * 3))
     except UsageError as error:
         return str(error)
     return None

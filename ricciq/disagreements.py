@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ricciq.checkpoint import write_atomically
-from ricciq.errors import InputError
+from ricciq.errors import InputError, on_one_line
 from ricciq.evaluate import Guesses
 
 SHOWN = 12
@@ -63,7 +63,7 @@ class Disagreements(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = on_one_line(error)
             raise InputError(
                 f"{path} holds no examples of a run ({reason}); remove it, and the page goes "
                 "without them"

@@ -14,10 +14,8 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-from packaging.requirements import Requirement
-
 from ricciq import __version__
+from ricciq.errors import on_one_line
 
 LITTLE = 2e9
 """Bytes of memory or disk below which a run of a usual size ends early."""
@@ -44,25 +42,20 @@ def examine() -> dict[str, Any]:
     """What this installation and machine are, as plain values; the problems come last."""
     versions = {"python": platform.python_version(), "ricciq": __version__}
     problems = list(_dependencies(versions))
-    cpu = _cpu()
-    values: dict[str, Any] = {
-        "versions": versions,
-        "cpu": cpu,
-        "memory_gb": {
-            "total": psutil.virtual_memory().total / 1e9,
-            "available": psutil.virtual_memory().available / 1e9,
-        },
-        "free_disk_gb": shutil.disk_usage(".").free / 1e9,
-    }
-    if not any(problem.essential for problem in problems):
-        values |= _devices()
-        problems += _slow(values)
-    problems += _lacking()
+    values: dict[str, Any] = {"versions": versions}
+    if not any(problem.essential for problem in problems):  # what looks at the rest is there
+        values |= {"cpu": _cpu(), **_room(), **_devices()}
+        problems += [*_slow(values), *_lacking()]
     return values | {"problems": [problem._asdict() for problem in problems]}
 
 
 def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
     """Import what ricciq says it needs, and note the versions."""
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:
+        yield Problem("packaging is not installed", "pip install packaging", essential=True)
+        return
     try:
         needed = metadata.requires("ricciq") or []
     except metadata.PackageNotFoundError:
@@ -79,7 +72,7 @@ def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
         except metadata.PackageNotFoundError:
             yield Problem(f"{package} is not installed", remedy, essential=True)
         except Exception as error:  # a broken library raises whatever it likes
-            reason = " ".join(str(error).split())[:160]
+            reason = on_one_line(error)
             if package == "torchvision":
                 remedy = f"install the torchvision that goes with torch {versions.get('torch')}"
             what = f"{package} {versions[package]} does not import ({reason})"
@@ -91,8 +84,21 @@ def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
         yield Problem("--data hfds/NAME needs datasets", "pip install 'ricciq[hf]'")
 
 
+def _room() -> dict[str, Any]:
+    """Memory and disk, in gigabytes."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {
+        "memory_gb": {"total": memory.total / 1e9, "available": memory.available / 1e9},
+        "free_disk_gb": shutil.disk_usage(".").free / 1e9,
+    }
+
+
 def _cpu() -> dict[str, Any]:
     """Name, cores, and the instructions that matter here; those only where Linux lists them."""
+    import psutil
+
     about: dict[str, str] = {}
     listed = Path("/proc/cpuinfo")
     if listed.is_file():
@@ -155,6 +161,8 @@ def _slow(values: dict[str, Any]) -> Iterator[Problem]:
 
 def _lacking() -> Iterator[Problem]:
     """What the folder and the machine have too little of."""
+    import psutil
+
     try:
         with tempfile.TemporaryFile(dir="."):
             pass

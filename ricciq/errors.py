@@ -72,6 +72,11 @@ class InterruptedRunError(RicciqError):
     exit_code = 130
 
 
+def on_one_line(error: object, most: int = 160) -> str:
+    """What an error of a library says, as part of a sentence."""
+    return " ".join(str(error).split())[:most]
+
+
 def did_you_mean(given: str, known: Iterable[str], otherwise: str, most: int = 3) -> str:
     """The remedy for a name that is not known: those that are near to it, best first.
 

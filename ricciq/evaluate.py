@@ -140,8 +140,8 @@ def evaluate(
         for name, answers in logits.items():
             if not answers.isfinite().all():
                 raise DivergedError(
-                    f"the {name} model answers with NaN or infinite numbers; check its checkpoint, "
-                    "or lower --lr if it was in training"
+                    f"the {name} model answers with NaN or infinite numbers; check its weights, "
+                    "or lower --lr if they were just trained"
                 )
         samples += len(targets)
         for name, tally in tallies.items():

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ricciq.errors import DataError
+from ricciq.errors import DataError, on_one_line
 from ricciq.network import is_network_forbidden
 from ricciq.pictures import EncodedPictures, Indices, Parts
 
@@ -62,7 +62,7 @@ def open_hub(name: str, cache: Path | None) -> Parts:
                 f"data 'hfds/{name}' would be downloaded, which --offline or HF_HUB_OFFLINE "
                 "forbids: start once without it, or give the folder of a copy as in hfds/./pets"
             ) from None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(". ")
+        reason = on_one_line(f"{type(error).__name__}: {error}", 200).rstrip(". ")
         raise DataError(
             f"data 'hfds/{name}' cannot be loaded ({reason}): correct the name, connect to the "
             "network, or give the folder of a copy as in hfds/./pets"

@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from ricciq.errors import ModelError
+from ricciq.errors import ModelError, on_one_line
 from ricciq.modelfile import size_with_external_data
 from ricciq.quantizer import FLOAT_BITS
 from ricciq.runtime import open_session, session_metadata
@@ -138,7 +138,7 @@ def _load(path: Path) -> ir.Model:
         model = ir.load(path)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     except Exception as error:  # protobuf and onnx_ir raise many kinds
-        reason = " ".join(str(error).split())[:160]
+        reason = on_one_line(error)
         raise ModelError(
             f"{path} is no readable ONNX file ({reason}); give an intact one"
         ) from None

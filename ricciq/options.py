@@ -31,7 +31,7 @@ GradCheckpointing = Annotated[
     bool | None,
     typer.Option("--grad-checkpointing", help="Recompute activations, to save memory."),
 ]
-METHODS = "ricci, ste, ewgs, dsq, ede, lne or project"
+METHODS = "ricci, ste, ewgs, dsq, ede, lne, project or stochastic"
 Method = Annotated[
     str | None,
     typer.Option(help=f"{METHODS}.", autocompletion=completion.one_of(completion.method_names)),

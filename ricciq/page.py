@@ -83,12 +83,13 @@ def to_html(folder: RunFolder, report: Report) -> str:
             sensitivity=[_sensitivity_row(row) for row in read_csv(folder.sensitivity)],
             disagreements=Disagreements.load(folder.disagreements),
             thumbnail=THUMBNAIL,
-            most_bytes=max((layer.bytes for layer in report.layers), default=1),
-            bits={layer.name: _bits(layer.weight_bits) for layer in report.layers},
+            most_bytes=max([1, *(layer.bytes for layer in report.layers)]),
+            share_of_8=_share_of_8,
             recipe=folder.recipe.read_text(encoding="utf-8"),
             command=_command(folder, report),
         )
-    except (KeyError, ValueError, OSError) as error:
+    # Numbers beyond all bounds end in the arithmetic of a plot.
+    except (KeyError, ValueError, TypeError, ArithmeticError, OSError) as error:
         raise InputError(
             f"{folder.path} holds tables of a run that cannot be read ({error}); give a finished "
             "run as ricciq wrote it"
@@ -136,7 +137,7 @@ def _geometry_drawings(folder: RunFolder) -> list[Drawing]:
 
 
 def _drawing(figure: Figure, caption: str) -> Drawing:
-    return Drawing(Markup(as_svg(figure)), caption)  # matplotlib escapes its texts
+    return Drawing(Markup(as_svg(figure, caption)), caption)  # matplotlib escapes its texts
 
 
 def _sensitivity_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +146,10 @@ def _sensitivity_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"layer": row["layer"], "bits": row["bits"], "nats": widths}
 
 
-def _bits(weight_bits: int | str) -> float:
-    return _TERNARY_BITS if isinstance(weight_bits, str) else weight_bits
+def _share_of_8(bits: int | str) -> float:
+    """How long a bar for a width is, percent; float is none."""
+    number = _TERNARY_BITS if isinstance(bits, str) else bits
+    return 100 * number / 8 if number <= 8 else 0.0
 
 
 def _command(folder: RunFolder, report: Report) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,6 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ricciq.checkpoint import write_atomically
 
+FEW_EPOCHS = 30
+"""Up to so many are marked on their lines; marks of more would weigh megabytes on a page."""
 COSINE = "cosine of gradient and corrected gradient"
 
 
@@ -170,11 +174,12 @@ def _decay_lines(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _layer_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
-    for name in dict.fromkeys(row["layer"] for row in rows):
-        mine = [row for row in rows if row["layer"] == name]
-        epochs = [int(row["epoch"]) for row in mine]
-        values = [float(row[column]) for row in mine]
-        axes.plot(epochs, values, marker=".", color="tab:orange", alpha=0.5)
+    layers: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        layers.setdefault(row["layer"], []).append((int(row["epoch"]), float(row[column])))
+    for points in layers.values():
+        marker = "." if len(points) <= FEW_EPOCHS else ""
+        axes.plot(*zip(*points, strict=True), marker=marker, color="tab:red", alpha=0.6)
     axes.set_ylabel(label)
     _epochs_below(axes)
 
@@ -191,15 +196,20 @@ def write_png(figure: Figure, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def as_svg(figure: Figure) -> str:
+def as_svg(figure: Figure, label: str) -> str:
     """The drawing as an SVG element for a page, whose colour its black becomes.
 
     Texts stay texts, so that they can be searched, and the same figure gives the same element.
+
+    Args:
+        figure: what is drawn.
+        label: what it shows, for those who cannot see it; of no other figure of the page.
     """
     content = StringIO()
-    with rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "ricciq", "font.family": "sans-serif"}
-    ):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     text = content.getvalue()
-    return text[text.index("<svg") :].replace("#000000", "currentColor")
+    element = text[text.index("<svg") :].replace("#000000", "currentColor")
+    # matplotlib numbers the groups of every figure alike; what is referred to has salted names.
+    element = re.sub(r' id="\w+_\d+"', "", element)
+    return element.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-from ricciq.errors import RecipeError, did_you_mean
+from ricciq.errors import RecipeError, did_you_mean, on_one_line
 from ricciq.preprocessing import LARGEST_SIDE, Augmentation
 
 if TYPE_CHECKING:
@@ -71,10 +71,17 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    # PyYAML lets through what int() and date() raise, None where a !!timestamp is none, and a key
-    # that is missing where a !!bool is none.
-    except (ValueError, AttributeError, KeyError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    # PyYAML lets through what int(), float() and date() raise, None where a !!timestamp is none, a
+    # key that is missing where a !!bool is none, and an index where an !!int is empty.
+    except (
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        yaml.YAMLError,
+        RecursionError,
+    ) as error:
+        raise ValueError(on_one_line(error)) from None
 
 
 class Section(BaseModel):

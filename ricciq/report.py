@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.markup import escape
 
 from ricciq.checkpoint import write_atomically
-from ricciq.errors import InputError
+from ricciq.errors import InputError, on_one_line
 from ricciq.tables import FittingTable
 
 
@@ -50,7 +50,7 @@ class Size(_Part):
 
     float_bytes: int
     onnx_bytes: int
-    ratio: float
+    ratio: float = Field(gt=0)
 
 
 class LatencyReport(_Part):
@@ -58,7 +58,7 @@ class LatencyReport(_Part):
 
     float_ms: float
     onnx_ms: float
-    speedup: float
+    speedup: float = Field(gt=0)
     threads: int
     batch: int
 
@@ -90,6 +90,12 @@ class GeometryReport(_Part):
     perturbation_end: float | None = None
     decay: float | None = None
     mismatch_cosine: float | None = None
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if len({value is None for _, value in self}) > 1:
+            raise ValueError("some numbers of the geometry are missing")
+        return self
 
 
 class TrainingReport(_Part):
@@ -189,5 +195,5 @@ def load_report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = on_one_line(error)
         raise InputError(f"{path} is no report of a run ({reason}); give a finished run") from None

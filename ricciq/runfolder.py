@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from ricciq.checkpoint import write_atomically
-from ricciq.errors import InputError, RecipeError, UsageError
+from ricciq.errors import InputError, RecipeError, UsageError, on_one_line
 from ricciq.recipe import Recipe
 
 RUNS = Path("runs")
@@ -82,7 +82,7 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             raise UsageError(
-                f"{self.path} is in use by another run; wait for it or choose another --output"
+                f"{self.path} is in use by another run; wait for it or choose another folder"
             ) from None
         except OSError as error:
             raise UsageError(
@@ -258,7 +258,7 @@ def read_csv(
             raise ValueError("its rows are not alike")
         return [row | {key: kind(row[key]) for key, kind in kinds.items()} for row in rows]
     except (OSError, csv.Error, KeyError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = on_one_line(f"{type(error).__name__}: {error}")
         raise InputError(
             f"{path} is no table that a run wrote ({reason}); restore it, or start again with "
             "--overwrite"

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ricciq.errors import ModelError
+from ricciq.errors import ModelError, on_one_line
 from ricciq.modelfile import read_model_file
 
 METADATA_KEY = "ricciq"
@@ -167,7 +167,7 @@ def run_session(
 
 def _reason(error: Exception) -> str:
     """What onnxruntime says, without where in its sources it says so."""
-    text = " ".join(str(error).split())
+    text = on_one_line(error)
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"^Load model from .*? failed:", "", text)
     return _shortened(re.sub(r"/onnxruntime_src/\S+ .*?\) ", "", text))

@@ -25,6 +25,7 @@ from ricciq.errors import (
     ModelError,
     RecipeError,
     UsageError,
+    on_one_line,
 )
 from ricciq.evaluate import Predict, evaluate
 from ricciq.export import accuracy_in_onnx, export_onnx, stored_in_onnx
@@ -73,7 +74,7 @@ def rebuild(path: Path) -> Rebuilt:
         )
         model = convert(loaded.model, plan, recipe.quantization.kinds)
     except (KeyError, ValueError, RecipeError, ModelError) as error:
-        reason = " ".join(str(error).split())
+        reason = on_one_line(error)
         raise CheckpointError(
             f"{file} does not say how to rebuild its model ({reason}); give a run's "
             "best.safetensors"
@@ -207,7 +208,8 @@ def export_run(
     Raises:
         CheckpointError: the run has no usable best.safetensors.
         InputError: its report.json is damaged.
-        UsageError: the run's folder is in use, or the checkpoint is in none and `output` is None.
+        UsageError: the run's folder is in use, the checkpoint is in none and `output` is None, or
+            the folder of `output` does not exist.
     """
     trained = rebuild(path)
     model = deploy(trained.model)
@@ -220,6 +222,8 @@ def export_run(
     if output is None and not folder.is_ours:
         raise UsageError(f"{path} lies in no folder of a run; give --output and the file to write")
     written = output or (folder.onnx_in_float if as_float else folder.onnx)
+    if not os.path.isdir(written.parent):
+        raise UsageError(f"there is no folder {written.parent}; make it or give another --output")
     if dry_run:
         return written
     with nullcontext() if output else folder.locked():
@@ -298,7 +302,8 @@ def evaluate_target(
     try:
         metrics = evaluate(predictors, batches, "target" if reference is None else "reference")
     except DivergedError as error:
-        raise ModelError(f"{path} cannot be evaluated: {error}") from None
+        both = path if reference is None else f"{path} with --reference {reference}"
+        raise ModelError(f"{both} cannot be evaluated: {error}") from None
     picture = torch.zeros(1, *target.preprocessing.input_size)
     with torch.inference_mode():
         latency = interleave({name: partial(p, picture) for name, p in predictors.items()})

@@ -62,7 +62,12 @@ def test_a_copy_goes_where_it_is_asked_and_replaces_nothing_unasked(tmp_path):
     assert (tmp_path / "folder" / "fashion-low.yaml").read_bytes() == source
     refused = ricciq("recipes", "cp", "fashion-low", "no/such/folder/x.yaml")
     assert refused.code == 2
-    assert "no/such/folder/x.yaml cannot be written" in refused.err
+    assert "there is no folder no/such/folder; make it" in refused.err
+    for target in ("x" * 300, "y" * 5000 + ".yaml"):
+        assert ricciq("recipes", "cp", "fashion-low", target).code == 2
+    (tmp_path / "none.yaml").write_bytes(b"\xff\x00")
+    assert ricciq("recipes", "cp", "none.yaml", "z.yaml").code == 2
+    assert not (tmp_path / "z.yaml").exists()
 
 
 def test_all_recipes_are_checked_and_a_bad_one_is_told(tmp_path):
@@ -70,6 +75,8 @@ def test_all_recipes_are_checked_and_a_bad_one_is_told(tmp_path):
     (tmp_path / "key.yaml").write_text("training: {epoch: 3}\n")
     (tmp_path / "method.yaml").write_text("method: {name: dsq, rho: 0.5}\n")
     (tmp_path / "opt.yaml").write_text("training: {opt: sgdd}\n")
+    (tmp_path / "aa.yaml").write_text("data: {augmentation: {auto_augment: nope}}\n")
+    assert ricciq("recipes", "check", "aa.yaml").code == 2
     answer = ricciq(
         "recipes", "check", "key.yaml", "digits-float", "method.yaml", "opt.yaml", "none"
     )

@@ -79,7 +79,7 @@ def test_a_full_disk_a_locked_folder_and_little_memory_are_told(monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Disk(64e6, 0, 64e6))
     memory = psutil.virtual_memory()._replace(available=1_000_000_000)
-    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     told = " ".join(whats())
     for words in ("cannot be written (Permission denied)", "0.06 GB are free", "1.00 GB of memory"):
         assert words in told

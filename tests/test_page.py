@@ -14,7 +14,7 @@ import pytest
 from command import ricciq
 
 from ricciq.report import load_report
-from ricciq.runfolder import RunFolder
+from ricciq.runfolder import RunFolder, read_csv, write_csv
 
 JOB = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "auto:2.5", "--epochs", "2"]
 SECTIONS = {
@@ -142,6 +142,50 @@ def test_damaged_tables_are_named_and_nothing_is_written(
     assert str(copied.path) in answer.err
     assert len(answer.err.splitlines()) == 1
     assert copied.page.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("size", "ratio", 0),
+        ("latency", "speedup", 0),
+        ("geometry", "perturbation_start", None),
+        ("geometry", "mismatch_cosine", None),
+    ],
+)
+def test_a_report_with_numbers_that_cannot_be_is_refused(
+    copied: RunFolder, part: str, key: str, value: float | None
+) -> None:
+    report = json.loads(copied.report.read_text())
+    report[part][key] = value
+    copied.report.write_text(json.dumps(report))
+    answer = ricciq("report", copied.path)
+    assert (answer.code, len(answer.err.splitlines())) == (3, 1), answer.err
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value"),
+    [
+        ("decay", "time", "-1e300"),
+        ("summary", "epoch", "1" + "0" * 400),
+        ("geometry", "epoch", "1" + "0" * 400),
+    ],
+)
+def test_tables_with_numbers_beyond_all_bounds_are_refused(
+    copied: RunFolder, name: str, column: str, value: str
+) -> None:
+    rows = read_csv(getattr(copied, name))
+    write_csv(getattr(copied, name), [{**row, column: value} for row in rows])
+    answer = ricciq("report", copied.path)
+    assert (answer.code, len(answer.err.splitlines())) == (3, 1), answer.err
+
+
+def test_a_page_of_many_layers_and_epochs_stays_small(copied: RunFolder) -> None:
+    rows = read_csv(copied.geometry)[:1]
+    many = [{**rows[0], "epoch": e, "layer": f"layer{n}"} for n in range(60) for e in range(1, 101)]
+    write_csv(copied.geometry, many)
+    assert ricciq("report", copied.path).code == 0
+    assert copied.page.stat().st_size < 1_500_000
 
 
 def test_an_old_run_without_the_newer_files_has_a_page(copied: RunFolder) -> None:
