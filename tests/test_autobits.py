@@ -16,7 +16,7 @@ import torch
 from command import Answer, ricciq
 from torch import Tensor, nn
 
-from ricciq import autobits, cli, pipeline
+from ricciq import autobits, pipeline, request
 from ricciq.allocation import Overhead, allocate, average_bits
 from ricciq.autobits import with_chosen_bits
 from ricciq.errors import RecipeError, UsageError
@@ -417,7 +417,9 @@ def quantization(tmp_path: Path, *flags: str | None) -> dict[str, Any]:
     file = tmp_path / "auto.yaml"
     file.write_text("quantization: {weight_bits: auto, average_bits: 2.5, act_bits: 5}\n")
     given = (*flags, *[None] * (4 - len(flags)))
-    recipe, _ = cli._recipe("digits_resnet8", None, str(file), given, {"data.name": "digits"})
+    recipe, _ = request.requested_recipe(
+        "digits_resnet8", None, str(file), given, {"data.name": "digits"}
+    )
     return recipe.quantization.model_dump(
         include={"weight_bits", "average_bits", "max_bytes", "act_bits"}
     )
