@@ -63,13 +63,18 @@ def relabelled(rows: list[Row], judged_by: str) -> list[Row]:
     return [row | {"top1": row[judged_by]} for row in rows]
 
 
+def taught(teacher: str) -> str:
+    """What to say of the float model's share of the loss, where it is not all of it."""
+    usual = {"True": "", "False": ", without a teacher"}
+    return usual.get(teacher, f", the teacher's share {teacher}")
+
+
 def print_across(found: dict[tuple[str, ...], list[Row]]) -> None:
     """A row for each method and recipe, a column for each setting."""
     settings = list(dict.fromkeys(key[0] for key in found))
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for (setting, opt, lr, _, _, teacher, _, _), methods in found.items():
-        shares = {"True": "", "False": ", without a teacher"}
-        recipe = shares.get(teacher, f", the teacher's share {teacher}")
+        recipe = taught(teacher)
         recipe += "" if opt == "adamw" else f", {opt} {lr}"
         for both in methods:
             other = both["top1"][1]
@@ -100,7 +105,8 @@ def main() -> None:
         for both in methods:
             (first, other), (_, loss) = both["top1"], both["loss"]
             print(
-                f"| {key[0]} | {key[1]} {float(key[2]):g} x {key[-1]} | {other['method']} "
+                f"| {key[0]}{taught(key[5])} "
+                f"| {key[1]} {float(key[2]):g} x {key[-1]} | {other['method']} "
                 f"| {other['seeds']} | {first['mean']:.2f} ± {first['std']:.2f} "
                 f"| {other['mean']:.2f} ± {other['std']:.2f} "
                 f"| {other['difference']:+.2f} [{other['low']:+.2f}, {other['high']:+.2f}] "
