@@ -58,8 +58,9 @@ def write_pages(folder: RunFolder, report: Report) -> None:
     Raises:
         InputError: something the run wrote beside its report is damaged.
     """
+    page = to_html(folder, report)  # if it cannot be made, both stay as they are
     write_atomically(folder.report_markdown, to_markdown(report))
-    write_atomically(folder.page, to_html(folder, report))
+    write_atomically(folder.page, page)
 
 
 def to_markdown(report: Report) -> str:

@@ -100,8 +100,10 @@ def draw_epochs(
     """
     figure, axes = _small_figure()
     epochs = [int(row["epoch"]) for row in rows]
-    for name, column in columns.items():
-        axes.plot(epochs, [float(row[column]) for row in rows], marker=".", label=name)
+    # Colours that can be told from white and from black.
+    for color, (name, column) in zip(("tab:blue", "tab:red"), columns.items(), strict=False):
+        values = [float(row[column]) for row in rows]
+        axes.plot(epochs, values, marker=".", label=name, color=color)
     axes.set_ylabel(label)
     _epochs_below(axes)
     axes.legend(frameon=False)
