@@ -262,7 +262,7 @@ def _read_row(path: Path) -> Row:
         if not (isinstance(row["diverged"], bool) and all(map(math.isfinite, numbers))):
             raise ValueError("numbers that are none")
     except (OSError, KeyError, TypeError, ValueError) as error:
-        reason = on_one_line(error)
+        reason = on_one_line(error, 160)
         raise InputError(
             f"{path} is no result of a run ({reason}); remove it to repeat the run"
         ) from None

@@ -63,7 +63,7 @@ class Disagreements(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            reason = on_one_line(error)
+            reason = on_one_line(error, 160)
             raise InputError(
                 f"{path} holds no examples of a run ({reason}); remove it, and the page goes "
                 "without them"

@@ -72,7 +72,7 @@ def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
         except metadata.PackageNotFoundError:
             yield Problem(f"{package} is not installed", remedy, essential=True)
         except Exception as error:  # a broken library raises whatever it likes
-            reason = on_one_line(error)
+            reason = on_one_line(error, 160)
             if package == "torchvision":
                 remedy = f"install the torchvision that goes with torch {versions.get('torch')}"
             what = f"{package} {versions[package]} does not import ({reason})"

@@ -72,8 +72,8 @@ class InterruptedRunError(RicciqError):
     exit_code = 130
 
 
-def on_one_line(error: object, most: int = 160) -> str:
-    """What an error of a library says, as part of a sentence."""
+def on_one_line(error: object, most: int | None = None) -> str:
+    """What an error of a library says, as part of a sentence: so many letters of it, or all."""
     return " ".join(str(error).split())[:most]
 
 

@@ -138,7 +138,7 @@ def _load(path: Path) -> ir.Model:
         model = ir.load(path)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     except Exception as error:  # protobuf and onnx_ir raise many kinds
-        reason = on_one_line(error)
+        reason = on_one_line(error, 160)
         raise ModelError(
             f"{path} is no readable ONNX file ({reason}); give an intact one"
         ) from None

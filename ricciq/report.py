@@ -195,5 +195,5 @@ def load_report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = on_one_line(error)
+        reason = on_one_line(error, 160)
         raise InputError(f"{path} is no report of a run ({reason}); give a finished run") from None

@@ -258,7 +258,7 @@ def read_csv(
             raise ValueError("its rows are not alike")
         return [row | {key: kind(row[key]) for key, kind in kinds.items()} for row in rows]
     except (OSError, csv.Error, KeyError, ValueError) as error:
-        reason = on_one_line(f"{type(error).__name__}: {error}")
+        reason = on_one_line(f"{type(error).__name__}: {error}", 160)
         raise InputError(
             f"{path} is no table that a run wrote ({reason}); restore it, or start again with "
             "--overwrite"
