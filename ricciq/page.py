@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +14,12 @@ from matplotlib.figure import Figure
 from ricciq.checkpoint import write_atomically
 from ricciq.disagreements import THUMBNAIL, Disagreements
 from ricciq.errors import InputError
+from ricciq.grids import count_codes
 from ricciq.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
 from ricciq.report import Report, load_report
 from ricciq.runfolder import RunFolder, read_csv
 
-_TERNARY_BITS = 1.585
-"""log2 of 3, to draw a bar for."""
+_TERNARY_BITS = math.log2(count_codes("ternary"))
 
 
 class Drawing(NamedTuple):

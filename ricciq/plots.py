@@ -158,11 +158,19 @@ def _small_figure() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _decay_lines(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _by_layer(
+    rows: Sequence[Mapping[str, Any]], x: str, y: str, kind: type[int] | type[float] = float
+) -> list[list[tuple[float, float]]]:
+    """Two columns as points, the first of this kind, a list a layer, in the order of the rows."""
     layers: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        layers.setdefault(row["layer"], []).append((float(row["time"]), float(row["norm"])))
-    drawn = [points for points in layers.values() if min(norm for _, norm in points) > 0]
+        layers.setdefault(row["layer"], []).append((kind(row[x]), float(row[y])))
+    return list(layers.values())
+
+
+def _decay_lines(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    layers = _by_layer(rows, "time", "norm")
+    drawn = [points for points in layers if min(norm for _, norm in points) > 0]
     for points in drawn:
         axes.semilogy(*zip(*points, strict=True), color="tab:blue", alpha=0.4)
     if drawn:
@@ -176,10 +184,7 @@ def _decay_lines(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _layer_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
-    layers: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        layers.setdefault(row["layer"], []).append((int(row["epoch"]), float(row[column])))
-    for points in layers.values():
+    for points in _by_layer(rows, "epoch", column, int):
         marker = "." if len(points) <= FEW_EPOCHS else ""
         axes.plot(*zip(*points, strict=True), marker=marker, color="tab:red", alpha=0.6)
     axes.set_ylabel(label)
