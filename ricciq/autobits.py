@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from ricciq.allocation import Overhead, allocate, average_bits
@@ -24,33 +23,78 @@ from ricciq.plots import draw_sensitivity, write_png
 from ricciq.preparation import Job
 from ricciq.quantizer import ActivationQuantizer
 from ricciq.runfolder import RunFolder, read_csv, write_csv
-from ricciq.sensitivity import Sensitivity, measure_sensitivity
+from ricciq.sensitivity import Sensitivity, measure_sensitivity, widths_of
 from ricciq.tables import as_text, sensitivity_table
 
 PICTURES = 512
 """How many are shown to the network for each layer and width."""
+FEW = 8
+"""What gives a file that is only weighed its steps."""
 SPARE = 1000
 """Bytes left for what a file is told after training: its accuracy."""
 
 
-def with_chosen_bits(
-    job: Job, journal: Journal, folder: RunFolder | None = None, resume: bool = False
-) -> Job:
-    """Replace the widths of a plan by those that the recipe's budget allows; others stay.
+class Budget(NamedTuple):
+    """What the weights between the first and the last layer may take.
 
-    The first and the last layer keep the recipe's ``edge_bits``, as they do with any ``--bits``.
+    Attributes:
+        bits: all of them together, with what a file has beside their codes.
+        overhead: that, by width; None where only the weights count.
+    """
+
+    bits: float
+    overhead: Overhead | None = None
+
+
+def find_budget(job: Job) -> Budget | None:
+    """What a recipe lets layers share, known before anything is measured; None: it gives bits.
 
     Args:
         job: from `prepare`, its model still float.
-        journal: where the choice is shown.
-        folder: receives sensitivity.csv and its plot.
-        resume: take what is there from before.
 
     Raises:
         UsageError: the budget is too small, or there is no layer between the first and the last.
     """
     wanted = job.recipe.quantization
     if wanted.weight_bits != "auto":
+        return None
+    weights = {
+        layer.name: job.model.get_submodule(layer.name).get_parameter("weight").numel()
+        for layer in job.plan.layers[1:-1]
+    }
+    if not weights:
+        raise UsageError(
+            f"{job.recipe.model.name} has no layer between the first and the last to find bits "
+            "for; give --bits a number"
+        )
+    if wanted.max_bytes is None:
+        assert wanted.average_bits is not None
+        return Budget(wanted.average_bits * sum(weights.values()))
+    return _weighed(job, weights, wanted.max_bytes)
+
+
+def with_chosen_bits(
+    job: Job,
+    budget: Budget | None,
+    journal: Journal,
+    folder: RunFolder | None = None,
+    resume: bool = False,
+) -> Job:
+    """Replace the widths of a plan by those that a budget is spent on best; others stay.
+
+    The first and the last layer keep the recipe's ``edge_bits``, as they do with any ``--bits``.
+
+    Args:
+        job: from `prepare`, its model still float.
+        budget: from `find_budget`.
+        journal: where the choice is shown.
+        folder: receives sensitivity.csv and its plot.
+        resume: take what is there from before.
+
+    Raises:
+        UsageError: no choice of widths makes a file that is small enough.
+    """
+    if budget is None:
         return job
     if (
         resume
@@ -59,19 +103,14 @@ def with_chosen_bits(
     ):
         return job._replace(plan=_planned(job.plan, {r["layer"]: r["bits"] for r in rows}))
     names = [layer.name for layer in job.plan.layers[1:-1]]
-    if not names:
-        raise UsageError(
-            f"{job.recipe.model.name} has no layer between the first and the last to find bits "
-            "for; give --bits a number"
-        )
+    wanted = job.recipe.quantization
     pictures = list(job.calibration_images(most=PICTURES))
     found = measure_sensitivity(job.model, job.plan, names, wanted.kinds, pictures, journal)
-    weights = sum(layer.parameters for layer in found)
-    if wanted.max_bytes is None:
-        assert wanted.average_bits is not None
-        chosen = allocate(found, wanted.average_bits * weights)
-    else:
-        chosen = _within(job, found, wanted.max_bytes, pictures[0][:8])
+    chosen = allocate(found, *budget)
+    if wanted.max_bytes is not None:
+        while (over := _size(job, _deployed(job, chosen)) - wanted.max_bytes) > 0:
+            budget = budget._replace(bits=budget.bits - 8.0 * over)  # names differ in length
+            chosen = allocate(found, *budget)
     rows = _rows(found, chosen)
     journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
     if folder is not None:
@@ -88,26 +127,23 @@ def _planned(plan: Plan, chosen: Mapping[str, int]) -> Plan:
     return replace(plan, layers=layers)
 
 
-def _within(
-    job: Job, found: list[Sensitivity], max_bytes: int, few: torch.Tensor
-) -> dict[str, int]:
-    """The best widths whose file, written and weighed, is small enough.
+def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
+    """What a file of that size leaves to the weights, from files that are written and weighed.
 
     Args:
-        job: as for `with_chosen_bits`.
-        found: what the widths cost.
+        job: as for `find_budget`.
+        weights: how many each layer has.
         max_bytes: of the ONNX file.
-        few: (B, C, H, W) pictures.
 
     Raises:
-        UsageError: none is.
+        UsageError: it is too small for the fewest bits.
     """
-    weights = sum(layer.parameters for layer in found)
+    whole = sum(weights.values())
     once: dict[int, float] = {}
     planes: dict[int, int] = {}
     rest: dict[int, float] = {}  # by the number of planes that codes are packed into
-    for bits in found[0].divergence:
-        deployed = _deployed(job, {layer.name: bits for layer in found}, few)
+    for bits in widths_of(job.recipe.quantization.kinds):
+        deployed = _deployed(job, dict.fromkeys(weights, bits))
         packed = [m for m in deployed.modules() if isinstance(m, DeployedWeight)]
         # What undoes the packing; equal tables are stored once.
         tables = {
@@ -115,33 +151,24 @@ def _within(
         }
         once[bits], planes[bits] = 8.0 * sum(map(len, tables)), max(m.planes for m in packed)
         if planes[bits] not in rest:
-            rest[planes[bits]] = 8.0 * _size(job, deployed) - weights * bits - once[bits]
+            rest[planes[bits]] = 8.0 * _size(job, deployed) - whole * bits - once[bits]
     common = min(rest.values())
-    each = {bits: (rest[planes[bits]] - common) / len(found) for bits in planes}
-    budget = 8.0 * max_bytes - common
-    while True:
-        try:
-            chosen = allocate(found, budget, Overhead(each, once))
-        except UsageError:
-            least = common + min(
-                weights * bits + len(found) * each[bits] + once[bits] for bits in each
-            )
-            raise UsageError(
-                f"max_bytes {max_bytes} is too small for {job.recipe.model.name}, whose file "
-                f"takes about {least / 8:.0f} bytes with the fewest bits there are; give more"
-            ) from None
-        over = _size(job, _deployed(job, chosen, few)) - max_bytes
-        if over <= 0:
-            return chosen
-        budget -= 8.0 * over  # layers' names differ in length
+    each = {bits: (rest[planes[bits]] - common) / len(weights) for bits in planes}
+    least = common + min(whole * bits + len(weights) * each[bits] + once[bits] for bits in each)
+    if 8.0 * max_bytes < least:
+        raise UsageError(
+            f"max_bytes {max_bytes} is too small for {job.recipe.model.name}, whose file takes "
+            f"about {least / 8:.0f} bytes with the fewest bits there are; give more"
+        )
+    return Budget(8.0 * max_bytes - common, Overhead(each, once))
 
 
-def _deployed(job: Job, chosen: Mapping[str, int], few: torch.Tensor) -> nn.Module:
+def _deployed(job: Job, chosen: Mapping[str, int]) -> nn.Module:
     """The network as it is exported, untrained."""
     net = convert(
         copy.deepcopy(job.model), _planned(job.plan, chosen), job.recipe.quantization.kinds
     )
-    calibrate(net, [few])
+    calibrate(net, job.calibration_images(most=FEW))
     steps = (m.log_scale for m in net.modules() if isinstance(m, ActivationQuantizer))
     for number, step in enumerate(steps):  # equal ones would be one in the file
         step.data += number / 1000

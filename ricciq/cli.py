@@ -137,7 +137,7 @@ def quantize(
         on = preparation.choose_device(merged.device)
         found = merged.quantization.weight_bits == "auto"  # by what the weights are like
         job = preparation.prepare(merged, on, journal, weights=found)
-        job = autobits.with_chosen_bits(job, journal)
+        job = autobits.with_chosen_bits(job, autobits.find_budget(job), journal)
         if _is_first():
             show({**preparation.describe(job), "dry_run": True}, as_json, plan_table, quiet)
         return

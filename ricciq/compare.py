@@ -17,7 +17,7 @@ import torch
 from pydantic import TypeAdapter
 from scipy import stats
 
-from ricciq.autobits import with_chosen_bits
+from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.checkpoint import write_atomically
 from ricciq.data import open_data
 from ricciq.deployment import deploy
@@ -276,11 +276,12 @@ def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: J
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
         take_answers(job)
+        budget = find_budget(job)
         resume = folder.is_ours and folder.load_recipe() == recipe
         if not resume:
             folder.begin(recipe)
         try:
-            job = with_chosen_bits(job, journal, folder, resume)
+            job = with_chosen_bits(job, budget, journal, folder, resume)
             done = train(job, folder, resume=resume, journal=journal)
         except DivergedError as error:
             journal.say(f"{folder.path.name} diverged: {error}")

@@ -13,7 +13,7 @@ from statistics import fmean
 import torch
 
 from ricciq import __version__
-from ricciq.autobits import with_chosen_bits
+from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.bench import Latency, measure_latency
 from ricciq.calibration import calibrate
 from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
@@ -94,6 +94,7 @@ def run(
         float_model = job.model.eval()
         in_float = Guesses(lambda images: float_model(images.to(device)))
         reference = world.from_first(lambda: _check_validation(job, in_float, journal))
+        budget = world.from_first(lambda: find_budget(job))
         with ExitStack() as held:
 
             def begin() -> None:
@@ -107,7 +108,7 @@ def run(
             world.from_first(begin)
             try:
                 chosen = world.from_first(
-                    lambda: with_chosen_bits(job, journal, folder, resume).plan
+                    lambda: with_chosen_bits(job, budget, journal, folder, resume).plan
                 )
                 job = job._replace(plan=chosen)
                 world.from_first(lambda: _export_float(job, folder))

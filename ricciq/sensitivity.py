@@ -50,7 +50,7 @@ def measure_sensitivity(
         model: the float model; stays as it is.
         plan: what becomes discrete in it.
         names: which layers to measure.
-        kinds: which quantizers; a codebook takes 1, 2, 4 and 8 bits only.
+        kinds: which quantizers.
         batches: (B, C, H, W) calibration pictures on the model's device.
         journal: where progress is shown.
 
@@ -58,7 +58,7 @@ def measure_sensitivity(
         For each layer the mean Kullback-Leibler divergence of the answers from the float model's:
         what distillation starts from, and what ZeroQ measures (Cai et al. 2020, arXiv 2001.00281).
     """
-    widths = [b for b in WIDTHS if kinds.weights != "codebook" or b == 8 or b in CODEBOOK_WIDTHS]
+    widths = widths_of(kinds)
     net = convert(copy.deepcopy(model), plan, kinds)
     layers = list(quantized_layers(net).values())
     for module in net.modules():
@@ -82,6 +82,11 @@ def measure_sensitivity(
             _use(layer, standardize[layer])
             found.append(Sensitivity(name, layer.latent.numel(), divergence))
     return found
+
+
+def widths_of(kinds: Kinds) -> list[int]:
+    """Those that such quantizers have: a codebook takes 1, 2, 4 and 8 bits only."""
+    return [b for b in WIDTHS if kinds.weights != "codebook" or b == 8 or b in CODEBOOK_WIDTHS]
 
 
 def _ignore(x: Tensor) -> None:

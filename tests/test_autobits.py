@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ricciq import autobits, pipeline, request
 from ricciq.allocation import Overhead, allocate, average_bits
-from ricciq.autobits import with_chosen_bits
+from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.errors import RecipeError, UsageError
 from ricciq.inspection import inspect_onnx
 from ricciq.journal import Journal
@@ -296,11 +296,12 @@ def widths_of(job: Job) -> list[int | str]:
 def test_a_recipe_with_a_width_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autobits, "measure_sensitivity", None)
     job = job_of({"quantization.weight_bits": 3, "quantization.average_bits": None})
-    assert with_chosen_bits(job, Journal()) is job
+    assert find_budget(job) is None
+    assert with_chosen_bits(job, None, Journal()) is job
 
 
 def test_only_the_widths_of_weights_between_the_ends_are_replaced(job: Job) -> None:
-    chosen = with_chosen_bits(job, Journal())
+    chosen = with_chosen_bits(job, find_budget(job), Journal())
     assert widths_of(job) == [8] * 10
     assert widths_of(chosen)[:: len(job.plan.layers) - 1] == [8, 8]
     assert len(set(widths_of(chosen)[1:-1])) > 1
@@ -310,7 +311,8 @@ def test_only_the_widths_of_weights_between_the_ends_are_replaced(job: Job) -> N
 
 
 def test_a_codebook_gets_widths_that_it_has() -> None:
-    found = with_chosen_bits(job_of({"quantization.weight_quantizer": "codebook"}), Journal())
+    job = job_of({"quantization.weight_quantizer": "codebook"})
+    found = with_chosen_bits(job, find_budget(job), Journal())
     assert set(widths_of(found)) <= {1, 2, 4, 8}
     assert len(set(widths_of(found)[1:-1])) > 1
 
@@ -318,7 +320,7 @@ def test_a_codebook_gets_widths_that_it_has() -> None:
 def test_a_network_of_two_layers_has_nothing_to_find_bits_for(job: Job) -> None:
     short = job._replace(plan=replace(job.plan, layers=job.plan.layers[:2]))
     with pytest.raises(UsageError, match=r"digits_resnet8 has no layer .* give --bits a number"):
-        with_chosen_bits(short, Journal())
+        find_budget(short)
 
 
 def test_a_dry_run_shows_the_bits_that_are_found(
@@ -568,7 +570,7 @@ def test_a_choice_whose_file_is_too_large_is_made_again_with_less(
     changes = {"average_bits": None, "max_bytes": LARGEST}
     job = job_of({f"quantization.{key}": value for key, value in changes.items()})
     job = job._replace(recipe=job.recipe.override({"data.train_samples": 256}))
-    chosen = with_chosen_bits(job, Journal())
+    chosen = with_chosen_bits(job, find_budget(job), Journal())
     assert next(left, None) is None  # it goes on until a file is small enough, and no longer
     rows = read_csv(RunFolder(sized.folder).sensitivity)
     weights = [int(row["parameters"]) for row in rows]
@@ -585,7 +587,8 @@ def test_a_file_too_small_for_any_widths_is_refused(
     monkeypatch.setattr(autobits, "_size", lambda *_: next(sizes))
     recipe = tmp_path / "short.yaml"
     recipe.write_text("data: {calibration_batches: 2}\n")
-    answer = ricciq(*QUANTIZE, "--max-bytes", "20kB", "--recipe", recipe, "--dry-run", "--json")
+    monkeypatch.setattr(autobits, "measure_sensitivity", None)  # it is known before hours of it
+    answer = ricciq(*QUANTIZE, "--max-bytes", "20kB", "--recipe", recipe, "--json")
     check_refusal(answer, "max_bytes 20000 is too small for digits_resnet8", "give more")
     least = int(answer.err.split("takes about ")[1].split(" bytes")[0])
     assert 20_000 < least == pytest.approx(min(sized.tried), abs=50)  # a bit each
