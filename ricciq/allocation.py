@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -65,13 +68,14 @@ def allocate(
     ]
 
     def best(objective: Array, allowed: Array, *more: LinearConstraint) -> Array | None:
-        found = milp(
-            objective * PRECISION,
-            integrality=np.ones(len(size)),
-            bounds=Bounds(0, allowed),
-            constraints=[*rules, *more],
-            options={"mip_rel_gap": 0.0},
-        )
+        with _silent():
+            found = milp(
+                objective * PRECISION,
+                integrality=np.ones(len(size)),
+                bounds=Bounds(0, allowed),
+                constraints=[*rules, *more],
+                options={"mip_rel_gap": 0.0},
+            )
         return None if found.x is None else found.x.round()
 
     taken = best(lost / max(lost.max(), TINY), np.ones(len(size)))
@@ -94,6 +98,25 @@ def allocate(
         taken = smaller
     places = taken[: count * kinds].reshape(count, kinds).argmax(1)
     return {layer.name: widths[n] for layer, n in zip(layers, places, strict=True)}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what the solver prints for its makers from standard output, where scripts read JSON.
+
+    It goes through C's buffer, which is written when the process ends if not before.
+    """
+    library = ctypes.CDLL("ucrtbase" if os.name == "nt" else None)
+    library.fflush(None)  # what others have printed
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+        library.fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def average_bits(layers: Sequence[Sensitivity], chosen: Mapping[str, int]) -> float:

@@ -6,6 +6,8 @@ import copy
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +172,25 @@ def test_a_budget_below_the_least_is_refused_and_the_least_itself_is_not() -> No
             allocate(layers, budget, overhead)
         assert f"{budget / 8:.0f} bytes are too few" in str(error.value)
         assert "with 1 bit each; give a larger budget" in str(error.value)
+
+
+def test_the_solver_prints_nothing() -> None:
+    """Which it does for some budgets, through a buffer that only the end of a process empties."""
+    code = """
+import random
+from ricciq.allocation import allocate
+from ricciq.sensitivity import WIDTHS, Sensitivity
+
+rng, layers = random.Random(14), []
+for n in range(20):
+    size = rng.choice([432, 2304, 4608, 9216])
+    lost = sorted((rng.random() ** 6 * 10 ** rng.uniform(-4, 0) for _ in WIDTHS), reverse=True)
+    layers.append(Sensitivity(f"layer{n}", size, dict(zip(WIDTHS, lost))))
+for bits in (2, 3, 4):
+    print(len(allocate(layers, bits * sum(layer.parameters for layer in layers))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (done.stdout.split(), done.stderr) == ([b"20"] * 3, b"")
 
 
 def test_the_average_counts_weights() -> None:
