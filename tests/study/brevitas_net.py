@@ -6,10 +6,11 @@ Needs Brevitas; `ricciq.nets` is all it shares with ricciq.
 from __future__ import annotations
 
 from brevitas import nn as qnn
-from brevitas.inject.enum import ScalingImplType
+from brevitas.inject.enum import ScalingImplType, ScalingPerOutputType, StatsOp
 from brevitas.quant import (
     Int8ActPerTensorFloat,
     Int8WeightPerChannelFloatMSE,
+    SignedBinaryWeightPerTensorConst,
     Uint8ActPerTensorFloatMSE,
 )
 from torch import nn
@@ -23,6 +24,14 @@ class Weights(Int8WeightPerChannelFloatMSE):
 
     scaling_impl_type = ScalingImplType.PARAMETER_FROM_STATS
     narrow_range = False
+
+
+class Signs(SignedBinaryWeightPerTensorConst):
+    """Weights of one bit: a learned step a channel that begins at the mean |w|, the least error."""
+
+    scaling_impl_type = ScalingImplType.PARAMETER_FROM_STATS
+    scaling_stats_op = StatsOp.AVE
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
 
 
 class Inputs(Uint8ActPerTensorFloatMSE):
@@ -44,7 +53,7 @@ def discretize(model: nn.Module, weight_bits: int, act_bits: int, edge_bits: int
     for place, (name, layer) in enumerate(layers):
         at_edge = place in (0, len(layers) - 1)
         quantizers = {
-            "weight_quant": Weights,
+            "weight_quant": Signs if weight_bits == 1 and not at_edge else Weights,
             "weight_bit_width": edge_bits if at_edge else weight_bits,
             "input_quant": Inputs if place else Pictures,
             "input_bit_width": edge_bits if at_edge else act_bits,
