@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,6 +22,7 @@ PRECISION = 1e3
 ALIKE = 1e-9
 """Relative difference of losses that decides nothing."""
 TINY = 1e-300
+_ALONE = threading.Lock()  # there is one standard output
 
 
 class Overhead(NamedTuple):
@@ -107,16 +109,21 @@ def _silent() -> Iterator[None]:
     It goes through C's buffer, which is written when the process ends if not before.
     """
     library = ctypes.CDLL("ucrtbase" if os.name == "nt" else None)
-    library.fflush(None)  # what others have printed
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-        library.fflush(None)
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+    with _ALONE:
+        library.fflush(None)  # what others have printed
+        try:
+            kept = os.dup(1)
+        except OSError:  # closed, so nothing can get there
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+            yield
+        finally:
+            library.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def average_bits(layers: Sequence[Sensitivity], chosen: Mapping[str, int]) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ricciq.allocation import Overhead, allocate, average_bits
@@ -29,7 +31,7 @@ from ricciq.tables import as_text, sensitivity_table
 PICTURES = 512
 """How many are shown to the network for each layer and width."""
 FEW = 8
-"""What gives a file that is only weighed its steps."""
+"""Pictures that give a file its steps where it is only weighed."""
 SPARE = 1000
 """Bytes left for what a file is told after training: its accuracy."""
 
@@ -40,17 +42,22 @@ class Budget(NamedTuple):
     Attributes:
         bits: all of them together, with what a file has beside their codes.
         overhead: that, by width; None where only the weights count.
+        smallest: the widths of the smallest file, where it is the file that counts; it fits.
+        chosen: the widths that a run found before it was stopped.
     """
 
-    bits: float
+    bits: float = 0.0
     overhead: Overhead | None = None
+    smallest: Mapping[str, int] | None = None
+    chosen: Mapping[str, int] | None = None
 
 
-def find_budget(job: Job) -> Budget | None:
+def find_budget(job: Job, resumed: RunFolder | None = None) -> Budget | None:
     """What a recipe lets layers share, known before anything is measured; None: it gives bits.
 
     Args:
         job: from `prepare`, its model still float.
+        resumed: a run that goes on; where it has found bits, they are kept.
 
     Raises:
         UsageError: the budget is too small, or there is no layer between the first and the last.
@@ -58,6 +65,8 @@ def find_budget(job: Job) -> Budget | None:
     wanted = job.recipe.quantization
     if wanted.weight_bits != "auto":
         return None
+    if resumed and (rows := read_csv(resumed.sensitivity, {"layer": str, "bits": int})):
+        return Budget(chosen={row["layer"]: row["bits"] for row in rows})
     weights = {
         layer.name: job.model.get_submodule(layer.name).get_parameter("weight").numel()
         for layer in job.plan.layers[1:-1]
@@ -74,11 +83,7 @@ def find_budget(job: Job) -> Budget | None:
 
 
 def with_chosen_bits(
-    job: Job,
-    budget: Budget | None,
-    journal: Journal,
-    folder: RunFolder | None = None,
-    resume: bool = False,
+    job: Job, budget: Budget | None, journal: Journal, folder: RunFolder | None = None
 ) -> Job:
     """Replace the widths of a plan by those that a budget is spent on best; others stay.
 
@@ -89,34 +94,40 @@ def with_chosen_bits(
         budget: from `find_budget`.
         journal: where the choice is shown.
         folder: receives sensitivity.csv and its plot.
-        resume: take what is there from before.
-
-    Raises:
-        UsageError: no choice of widths makes a file that is small enough.
     """
     if budget is None:
         return job
-    if (
-        resume
-        and folder is not None
-        and (rows := read_csv(folder.sensitivity, {"layer": str, "bits": int}))
-    ):
-        return job._replace(plan=_planned(job.plan, {r["layer"]: r["bits"] for r in rows}))
+    if budget.chosen is not None:
+        return job._replace(plan=_planned(job.plan, budget.chosen))
     names = [layer.name for layer in job.plan.layers[1:-1]]
-    wanted = job.recipe.quantization
+    kinds = job.recipe.quantization.kinds
     pictures = list(job.calibration_images(most=PICTURES))
-    found = measure_sensitivity(job.model, job.plan, names, wanted.kinds, pictures, journal)
-    chosen = allocate(found, *budget)
-    if wanted.max_bytes is not None:
-        while (over := _size(job, _deployed(job, chosen)) - wanted.max_bytes) > 0:
-            budget = budget._replace(bits=budget.bits - 8.0 * over)  # names differ in length
-            chosen = allocate(found, *budget)
+    found = measure_sensitivity(job.model, job.plan, names, kinds, pictures, journal)
+    chosen = _spent(job, found, budget)
     rows = _rows(found, chosen)
     journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
     if folder is not None:
         write_png(draw_sensitivity(rows), folder.sensitivity_plot)
         write_csv(folder.sensitivity, rows)
     return job._replace(plan=_planned(job.plan, chosen))
+
+
+def _spent(job: Job, found: Sequence[Sensitivity], budget: Budget) -> Mapping[str, int]:
+    """The best widths of a budget, whose file, where one was asked for, is small enough."""
+    largest = job.recipe.quantization.max_bytes
+    if largest is None:
+        return allocate(found, budget.bits)
+    assert budget.smallest is not None
+    bits, few = budget.bits, _few(job)
+    while True:
+        try:
+            chosen = allocate(found, bits, budget.overhead)
+        except UsageError:
+            return budget.smallest
+        over = _size(job, _deployed(job, chosen, few)) - largest
+        if over <= 0:
+            return chosen
+        bits -= 8.0 * over  # layers' names differ in length
 
 
 def _planned(plan: Plan, chosen: Mapping[str, int]) -> Plan:
@@ -138,12 +149,12 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
     Raises:
         UsageError: it is too small for the fewest bits.
     """
-    whole = sum(weights.values())
+    whole, few = sum(weights.values()), _few(job)
     once: dict[int, float] = {}
     planes: dict[int, int] = {}
     rest: dict[int, float] = {}  # by the number of planes that codes are packed into
     for bits in widths_of(job.recipe.quantization.kinds):
-        deployed = _deployed(job, dict.fromkeys(weights, bits))
+        deployed = _deployed(job, dict.fromkeys(weights, bits), few)
         packed = [m for m in deployed.modules() if isinstance(m, DeployedWeight)]
         # What undoes the packing; equal tables are stored once.
         tables = {
@@ -154,21 +165,28 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
             rest[planes[bits]] = 8.0 * _size(job, deployed) - whole * bits - once[bits]
     common = min(rest.values())
     each = {bits: (rest[planes[bits]] - common) / len(weights) for bits in planes}
-    least = common + min(whole * bits + len(weights) * each[bits] + once[bits] for bits in each)
-    if 8.0 * max_bytes < least:
+    overhead = Overhead(each, once)
+    alike = [Sensitivity(name, count, dict.fromkeys(each, 0.0)) for name, count in weights.items()]
+    smallest = allocate(alike, math.inf, overhead)  # of widths that lose as little
+    least = _size(job, _deployed(job, smallest, few))
+    if max_bytes < least:
         raise UsageError(
             f"max_bytes {max_bytes} is too small for {job.recipe.model.name}, whose file takes "
-            f"about {least / 8:.0f} bytes with the fewest bits there are; give more"
+            f"about {least} bytes with the fewest bits there are; give more"
         )
-    return Budget(8.0 * max_bytes - common, Overhead(each, once))
+    return Budget(8.0 * max_bytes - common, overhead, smallest)
 
 
-def _deployed(job: Job, chosen: Mapping[str, int]) -> nn.Module:
-    """The network as it is exported, untrained."""
+def _few(job: Job) -> list[torch.Tensor]:
+    return list(job.calibration_images(most=FEW))
+
+
+def _deployed(job: Job, chosen: Mapping[str, int], few: list[torch.Tensor]) -> nn.Module:
+    """The network as it is exported, untrained, calibrated on a few pictures."""
     net = convert(
         copy.deepcopy(job.model), _planned(job.plan, chosen), job.recipe.quantization.kinds
     )
-    calibrate(net, job.calibration_images(most=FEW))
+    calibrate(net, few)
     steps = (m.log_scale for m in net.modules() if isinstance(m, ActivationQuantizer))
     for number, step in enumerate(steps):  # equal ones would be one in the file
         step.data += number / 1000

@@ -276,12 +276,12 @@ def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: J
         torch.manual_seed(recipe.seed)
         job = prepare(recipe, device, journal)
         take_answers(job)
-        budget = find_budget(job)
         resume = folder.is_ours and folder.load_recipe() == recipe
+        budget = find_budget(job, folder if resume else None)
         if not resume:
             folder.begin(recipe)
         try:
-            job = with_chosen_bits(job, budget, journal, folder, resume)
+            job = with_chosen_bits(job, budget, journal, folder)
             done = train(job, folder, resume=resume, journal=journal)
         except DivergedError as error:
             journal.say(f"{folder.path.name} diverged: {error}")

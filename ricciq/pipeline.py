@@ -94,7 +94,7 @@ def run(
         float_model = job.model.eval()
         in_float = Guesses(lambda images: float_model(images.to(device)))
         reference = world.from_first(lambda: _check_validation(job, in_float, journal))
-        budget = world.from_first(lambda: find_budget(job))
+        budget = world.from_first(lambda: find_budget(job, folder if resume else None))
         with ExitStack() as held:
 
             def begin() -> None:
@@ -108,7 +108,7 @@ def run(
             world.from_first(begin)
             try:
                 chosen = world.from_first(
-                    lambda: with_chosen_bits(job, budget, journal, folder, resume).plan
+                    lambda: with_chosen_bits(job, budget, journal, folder).plan
                 )
                 job = job._replace(plan=chosen)
                 world.from_first(lambda: _export_float(job, folder))

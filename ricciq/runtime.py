@@ -34,7 +34,8 @@ def open_session(
     Args:
         path: the file.
         optimize: False switches every graph optimization off.
-        threads: threads inside an operator; 0 leaves the choice to onnxruntime.
+        threads: threads inside an operator; 0 leaves the choice to onnxruntime, and has them sleep
+            while they wait.
         save_optimized: where to write the graph onnxruntime runs after its optimizations; its
             weights go to a file beside it.
 

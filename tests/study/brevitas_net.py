@@ -52,9 +52,10 @@ def discretize(model: nn.Module, weight_bits: int, act_bits: int, edge_bits: int
     layers = [(name, m) for name, m in model.named_modules() if type(m) in kinds]
     for place, (name, layer) in enumerate(layers):
         at_edge = place in (0, len(layers) - 1)
+        bits = edge_bits if at_edge else weight_bits
         quantizers = {
-            "weight_quant": Signs if weight_bits == 1 and not at_edge else Weights,
-            "weight_bit_width": edge_bits if at_edge else weight_bits,
+            "weight_quant": Signs if bits == 1 else Weights,
+            "weight_bit_width": bits,
             "input_quant": Inputs if place else Pictures,
             "input_bit_width": edge_bits if at_edge else act_bits,
         }

@@ -4,6 +4,7 @@ python tests/study/table.py tests/study/confirmed.csv
 python tests/study/table.py tests/study/ablations.csv --across    # a column a setting
 python tests/study/table.py tests/study/techniques.csv --across --first ricci
 python tests/study/table.py tests/study/bits.csv --across --first METHOD,METHOD    # to their mean
+python tests/study/table.py ROWS --recipes --first "brevitas, without a teacher"    # to another's
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ SAME = ("setting", "opt", "lr", "epochs", "samples", "teacher", "judged_on")
 Row = dict[str, Any]
 
 
-def comparisons(path: Path, first: str) -> dict[tuple[str, ...], list[Row]]:
+def comparisons(path: Path, first: str, recipes: bool) -> dict[tuple[str, ...], list[Row]]:
     """Setting and recipe, and what each method gave there on the seeds it shares with the first.
 
-    The first may be several methods with commas between them: each seed's mean over them.
+    The first may be several methods with commas between them: each seed's mean over them. With
+    `recipes` a method is compared as it was taught, with those that were taught otherwise too.
     """
     groups: dict[tuple[str, ...], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             method, _, rate = row["method"].partition("@")
+            if recipes:
+                method += taught(row.pop("teacher", ""))
             key = (*(row.get(name, "") for name in SAME), rate or "1")
             numbers = {name: float(row[name]) for name in NUMBERS}
             judged = {"method": method, "lr_scale": 1.0, "seed": int(row["seed"]), **numbers}
             groups[key][method].append(judged | {"diverged": False})
     found = {}
     for key, methods in groups.items():
-        names = first.split(",")
+        names = [first] if recipes else first.split(",")
         together = [{row["seed"]: row for row in methods[name]} for name in names]
         firsts = {
             seed: together[0][seed]
@@ -65,7 +69,7 @@ def relabelled(rows: list[Row], judged_by: str) -> list[Row]:
 
 def taught(teacher: str) -> str:
     """What to say of the float model's share of the loss, where it is not all of it."""
-    usual = {"True": "", "False": ", without a teacher"}
+    usual = {"": "", "True": "", "False": ", without a teacher"}
     return usual.get(teacher, f", the teacher's share {teacher}")
 
 
@@ -91,9 +95,10 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--first", default="ste", help="what differences are taken to")
     parser.add_argument("--across", action="store_true", help="a column a setting")
+    parser.add_argument("--recipes", action="store_true", help="a method and its teacher are one")
     options = parser.parse_args()
     if options.across:
-        print_across(comparisons(options.rows, options.first))
+        print_across(comparisons(options.rows, options.first, options.recipes))
         return
     print(
         f"| setting | rate | method | seeds | {options.first.replace('ste', 'STE')} top-1, % "
@@ -101,7 +106,8 @@ def main() -> None:
         "difference of the loss, 95 % |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for key, methods in comparisons(options.rows, options.first).items():
+    found = comparisons(options.rows, options.first, options.recipes)
+    for key, methods in found.items():
         for both in methods:
             (first, other), (_, loss) = both["top1"], both["loss"]
             print(
