@@ -22,6 +22,7 @@ PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
         ["techniques.csv", "--across", "--first", "ricci"],
         ["bits.csv", "--across", "--first", UNIFORM],
         ["brevitas.csv", "--first", "brevitas"],
+        ["brevitas_own.csv", "--recipes", "--first", "brevitas, without a teacher"],
         ["distillation.csv", "--first", "ricci:training.distill=0.5"],
     ],
     ids=" ".join,

@@ -163,7 +163,9 @@ def test_a_column_that_must_not_wrap_does_not():
 
 
 def test_a_quiet_run_says_nothing_but_its_json(tmp_path):
-    run = [sys.executable, "-m", "ricciq", *QUANTIZE, "--bits", "1", "--epochs", "0", "--quiet"]
+    (tmp_path / "short.yaml").write_text("quantization: {reconstruction: 0}\n")
+    run = [sys.executable, "-m", "ricciq", *QUANTIZE, "--recipe", "short.yaml"]
+    run += ["--bits", "1", "--epochs", "0", "--quiet"]
 
     def call(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
