@@ -103,7 +103,7 @@ def with_chosen_bits(
     kinds = job.recipe.quantization.kinds
     pictures = list(job.calibration_images(most=PICTURES))
     found = measure_sensitivity(job.model, job.plan, names, kinds, pictures, journal)
-    chosen = _spent(job, found, budget)
+    chosen = _spent(job, found, budget, [pictures[0][:FEW]])
     rows = _rows(found, chosen)
     journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
     if folder is not None:
@@ -112,13 +112,15 @@ def with_chosen_bits(
     return job._replace(plan=_planned(job.plan, chosen))
 
 
-def _spent(job: Job, found: Sequence[Sensitivity], budget: Budget) -> Mapping[str, int]:
+def _spent(
+    job: Job, found: Sequence[Sensitivity], budget: Budget, few: list[torch.Tensor]
+) -> Mapping[str, int]:
     """The best widths of a budget, whose file, where one was asked for, is small enough."""
     largest = job.recipe.quantization.max_bytes
     if largest is None:
         return allocate(found, budget.bits)
     assert budget.smallest is not None
-    bits, few = budget.bits, _few(job)
+    bits = budget.bits
     while True:
         try:
             chosen = allocate(found, bits, budget.overhead)
@@ -149,7 +151,7 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
     Raises:
         UsageError: it is too small for the fewest bits.
     """
-    whole, few = sum(weights.values()), _few(job)
+    whole, few = sum(weights.values()), list(job.calibration_images(most=FEW))
     once: dict[int, float] = {}
     planes: dict[int, int] = {}
     rest: dict[int, float] = {}  # by the number of planes that codes are packed into
@@ -175,10 +177,6 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
             f"about {least} bytes with the fewest bits there are; give more"
         )
     return Budget(8.0 * max_bytes - common, overhead, smallest)
-
-
-def _few(job: Job) -> list[torch.Tensor]:
-    return list(job.calibration_images(most=FEW))
 
 
 def _deployed(job: Job, chosen: Mapping[str, int], few: list[torch.Tensor]) -> nn.Module:
