@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
 from ricciq.checkpoint import (
@@ -331,7 +332,11 @@ class _Sitting:
 def _grouped(items: Iterable[T], size: int) -> Generator[list[T]]:
     """Lists of so many; the last may be shorter."""
     rest = iter(items)
-    while group := list(islice(rest, size)):
+    while True:
+        with record_function("data"):
+            group = list(islice(rest, size))
+        if not group:
+            return
         yield group
 
 

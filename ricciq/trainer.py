@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
+from torch.profiler import record_function
 
 from ricciq.calibration import calibrate
 from ricciq.convert import quantized_layers
@@ -53,6 +54,9 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 class Trainer:
     """Takes batches and changes a converted, calibrated model.
+
+    A profiler of torch's sees the phases of a step by name: ``forward``, ``backward``,
+    ``correction`` and ``optimizer``.
 
     Args:
         model: on ``device``; stays usable by itself.
@@ -170,11 +174,12 @@ class Trainer:
         if finite:
             if measure:
                 self.geometry = self._measured(progress, cosines)
-            self.correction(self.weights, progress)
+            with record_function("correction"):
+                self.correction(self.weights, progress)
             self.damping(self.weights, progress)
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-            with self.correction.within_trust(self.weights):
+            with record_function("optimizer"), self.correction.within_trust(self.weights):
                 self.scaler.step(self.optimizer)
             self.freezing(progress)
             if self.ema is not None:
@@ -199,9 +204,11 @@ class Trainer:
             last = number == len(batches)
             alone = self.parallel is not None and not last
             with cast(DistributedDataParallel, self.parallel).no_sync() if alone else nullcontext():
-                loss, logits, labels = self._loss(images, targets, forward)
+                with record_function("forward"):
+                    loss, logits, labels = self._loss(images, targets, forward)
                 share = self.scaler.scale(loss * (len(targets) / pictures))
-                share.backward()  # type: ignore[no-untyped-call]
+                with record_function("backward"):
+                    share.backward()  # type: ignore[no-untyped-call]
             seen.append((loss.detach(), logits, labels))
         return seen
 

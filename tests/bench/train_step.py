@@ -1,26 +1,30 @@
 """A training step of float, of ours and of Brevitas: time, images a second, peak memory.
 
     python tests/bench/train_step.py resnet18 --batch 32
-    python tests/bench/train_step.py resnet50 --batch 256 --device cuda --amp
-    python -m venv brevitas && brevitas/bin/pip install timm brevitas
-    python tests/bench/train_step.py resnet18 --batch 32 --brevitas brevitas/bin/python
+    python tests/bench/train_step.py resnet50 --batch 256 --device cuda --amp --steps 10 --profile
 
 Every variant is a process of its own, so that its peak memory is its own; in every round each takes
-one step, one after the other, while the others wait. A ratio is the median over rounds of two times
-of the same round. All but Brevitas run `ricciq.trainer.Trainer.step`, so its checks and its
-optimizer (SGD with momentum) are in every time; Brevitas' step has forward, backward and optimizer.
+a turn of so many steps while the others wait. A ratio is the median over rounds of two times of the
+same round. All but Brevitas run `ricciq.trainer.Trainer.step`, so its checks and its optimizer (SGD
+with momentum) are in every time; Brevitas' step has forward, backward and optimizer. Brevitas takes
+part where it is installed (`pip install brevitas`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import multiprocessing
+import resource
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib import util
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +40,9 @@ VARIANTS = {
     "ricci and teacher, compiled": ("discrete", "ricci", "teacher", "compile"),
     "brevitas": ("brevitas",),
 }
-BITS, CLASSES, WARM_UP = 2, 1000, 3
+CLASSES, WARM_UP = 1000, 3
+PROCESSES = multiprocessing.get_context("fork")
+"""This process itself never uses a GPU, which its forks could not use then."""
 RATIOS = [
     ("ricci, compiled", "float, compiled"),
     ("ricci", "float"),
@@ -45,9 +51,10 @@ RATIOS = [
     ("brevitas", "ricci, compiled"),
     ("brevitas", "ricci"),
 ]
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 
 
-def ours(options: argparse.Namespace, traits: list[str]) -> Callable[[], None]:
+def ours(options: argparse.Namespace, traits: Sequence[str]) -> Callable[[], None]:
     """A step of ricciq's trainer on a converted model, or a float one."""
     import timm
     import torch
@@ -71,7 +78,7 @@ def ours(options: argparse.Namespace, traits: list[str]) -> Callable[[], None]:
         teacher = timm.create_model(options.model, num_classes=CLASSES).to(device).eval()
         teacher = teacher.to(memory_format=torch.channels_last)
     if "discrete" in traits:
-        convert(model, plan_conversion(model.eval(), images[:2], BITS, BITS))
+        convert(model, plan_conversion(model.eval(), images[:2], *options.bits))
         calibrate(model, [images[:8]])
     method = "ricci" if "ricci" in traits else "ste"
     recipe = Recipe().override(
@@ -92,22 +99,25 @@ def ours(options: argparse.Namespace, traits: list[str]) -> Callable[[], None]:
     return step
 
 
-def brevitas(options: argparse.Namespace, traits: list[str]) -> Callable[[], None]:  # noqa: ARG001
-    """A step of the same model in Brevitas: steps a channel for weights, learned for inputs."""
+def brevitas(options: argparse.Namespace) -> Callable[[], None]:
+    """A step of the same model in Brevitas: scales a channel for weights, learned for inputs."""
     import timm
     import torch
     from brevitas import nn as qnn
     from brevitas.quant import Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
     from torch import nn
 
+    import ricciq.models  # noqa: F401  registers the nets with timm
+
+    weight_bits, act_bits = options.bits
+
     def replace(module: nn.Module, edges: tuple[nn.Module, ...]) -> None:
         for name, child in module.named_children():
-            bits = 8 if child in edges else BITS
             quantizers = {
                 "weight_quant": Int8WeightPerChannelFloat,
-                "weight_bit_width": bits,
+                "weight_bit_width": 8 if child in edges else weight_bits,
                 "input_quant": Uint8ActPerTensorFloat,
-                "input_bit_width": bits,
+                "input_bit_width": 8 if child in edges else act_bits,
             }
             made: nn.Module
             if type(child) is nn.Conv2d:
@@ -153,108 +163,319 @@ def brevitas(options: argparse.Namespace, traits: list[str]) -> Callable[[], Non
     return step
 
 
-def serve(options: argparse.Namespace) -> None:
-    """Take a step for each line that comes in, and say how long it took; at the end, the memory."""
-    import resource
+def serve(
+    orders: Connection, places: Any, device: Any, options: argparse.Namespace, variant: str
+) -> None:
+    """Get a variant ready, then do what the orders say: time steps, or profile them.
 
+    Args:
+        orders: gives what to do, a name and a number of steps, and takes what was measured.
+        places: a semaphore: how many may get ready at a time.
+        device: a lock: what computes on the device holds it, since memory is for one of them.
+        options: of the command line.
+        variant: one of `VARIANTS`.
+    """
+    try:
+        import torch
+
+        torch.set_num_threads(options.threads)
+        traits = VARIANTS[variant]
+        with places:
+            step = brevitas(options) if "brevitas" in traits else ours(options, traits)
+            with _holding(device, "compile" in traits):
+                for _ in range(WARM_UP):
+                    step()
+                _let_memory_go(options.device)
+        orders.send({"ready": True})
+        while order := orders.recv():
+            what, steps = order
+            orders.send((timed if what == "time" else profiled)(step, steps, options.device))
+            _let_memory_go(options.device)
+    except Exception:
+        orders.send({"error": traceback.format_exc()})
+
+
+@contextmanager
+def _holding(device: Any, compiles: bool) -> Iterator[None]:
+    """Hold the device from now on, or from the end of the first compilation.
+
+    So several can compile at a time, each with next to no memory of the device.
+    """
+    held = False
+
+    def take(*_: object) -> None:
+        nonlocal held
+        if not held:
+            held = device.acquire()
+
+    if compiles:
+        import torch._dynamo
+
+        torch._dynamo.callback_handler.register_end_callback(take)
+    else:
+        take()
+    try:
+        yield
+    finally:
+        if compiles:
+            torch._dynamo.callback_handler.remove_end_callback(take)
+        if held:
+            device.release()
+
+
+def _let_memory_go(device: str) -> None:
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def timed(step: Callable[[], None], steps: int, device: str) -> dict[str, Any]:
+    """Milliseconds a step, none of which waits for the one before; and the peak memory."""
     import torch
 
-    torch.set_num_threads(options.threads)
-    on_cuda = options.device.startswith("cuda")
-    traits = list(VARIANTS[options.variant])
-    step = (brevitas if "brevitas" in traits else ours)(options, traits)
-    for _ in range(WARM_UP):
+    on_cuda = device.startswith("cuda")
+    if on_cuda:  # one more: it takes the memory that was let go
         step()
-    print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(steps):
         step()
+    if on_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if on_cuda else peak
+    return {"ms": 1000 * seconds / steps, "peak_bytes": peak}
+
+
+def profiled(step: Callable[[], None], steps: int, device: str) -> dict[str, Any]:
+    """The slowest kernels, with their share of a step, and what the host does in a step.
+
+    On a CPU the operators take the place of kernels, and nothing is launched or waited for.
+    """
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    on_cuda = device.startswith("cuda")
+    step()
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as seen:
+        for _ in range(steps):
+            step()
         if on_cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = torch.cuda.max_memory_allocated() if on_cuda else peak
-        print(json.dumps({"ms": 1000 * seconds, "peak_bytes": peak}), flush=True)
+    events = seen.key_averages()
+    kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    own = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    kernels = [e for e in events if e.device_type == kind and getattr(e, own) > 0]
+    whole = sum(getattr(e, own) for e in kernels)
+    slowest = sorted(kernels, key=lambda e: getattr(e, own), reverse=True)[:10]
+    found: dict[str, Any] = {
+        "kernels_ms": whole / steps / 1000,
+        "slowest": [
+            {
+                "name": event.key[:120],
+                "share": getattr(event, own) / whole,
+                "ms": getattr(event, own) / steps / 1000,
+                "calls": event.count / steps,
+            }
+            for event in slowest
+        ],
+    }
+    if on_cuda:
+        found["launches"] = sum(e.count for e in events if e.key in LAUNCHES) / steps
+        found |= _waits(step, steps)
+    return found
 
 
-def start(options: argparse.Namespace, variant: str) -> subprocess.Popen[str]:
-    python = options.brevitas if variant == "brevitas" else sys.executable
-    arguments = [*sys.argv[1:], "--variant", variant]
-    return subprocess.Popen(
-        [str(python), str(Path(__file__).absolute()), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+def _waits(step: Callable[[], None], steps: int) -> dict[str, Any]:
+    """How often a step makes the host wait for the device, and where."""
+    import torch
+
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in seen if "synchronizing" in str(w.message)]
+    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
+    return {"waits": len(waits) / steps, "waits_at": {k: n / steps for k, n in places.items()}}
+
+
+class Variant:
+    """A variant's process, and what it has measured so far.
+
+    Attributes:
+        why: why it takes no part any more, with a traceback.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace, places: Any, device: Any) -> None:
+        self.name, self.why = name, ""
+        self.times: list[float] = []
+        self.peak = 0
+        self.orders, theirs = PROCESSES.Pipe()
+        arguments = (theirs, places, device, options, name)
+        self.process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def answer(self, patience: float | None = None) -> dict[str, Any]:
+        """What the process sends next; empty if it failed, or not within so many seconds."""
+        if self.why:
+            return {}
+        try:
+            if not self.orders.poll(patience):
+                self.process.kill()
+                self.why = f"not ready after {patience:.0f} s"
+                return {}
+            values: dict[str, Any] = self.orders.recv()
+        except EOFError:
+            self.process.join()
+            values = {"error": f"its process ended with {self.process.exitcode}"}
+        self.why = values.get("error", "")
+        return {} if self.why else values
+
+    def order(self, what: str, steps: int) -> dict[str, Any]:
+        """Have steps timed or profiled."""
+        if not self.why:
+            self.orders.send((what, steps))
+        return self.answer()
+
+    def end(self) -> None:
+        """Let the process end."""
+        if self.process.is_alive() and not self.why:
+            self.orders.send(None)
+            self.process.join()
+
+
+def measure(
+    options: argparse.Namespace, tell: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Time the variants by turns.
+
+    Args:
+        options: of the command line.
+        tell: is given what is known after every round, should there be no end.
+    """
+    names = options.only or list(VARIANTS)
+    missing = {}
+    if "brevitas" in names and util.find_spec("brevitas") is None:
+        names = [name for name in names if name != "brevitas"]
+        missing["brevitas"] = "brevitas is not installed"
+    places, device = PROCESSES.BoundedSemaphore(options.at_once), PROCESSES.Lock()
+    variants = [Variant(name, options, places, device) for name in names]
+    started = time.monotonic()
+    for variant in variants:
+        patience = options.patience
+        if patience is not None:
+            patience = max(0.0, patience - (time.monotonic() - started))
+        variant.answer(patience)
+        print(f"{variant.name}: {variant.why or 'ready'}", file=sys.stderr)
+    about = {
+        name: getattr(options, name) for name in ("model", "batch", "size", "device", "bits", "amp")
+    }
+
+    def outcome() -> dict[str, Any]:
+        return about | _outcome(variants, options.batch, missing)
+
+    for _ in range(options.rounds):
+        for variant in variants:
+            if values := variant.order("time", options.steps):
+                variant.times.append(values["ms"])
+                variant.peak = max(variant.peak, values["peak_bytes"])
+        tell(outcome())
+    profiles = {}
+    if options.profile:
+        for variant in variants:
+            if variant.name in ("ricci, compiled", "ricci"):
+                profiles[variant.name] = variant.order("profile", options.steps)
+    for variant in variants:
+        variant.end()
+    result = outcome() | {"profiles": profiles}
+    tell(result)
+    return result
+
+
+def _outcome(variants: Sequence[Variant], batch: int, missing: dict[str, str]) -> dict[str, Any]:
+    done = {variant.name: variant for variant in variants if variant.times}
+    rows = {}
+    for name, variant in done.items():
+        ms = median(variant.times)
+        rows[name] = {
+            "ms": ms,
+            "images_per_second": 1000 * batch / ms,
+            "peak_bytes": variant.peak,
+            "times_ms": variant.times,
+        }
+    ratios = {}
+    for name, other in RATIOS:
+        if name in done and other in done:
+            pairs = zip(done[name].times, done[other].times, strict=True)
+            ratios[f"{name} / {other}"] = {
+                "time": median(a / b for a, b in pairs),
+                "memory": done[name].peak / done[other].peak,
+            }
+    failed = missing | {variant.name: variant.why for variant in variants if variant.why}
+    return {"rows": rows, "ratios": ratios, "failed": failed}
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """The lines of what `measure` found."""
+    yield f"| {found['model']}, batch {found['batch']}, {found['device']} | ms | images/s | GB |"
+    yield "|---|---|---|---|"
+    for name, row in found["rows"].items():
+        rate = row["images_per_second"]
+        yield f"| {name} | {row['ms']:.1f} | {rate:.0f} | {row['peak_bytes'] / 1e9:.2f} |"
+    for name, ratio in found["ratios"].items():
+        yield f"{name}: {ratio['time']:.3f} x time, {ratio['memory']:.2f} x memory"
+    for name, why in found["failed"].items():
+        yield f"{name} failed: {why.strip().splitlines()[-1]}"
+    for name, profile in found.get("profiles", {}).items():
+        if not profile:
+            continue
+        host = ""
+        if "launches" in profile:
+            host = f", {profile['launches']:.0f} launches, the host waits {profile['waits']:.1f} x"
+        yield f"{name}: {profile['kernels_ms']:.1f} ms of kernels a step{host}"
+        for kernel in profile["slowest"]:
+            yield f"  {100 * kernel['share']:.1f} %  {kernel['ms']:.2f} ms  {kernel['name'][:80]}"
+        for place, times in profile.get("waits_at", {}).items():
+            yield f"  waits {times:.1f} x at {place}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-
-
-def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise SystemExit(f"a process ended with {process.wait()}; its message is above")
-    values: dict[str, Any] = json.loads(line)
-    return values
+    made.add_argument("model")
+    made.add_argument("--batch", type=int, default=32)
+    made.add_argument("--size", type=int, nargs=3, default=(3, 224, 224))
+    made.add_argument("--bits", type=int, nargs=2, default=(2, 2), help="of weights, activations")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--rounds", type=int, default=10)
+    made.add_argument("--steps", type=int, default=1, help="steps in a turn")
+    made.add_argument("--at-once", type=int, default=1, help="how many get ready at a time")
+    made.add_argument("--patience", type=float, help="seconds in which variants must be ready")
+    made.add_argument("--profile", action="store_true", help="show the Ricci step's kernels")
+    made.add_argument("--only", nargs="+", choices=VARIANTS, help="variants; all if left out")
+    made.add_argument("--json", type=Path, help="file to write")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--size", type=int, nargs=3, default=(3, 224, 224))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--brevitas", type=Path, help="interpreter that has timm and brevitas")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="variants; all if left out")
-    parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.variant:
-        serve(options)
-        return
-    names = [name for name in options.only or VARIANTS if name != "brevitas" or options.brevitas]
-    processes = {}
-    for name in names:  # one after the other: compilers take every core
-        processes[name] = start(options, name)
-        answer(processes[name])
-        print(f"{name} is ready", file=sys.stderr)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    peaks = {}
-    for _ in range(options.rounds):
-        for name, process in processes.items():
-            print("step", file=process.stdin, flush=True)
-            values = answer(process)
-            times[name].append(values["ms"])
-            peaks[name] = values["peak_bytes"]
-    for process in processes.values():
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
-    print(
-        f"| {options.model}, batch {options.batch}, {options.device} | ms | images/s | peak, GB |"
-    )
-    print("|---|---|---|---|")
-    rows = {}
-    for name in names:
-        ms = median(times[name])
-        rows[name] = {"ms": ms, "images_per_second": 1000 * options.batch / ms}
-        rows[name]["peak_bytes"] = peaks[name]
-        rate = rows[name]["images_per_second"]
-        print(f"| {name} | {ms:.0f} | {rate:.0f} | {peaks[name] / 1e9:.2f} |")
-    ratios = {}
-    for name, other in RATIOS:
-        if name in times and other in times:
-            pairs = zip(times[name], times[other], strict=True)
-            ratio = median(a / b for a, b in pairs)
-            memory = peaks[name] / peaks[other]
-            ratios[f"{name} / {other}"] = {"time": ratio, "memory": memory}
-            print(f"{name} / {other}: {ratio:.2f} x time, {memory:.2f} x memory")
+    options = parser().parse_args()
+    found = measure(options)
+    print("\n".join(table(found)))
     if options.json:
-        about = {**vars(options), "brevitas": str(options.brevitas), "json": str(options.json)}
-        found = {"options": about, "times_ms": times, "rows": rows, "ratios": ratios}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,0 +1,64 @@
+"""torch.compile: no graph breaks in quantizers, nothing compiled again after the first epoch."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from networks import DEVICE, TINY, Training
+
+from ricciq.evaluate import evaluate
+
+KINDS = [
+    {},
+    {"method.name": "ste"},
+    {"quantization.weight_quantizer": "odd", "quantization.act_quantizer": "pact"},
+    {"quantization.weight_quantizer": "dorefa", "quantization.act_quantizer": "fixed"},
+    {"quantization.weight_quantizer": "codebook", "method.name": "dsq", "method.on": "both"},
+    {"method.name": "stochastic", "method.on": "both"},
+]
+
+
+def outcome(model, images):
+    torch.manual_seed(1)
+    answer = model(images)
+    model.zero_grad()
+    answer.square().mean().backward()
+    return answer.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.skipif(TINY, reason="tests/test_compile.py does it on a CPU")
+@pytest.mark.parametrize("flags", KINDS, ids=str)
+def test_no_graph_breaks(flags):
+    torch._dynamo.reset()
+    training = Training(DEVICE, flags)
+    images = training.batch()[0].to(DEVICE)
+    # Capture and differentiation as in every compilation; code is generated in the next test.
+    compiled = torch.compile(training.model, fullgraph=True, backend="aot_eager")
+    answer, gradients = outcome(compiled, images)
+    if flags.get("method.name") == "stochastic":  # its numbers may be drawn in another order
+        assert answer.isfinite().all()
+        return
+    expected, expected_gradients = outcome(training.model, images)
+    torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-3)
+    for gradient, same in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - same).norm() <= 2e-2 * same.norm() + 1e-6
+
+
+def test_three_epochs_compile_only_in_the_first(monkeypatch):
+    torch._dynamo.reset()
+    if TINY:  # compiling C++ takes a minute; what is captured is the same
+        plain = functools.partial(torch.compile, backend="eager")
+        monkeypatch.setattr(torch, "compile", plain)
+    flags = {"compile": True, "amp": not TINY, "training.epochs": 3}
+    flags |= {"data.batch_size": 256, "training.distill": 0.0 if TINY else 0.5}
+    training = Training(DEVICE, flags)
+    holdout = training.job.loader("holdout")
+    for epoch in range(3):
+        with torch.compiler.set_stance("fail_on_recompile" if epoch else "default"):
+            training.trainer.begin_epoch()
+            batches = list(training.fit)
+            for number, batch in enumerate(batches, start=1):
+                assert training.step(batch, measure=number == len(batches))
+            evaluate({"holdout": training.trainer.predict}, holdout)

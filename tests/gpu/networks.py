@@ -1,0 +1,86 @@
+"""The small networks that checks work on, and one trainer for each."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ricciq.calibration import calibrate
+from ricciq.convert import convert
+from ricciq.history import Tally
+from ricciq.journal import Journal
+from ricciq.loading import Batch
+from ricciq.preparation import correction_of, prepare
+from ricciq.recipe import Recipe
+from ricciq.trainer import Trainer
+
+CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("RICCIQ_GPU_DEVICE", "cpu"))
+"""What is checked."""
+TINY = DEVICE.type == "cpu"
+"""Whether it is the script that is checked, on a machine without a GPU."""
+
+
+USUAL = {
+    "model.name": "digits_resnet8",
+    "data.name": "digits",
+    "quantization.weight_bits": 2,
+    "quantization.act_bits": 2,
+    "quantization.scale_search": 20,
+    "data.calibration_batches": 2,
+    "amp": False,
+    "compile": False,
+    "device": "cpu",
+}
+
+
+class Training:
+    """digits_resnet8, converted and calibrated on a CPU and then put on a device, with a teacher.
+
+    So it is the same on every device, to the bit.
+
+    Args:
+        device: where it trains.
+        flags: dotted keys of the recipe.
+    """
+
+    def __init__(self, device: torch.device, flags: Mapping[str, Any] | None = None) -> None:
+        self.recipe = Recipe().override({**USUAL, **(flags or {})})
+        self.job = prepare(self.recipe, CPU, Journal())
+        self.fit = self.job.loader("fit", training=True)
+        teacher = copy.deepcopy(self.job.model).eval().requires_grad_(False)
+        convert(self.job.model, self.job.plan, self.recipe.quantization.kinds)
+        calibrate(self.job.model, self.job.calibration_images())
+        self.model: nn.Module = self.job.model.to(device)
+        self.trainer = Trainer(
+            self.model,
+            self.recipe,
+            correction_of(self.recipe),
+            device,
+            len(self.fit),
+            teacher.to(device),
+        )
+        self.trainer.begin_epoch()
+        self.tally, self.steps = Tally(), 0
+
+    def batch(self) -> Batch:
+        """Training images and targets, always the same."""
+        images, targets = next(iter(self.job.loader("fit")))
+        return images, targets
+
+    def step(self, batch: Batch | None = None, measure: bool = False) -> bool:
+        """A step; whether its gradients were finite."""
+        batches = [batch or self.batch()]
+        finite = self.trainer.step(batches, self.tally, self.steps, measure=measure)
+        self.steps += 1
+        return finite
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Copies of all of them, on the CPU, by name."""
+        named = self.model.named_parameters()
+        return {name: p.detach().cpu().clone() for name, p in named}
