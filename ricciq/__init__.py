@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ricciq._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ricciq.calibration import calibrate
     from ricciq.convert import quantize
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from ricciq.recipe import Recipe
     from ricciq.train import finetune
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "Recipe": "recipe",

@@ -19,13 +19,14 @@ from ricciq.convert import Plan, convert
 from ricciq.deployment import DeployedWeight, deploy
 from ricciq.errors import UsageError
 from ricciq.export import export_onnx, stored_in_onnx
-from ricciq.journal import Journal
 from ricciq.modelfile import size_with_external_data
 from ricciq.plots import draw_sensitivity, write_png
 from ricciq.preparation import Job
 from ricciq.quantizer import ActivationQuantizer
-from ricciq.runfolder import RunFolder, read_csv, write_csv
+from ricciq.runfolder import RunFolder
 from ricciq.sensitivity import Sensitivity, measure_sensitivity, widths_of
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv, write_csv
 from ricciq.tables import as_text, sensitivity_table
 
 PICTURES = 512

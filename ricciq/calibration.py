@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ricciq.errors import InputError
+from ricciq.evaluation import evaluating
 from ricciq.quantizer import ActivationQuantizer
-from ricciq.recording import evaluating
 
 _OCTAVES = 48
 _PER_OCTAVE = 32

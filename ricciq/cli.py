@@ -14,10 +14,11 @@ import typer
 from rich.console import Console, Group
 from rich.text import Text
 
-from ricciq import __version__, cookbook, options
+from ricciq import cookbook, options
+from ricciq._version import __version__
 from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError, on_one_line
-from ricciq.network import forbid_network
 from ricciq.request import requested_recipe
+from ricciq.system.offline import forbid_network
 from ricciq.tables import (
     comparison_table,
     doctor_tables,
@@ -29,7 +30,7 @@ from ricciq.tables import (
 )
 
 if TYPE_CHECKING:
-    from ricciq.journal import Journal
+    from ricciq.system.journal import Journal
 
 app = typer.Typer(
     name="ricciq",
@@ -376,14 +377,14 @@ def doctor(as_json: options.Json = False) -> None:
 
 def _is_first() -> bool:
     """Whether this is the process that speaks, of those that torchrun started."""
-    from ricciq.distributed import process_number
+    from ricciq.system.distributed import process_number
 
     return process_number()[0] == 0
 
 
 def _begin(messages: list[str], quiet: bool) -> Journal:
     """A journal on stderr that starts with these messages; SIGTERM stops as Ctrl-C does."""
-    from ricciq.journal import Journal
+    from ricciq.system.journal import Journal
 
     journal = Journal(Console(stderr=True) if _is_first() and not quiet else None)
     for message in messages:

@@ -18,10 +18,8 @@ from pydantic import TypeAdapter
 from scipy import stats
 
 from ricciq.autobits import find_budget, with_chosen_bits
-from ricciq.checkpoint import write_atomically
 from ricciq.data import open_data
 from ricciq.deployment import deploy
-from ricciq.distributed import process_number
 from ricciq.errors import (
     DivergedError,
     InputError,
@@ -31,13 +29,17 @@ from ricciq.errors import (
     on_one_line,
 )
 from ricciq.estimators import named_estimator
-from ricciq.evaluate import evaluate
-from ricciq.journal import Journal
+from ricciq.evaluation import evaluate
 from ricciq.pipeline import train
 from ricciq.plots import draw_curves, draw_seeds, write_png
 from ricciq.preparation import choose_device, describe, prepare, take_answers
-from ricciq.recipe import Recipe, parse_yaml
-from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder, read_csv, write_csv
+from ricciq.recipe import Recipe
+from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder
+from ricciq.system.distributed import process_number
+from ricciq.system.files import write_atomically
+from ricciq.system.journal import Journal
+from ricciq.system.safe_yaml import parse_yaml
+from ricciq.system.tables import read_csv, write_csv
 from ricciq.trained import rebuild
 
 CONFIDENCE = 0.95

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
-from ricciq import __version__
+from ricciq._version import __version__
 from ricciq.errors import RicciqError
 
 Completion = Callable[[str], list[str]]
@@ -69,7 +69,7 @@ def model_names() -> list[str]:
     from timm import list_models
 
     import ricciq.nets  # noqa: F401  registers them
-    from ricciq.checkpoint import write_atomically
+    from ricciq.system.files import write_atomically
 
     names = sorted({*list_models(), *list_models(pretrained=True)})
     with suppress(OSError, RicciqError):  # where it cannot be kept, the next TAB is as slow

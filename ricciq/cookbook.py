@@ -68,8 +68,8 @@ def copy_recipe(
 
     Example: ricciq recipes cp resnet50-w4a4 --dry-run
     """
-    from ricciq.checkpoint import write_atomically
     from ricciq.recipe import Recipe, find_recipe
+    from ricciq.system.files import write_atomically
 
     Recipe.load(name)  # refuses what is none
     source = find_recipe(name)

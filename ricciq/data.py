@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ricciq.distributed import World
 from ricciq.errors import DataError, UsageError
 from ricciq.folders import open_folder
 from ricciq.hub import open_hub
@@ -23,6 +22,7 @@ from ricciq.loading import Batch, picture_loader
 from ricciq.pictures import Indices, Parts, PictureArrays, Pictures
 from ricciq.preprocessing import Augmentation, Preprocessing
 from ricciq.shards import open_shards
+from ricciq.system.distributed import World
 from ricciq.torchsets import open_torch
 
 Split = Literal["fit", "holdout", "val"]

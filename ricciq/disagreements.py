@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from ricciq.checkpoint import write_atomically
 from ricciq.errors import InputError, on_one_line
-from ricciq.evaluate import Guesses
+from ricciq.evaluation import Guesses
+from ricciq.system.files import write_atomically
 
 SHOWN = 12
 THUMBNAIL = 112

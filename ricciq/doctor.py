@@ -14,7 +14,7 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ricciq import __version__
+from ricciq._version import __version__
 from ricciq.errors import on_one_line
 
 LITTLE = 2e9

@@ -13,7 +13,6 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ricciq.checkpoint import replacing
 from ricciq.deployment import OPSET, deploy
 from ricciq.errors import RicciqError
 from ricciq.graph import tidy
@@ -21,6 +20,7 @@ from ricciq.layers import QuantLayer
 from ricciq.modelfile import read_model_file
 from ricciq.preprocessing import Preprocessing
 from ricciq.runtime import METADATA_KEY
+from ricciq.system.files import replacing
 
 LARGEST_FILE = 2**31 - 2**24
 """Bytes of tensors in one file: protobuf's limit, less room for the graph. More go beside it."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ricciq.correction import DiscreteWeight
-from ricciq.distributed import World
-from ricciq.evaluate import Metrics
-from ricciq.runfolder import RunFolder, read_csv, write_csv
+from ricciq.evaluation import Metrics
+from ricciq.runfolder import RunFolder
+from ricciq.system.distributed import World
+from ricciq.system.tables import read_csv, write_csv
 
 
 @dataclass

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import normalize
 
-from ricciq.distributed import World
 from ricciq.errors import DataError, UsageError
 from ricciq.pictures import Indices, PictureArrays, Pictures
 from ricciq.preprocessing import Augmentation, Preprocessing
+from ricciq.system.distributed import World
 
 if TYPE_CHECKING:
     from ricciq.preprocessing import Transform

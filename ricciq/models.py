@@ -26,10 +26,10 @@ from timm.models import (
 from torch import Tensor, nn
 
 import ricciq.nets  # noqa: F401  registers them
-from ricciq.checkpoint import check_finite
 from ricciq.errors import CheckpointError, ModelError, did_you_mean
-from ricciq.network import is_network_forbidden
 from ricciq.preprocessing import Preprocessing
+from ricciq.system.offline import is_network_forbidden
+from ricciq.system.tensor_files import check_finite
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 

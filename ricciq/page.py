@@ -11,13 +11,14 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ricciq.checkpoint import write_atomically
 from ricciq.disagreements import THUMBNAIL, Disagreements
 from ricciq.errors import InputError
 from ricciq.grids import count_codes
 from ricciq.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
 from ricciq.report import Report, load_report
-from ricciq.runfolder import RunFolder, read_csv
+from ricciq.runfolder import RunFolder
+from ricciq.system.files import write_atomically
+from ricciq.system.tables import read_csv
 
 _TERNARY_BITS = math.log2(count_codes("ternary"))
 

@@ -12,20 +12,17 @@ from statistics import fmean
 
 import torch
 
-from ricciq import __version__
+from ricciq._version import __version__
 from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.bench import Latency, measure_latency
 from ricciq.calibration import calibrate
-from ricciq.checkpoint import load_model_state, load_tensors, save_tensors
 from ricciq.convert import convert
 from ricciq.deployment import deploy
 from ricciq.disagreements import find_disagreements
-from ricciq.distributed import World, joined
 from ricciq.errors import CheckpointError, DivergedError, InterruptedRunError, RicciqError
-from ricciq.evaluate import Guesses, Metrics, Predict, evaluate
+from ricciq.evaluation import Guesses, Metrics, Predict, evaluate
 from ricciq.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
 from ricciq.inspection import Inspection, inspect_onnx
-from ricciq.journal import Journal
 from ricciq.memory import LARGEST_BATCH
 from ricciq.modelfile import size_with_external_data
 from ricciq.page import write_pages
@@ -43,8 +40,12 @@ from ricciq.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.reconstruction import PICTURES, reconstruct
 from ricciq.report import Report
-from ricciq.runfolder import RunFolder, choose_run_folder, read_csv, write_csv
+from ricciq.runfolder import RunFolder, choose_run_folder
 from ricciq.runtime import open_session, session_predictor
+from ricciq.system.distributed import World, joined
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv, write_csv
+from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
 from ricciq.train import Progressed, finetune, last_state
 from ricciq.trainer import discrete_weights
 

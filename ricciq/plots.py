@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ricciq.checkpoint import write_atomically
+from ricciq.system.files import write_atomically
 
 FEW_EPOCHS = 30
 """Up to so many are marked on their lines; marks of more would weigh megabytes on a page."""

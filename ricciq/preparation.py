@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ricciq import __version__
+from ricciq._version import __version__
 from ricciq.convert import Plan, convert, plan_conversion
 from ricciq.correction import Correction
 from ricciq.data import PictureData, Split, open_data
-from ricciq.distributed import World, local_device, process_number
 from ricciq.errors import UsageError
 from ricciq.estimators import named_estimator
 from ricciq.grids import count_codes
-from ricciq.journal import Journal
 from ricciq.loading import Batch
 from ricciq.memory import (
     StepMemory,
@@ -35,6 +33,8 @@ from ricciq.models import load_model
 from ricciq.optimization import WithFeatures, check_training
 from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
+from ricciq.system.distributed import World, local_device, process_number
+from ricciq.system.journal import Journal
 from ricciq.trainer import Trainer, recompute_activations
 
 

@@ -16,72 +16,34 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-from ricciq.errors import RecipeError, did_you_mean, on_one_line
+from ricciq.errors import RecipeError, did_you_mean
 from ricciq.preprocessing import LARGEST_SIDE, Augmentation
 
 if TYPE_CHECKING:
     from ricciq.grids import Bits
     from ricciq.quantizer import Kinds
+from ricciq.system.safe_yaml import parse_yaml
 
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary", "auto"]
+
+
 ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
 Positive = Annotated[float, Field(gt=0)]
+
+
 Count = Annotated[int, Field(ge=0)]
+
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 MAX_BYTES = 1_000_000
 """A recipe larger than this is not read."""
-MAX_CHARACTERS = 3_000
-"""A value longer than this is not read."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only, each key once.
-
-    An alias is refused, since aliases of aliases could fill the memory; so is a long value, since a
-    number of many digits takes hours, and NUL, which no path has.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        value = super().construct_scalar(node)
-        if "\0" in value:
-            raise yaml.YAMLError("it holds a NUL character; remove it")
-        if len(value) > MAX_CHARACTERS:
-            raise yaml.YAMLError(f"{value[:20]}… has {len(value)} characters; write it shorter")
-        return value
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        values = super().construct_mapping(node, deep)
-        if len(values) < len(node.value):
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"a key stands twice in what begins in line {line}; remove one")
-        return values
-
-
-def parse_yaml(text: str) -> Any:
-    """The plain values of a YAML text.
-
-    Raises:
-        ValueError: it is no YAML, or holds what a recipe has no need of.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    # PyYAML lets through what int(), float() and date() raise, None where a !!timestamp is none, a
-    # key that is missing where a !!bool is none, and an index where an !!int is empty.
-    except (
-        ValueError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-        yaml.YAMLError,
-        RecursionError,
-    ) as error:
-        raise ValueError(on_one_line(error)) from None
 
 
 class Section(BaseModel):

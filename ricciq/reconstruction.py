@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
+from ricciq.evaluation import evaluating
 from ricciq.grids import Grid
-from ricciq.journal import Journal
 from ricciq.layers import QuantConv2d, QuantLayer, QuantLinear
-from ricciq.recording import evaluating
+from ricciq.system.journal import Journal
 
 PICTURES = 256
 """How many are enough; what goes into a layer for all of them is in memory at once."""

@@ -9,8 +9,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.markup import escape
 
-from ricciq.checkpoint import write_atomically
 from ricciq.errors import InputError, on_one_line
+from ricciq.system.files import write_atomically
 from ricciq.tables import FittingTable
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.convert import Plan, convert, quantized_layers
+from ricciq.evaluation import evaluating
 from ricciq.grids import Bits
-from ricciq.journal import Journal
 from ricciq.layers import QuantLayer
 from ricciq.quantizer import CODEBOOK_WIDTHS, ActivationQuantizer, Kinds, WeightQuantizer
-from ricciq.recording import evaluating
+from ricciq.system.journal import Journal
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 """Those a layer may be given; 7 bits take as much room in a file as 8."""

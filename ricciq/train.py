@@ -17,25 +17,25 @@ from torch import nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
-from ricciq.checkpoint import (
+from ricciq.correction import Correction
+from ricciq.errors import CheckpointError, DivergedError, RicciqError, UsageError
+from ricciq.evaluation import Metrics, evaluate, pooled
+from ricciq.history import History, Tally
+from ricciq.loading import Batch, set_epoch
+from ricciq.memory import halve_until, is_out_of_memory
+from ricciq.recipe import Count, Recipe
+from ricciq.runfolder import RunFolder
+from ricciq.system.distributed import World
+from ricciq.system.files import write_atomically
+from ricciq.system.interrupts import Stopped, Stopping, stopping_between_steps
+from ricciq.system.journal import Journal
+from ricciq.system.tensor_files import (
     State,
     load_tensors,
     restore_training_state,
     save_tensors,
     training_state,
-    write_atomically,
 )
-from ricciq.correction import Correction
-from ricciq.distributed import World
-from ricciq.errors import CheckpointError, DivergedError, RicciqError, UsageError
-from ricciq.evaluate import Metrics, evaluate, pooled
-from ricciq.history import History, Tally
-from ricciq.journal import Journal
-from ricciq.loading import Batch, set_epoch
-from ricciq.memory import halve_until, is_out_of_memory
-from ricciq.recipe import Count, Recipe
-from ricciq.runfolder import RunFolder
-from ricciq.stopping import Stopped, Stopping, stopping_between_steps
 from ricciq.trainer import Pictures, Trainer
 
 MAX_BAD_STEPS = 20

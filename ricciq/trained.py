@@ -14,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ricciq.bench import interleave
-from ricciq.checkpoint import load_model_state, load_tensors
 from ricciq.convert import Plan, convert
 from ricciq.data import PictureData, open_data
 from ricciq.deployment import deploy, in_float_operators
@@ -27,7 +26,7 @@ from ricciq.errors import (
     UsageError,
     on_one_line,
 )
-from ricciq.evaluate import Predict, evaluate
+from ricciq.evaluation import Predict, evaluate
 from ricciq.export import accuracy_in_onnx, export_onnx, stored_in_onnx
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
@@ -35,6 +34,7 @@ from ricciq.recipe import Recipe
 from ricciq.report import load_report
 from ricciq.runfolder import RunFolder
 from ricciq.runtime import open_session, picture_input, session_metadata, session_predictor
+from ricciq.system.tensor_files import load_model_state, load_tensors
 
 
 class Rebuilt(NamedTuple):

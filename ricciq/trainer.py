@@ -18,7 +18,6 @@ from torch.profiler import record_function
 from ricciq.calibration import calibrate
 from ricciq.convert import quantized_layers
 from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight, override_forward
-from ricciq.distributed import World
 from ricciq.errors import RecipeError
 from ricciq.flow import Geometry
 from ricciq.history import Codes, Tally
@@ -33,6 +32,7 @@ from ricciq.optimization import (
 from ricciq.oscillation import Damping, Freezing
 from ricciq.progression import Progression
 from ricciq.recipe import Recipe
+from ricciq.system.distributed import World
 
 Pictures = Callable[[], Iterable[Tensor]]
 """Makes batches (B, C, H, W) to calibrate on, of training pictures as they are, always the same."""

@@ -24,12 +24,13 @@ from ricciq.allocation import Overhead, allocate, average_bits
 from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.errors import RecipeError, UsageError
 from ricciq.inspection import inspect_onnx
-from ricciq.journal import Journal
 from ricciq.preparation import Job, prepare
 from ricciq.quantizer import WeightKind, WeightQuantizer
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder, read_csv
+from ricciq.runfolder import RunFolder
 from ricciq.sensitivity import WIDTHS, Sensitivity, measure_sensitivity
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 RECIPE = Recipe().override(

@@ -13,16 +13,16 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from ricciq.checkpoint import (
+from ricciq.errors import CheckpointError, RicciqError
+from ricciq.system.files import write_atomically
+from ricciq.system.tensor_files import (
     State,
     load_model_state,
     load_tensors,
     restore_training_state,
     save_tensors,
     training_state,
-    write_atomically,
 )
-from ricciq.errors import CheckpointError, RicciqError
 
 # The usual ones, and two whose parameter groups also hold tensors and types.
 OPTIMIZERS = ["adamw", "sgd", "momentum", "lamb", "adafactorbv"]

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from ricciq import __version__, cli, pipeline
-from ricciq.checkpoint import save_tensors
-from ricciq.journal import Journal
 from ricciq.recipe import Recipe
 from ricciq.runtime import open_session, session_metadata
+from ricciq.system.journal import Journal
+from ricciq.system.tensor_files import save_tensors
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 

@@ -20,7 +20,8 @@ from ricciq.errors import (
     UsageError,
 )
 from ricciq.recipe import Recipe
-from ricciq.runfolder import StudyFolder, choose_run_folder, read_csv
+from ricciq.runfolder import StudyFolder, choose_run_folder
+from ricciq.system.tables import read_csv
 
 RECIPE = Recipe.from_values(
     {

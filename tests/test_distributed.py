@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ricciq.data import open_data
-from ricciq.distributed import World, joined, local_device
 from ricciq.errors import UsageError
 from ricciq.loading import set_epoch
 from ricciq.preprocessing import Preprocessing
-from ricciq.runfolder import read_csv
+from ricciq.system.distributed import World, joined, local_device
+from ricciq.system.tables import read_csv
 
 # Few steps at a low rate: a code that falls to the other side of a threshold for a last bit changes
 # what follows, and the two drift apart.

@@ -17,15 +17,15 @@ from mutations_of_data import picture, tar_of
 from safetensors.torch import save
 
 from ricciq import options
-from ricciq.checkpoint import METADATA_KEY, State, load_tensors
 from ricciq.errors import RicciqError
 from ricciq.folders import open_folder
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
 from ricciq.report import load_report
-from ricciq.runfolder import read_csv
 from ricciq.shards import open_shards
+from ricciq.system.tables import read_csv
+from ricciq.system.tensor_files import METADATA_KEY, State, load_tensors
 from ricciq.tarfiles import files_in_tar
 from ricciq.train import Progressed
 from ricciq.trained import rebuild

@@ -18,7 +18,7 @@ from ricciq import models
 from ricciq.errors import DataError, ModelError
 from ricciq.hub import open_hub
 from ricciq.models import load_model
-from ricciq.network import SWITCH, forbid_network, is_network_forbidden
+from ricciq.system.offline import SWITCH, forbid_network, is_network_forbidden
 
 BY_ADDRESS = "gcvit_xxtiny.in1k"
 """A model whose weights timm knows by a plain address only."""

@@ -14,7 +14,8 @@ import pytest
 from command import ricciq
 
 from ricciq.report import load_report
-from ricciq.runfolder import RunFolder, read_csv, write_csv
+from ricciq.runfolder import RunFolder
+from ricciq.system.tables import read_csv, write_csv
 
 JOB = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "auto:2.5", "--epochs", "2"]
 SECTIONS = {

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ricciq import pipeline
 from ricciq.calibration import calibrate
 from ricciq.convert import convert, quantize, quantized_layers
-from ricciq.evaluate import evaluate
-from ricciq.journal import Journal
+from ricciq.evaluation import evaluate
 from ricciq.layers import QuantLayer
 from ricciq.preparation import Job, prepare
 from ricciq.recipe import Recipe
 from ricciq.reconstruction import reconstruct
 from ricciq.runfolder import RunFolder
+from ricciq.system.journal import Journal
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(

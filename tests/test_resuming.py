@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from ricciq.checkpoint import load_tensors
-from ricciq.journal import Journal
-from ricciq.runfolder import RunFolder, read_csv
+from ricciq.runfolder import RunFolder
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv
+from ricciq.system.tensor_files import load_tensors
 from ricciq.train import last_state
 
 KILLS = 20

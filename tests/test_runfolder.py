@@ -11,7 +11,8 @@ import pytest
 from ricciq import runfolder
 from ricciq.errors import InputError, UsageError
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder, choose_run_folder, default_folder, read_csv, write_csv
+from ricciq.runfolder import RunFolder, choose_run_folder, default_folder
+from ricciq.system.tables import read_csv, write_csv
 
 RECIPE = Recipe().override({"model.name": "resnet18"})
 OTHER = RECIPE.override({"training.lr": 0.5})

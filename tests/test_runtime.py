@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ricciq.bench import WARM_UP, Latency, bench_files, interleave, measure_latency
 from ricciq.errors import DataError, ModelError, UsageError
-from ricciq.evaluate import evaluate
+from ricciq.evaluation import evaluate
 from ricciq.inspection import inspect_onnx
 from ricciq.runtime import METADATA_KEY, open_session, session_metadata, session_predictor
 

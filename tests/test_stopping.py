@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from ricciq.distributed import World
-from ricciq.stopping import Stopped, stopping_between_steps
+from ricciq.system.distributed import World
+from ricciq.system.interrupts import Stopped, stopping_between_steps
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

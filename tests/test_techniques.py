@@ -15,24 +15,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ricciq import compare as study
 from ricciq import train
 from ricciq.calibration import LogHistogram, calibrate, choose_range
-from ricciq.checkpoint import load_tensors
 from ricciq.cli import main
 from ricciq.compare import Trial
 from ricciq.convert import convert, quantized_layers
 from ricciq.deployment import deploy
 from ricciq.errors import RecipeError
-from ricciq.evaluate import evaluate
+from ricciq.evaluation import evaluate
 from ricciq.export import export_onnx
 from ricciq.history import Tally
-from ricciq.journal import Journal
 from ricciq.layers import KeptNorm
 from ricciq.optimization import WithFeatures, feature_distance, optimizer_and_schedule
 from ricciq.preparation import correction_of, prepare
 from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
 from ricciq.recipe import Recipe, TrainingSection
 from ricciq.rounding import SLOPE_SAMPLES
-from ricciq.runfolder import RunFolder, read_csv
+from ricciq.runfolder import RunFolder
 from ricciq.runtime import open_session, session_predictor
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv
+from ricciq.system.tensor_files import load_tensors
 from ricciq.train import Progressed, finetune
 from ricciq.trained import rebuild
 from ricciq.trainer import Trainer

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from ricciq import train, trainer
 from ricciq.calibration import calibrate
-from ricciq.checkpoint import load_tensors, save_tensors
 from ricciq.convert import convert, quantized_layers
 from ricciq.correction import Correction
 from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
 from ricciq.estimators import METHODS
 from ricciq.history import Tally
-from ricciq.journal import Journal
 from ricciq.optimization import loss_function
 from ricciq.preparation import prepare
 from ricciq.recipe import Recipe, TrainingSection
-from ricciq.runfolder import RunFolder, read_csv
+from ricciq.runfolder import RunFolder
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv
+from ricciq.system.tensor_files import load_tensors, save_tensors
 from ricciq.train import Progressed, finetune
 from ricciq.trainer import Trainer
 

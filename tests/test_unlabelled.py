@@ -20,17 +20,18 @@ from torch import Tensor, nn
 
 from ricciq import pipeline, trained
 from ricciq.calibration import calibrate
-from ricciq.checkpoint import load_tensors
 from ricciq.convert import convert
 from ricciq.data import PictureData, open_data
 from ricciq.errors import DataError
-from ricciq.evaluate import evaluate
+from ricciq.evaluation import evaluate
 from ricciq.history import Tally
-from ricciq.journal import Journal
 from ricciq.preparation import Job, correction_of, prepare, take_answers
 from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder, read_csv
+from ricciq.runfolder import RunFolder
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv
+from ricciq.system.tensor_files import load_tensors
 from ricciq.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -42,16 +42,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ricciq import Recipe, run
-from ricciq.checkpoint import write_atomically
 from ricciq.data import open_data
 from ricciq.deployment import deploy
 from ricciq.errors import ModelError
-from ricciq.evaluate import Predict
+from ricciq.evaluation import Predict
 from ricciq.inspection import LayerRow, inspect_onnx
-from ricciq.journal import Journal
 from ricciq.models import LoadedModel, load_model
-from ricciq.runfolder import RunFolder, read_csv
+from ricciq.runfolder import RunFolder
 from ricciq.runtime import open_session, session_predictor
+from ricciq.system.files import write_atomically
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv
 from ricciq.trained import rebuild
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import DEVICE, TINY, Training
 
-from ricciq.evaluate import evaluate
+from ricciq.evaluation import evaluate
 
 KINDS = [
     {},

@@ -9,7 +9,7 @@ from networks import DEVICE, Training
 
 from ricciq.deployment import deploy
 from ricciq.doctor import examine
-from ricciq.evaluate import evaluate
+from ricciq.evaluation import evaluate
 from ricciq.export import export_onnx
 from ricciq.runtime import open_session, session_predictor
 

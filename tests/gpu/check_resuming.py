@@ -8,11 +8,11 @@ import time
 from networks import DEVICE, USUAL
 
 from ricciq.history import History
-from ricciq.journal import Journal
 from ricciq.pipeline import train
 from ricciq.preparation import prepare
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder
+from ricciq.system.journal import Journal
 
 EPOCHS = 3
 RECIPE = Recipe().override({**USUAL, "training.epochs": EPOCHS})

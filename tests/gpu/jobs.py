@@ -19,13 +19,13 @@ import ricciq.train
 import ricciq.trainer
 from ricciq.cli import main
 from ricciq.deployment import deploy
-from ricciq.evaluate import evaluate
+from ricciq.evaluation import evaluate
 from ricciq.export import export_onnx
-from ricciq.journal import Journal
 from ricciq.pipeline import train
 from ricciq.preparation import prepare
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder
+from ricciq.system.journal import Journal
 
 
 def quantize(context: Context, *arguments: str | Path) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from torch import nn
 from ricciq.calibration import calibrate
 from ricciq.convert import convert
 from ricciq.history import Tally
-from ricciq.journal import Journal
 from ricciq.loading import Batch
 from ricciq.preparation import correction_of, prepare
 from ricciq.recipe import Recipe
+from ricciq.system.journal import Journal
 from ricciq.trainer import Trainer
 
 CPU = torch.device("cpu")

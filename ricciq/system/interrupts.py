@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ricciq.distributed import World
+from ricciq.system.distributed import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 T = TypeVar("T")
