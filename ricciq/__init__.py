@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ricciq._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ricciq.calibration import calibrate
     from ricciq.convert import quantize
     from ricciq.errors import RicciqError
     from ricciq.export import export_onnx
     from ricciq.flow import RicciFlow
     from ricciq.pipeline import run
+    from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
     from ricciq.train import finetune
 
@@ -25,7 +25,7 @@ _HOMES = {
     "Recipe": "recipe",
     "run": "pipeline",
     "quantize": "convert",
-    "calibrate": "calibration",
+    "calibrate": "quant.calibration",
     "finetune": "train",
     "RicciFlow": "flow",
     "export_onnx": "export",

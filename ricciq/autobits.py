@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ricciq.allocation import Overhead, allocate, average_bits
-from ricciq.calibration import calibrate
 from ricciq.convert import Plan, convert
 from ricciq.deployment import DeployedWeight, deploy
 from ricciq.errors import UsageError
@@ -22,7 +21,8 @@ from ricciq.export import export_onnx, stored_in_onnx
 from ricciq.modelfile import size_with_external_data
 from ricciq.plots import draw_sensitivity, write_png
 from ricciq.preparation import Job
-from ricciq.quantizer import ActivationQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.calibration import calibrate
 from ricciq.runfolder import RunFolder
 from ricciq.sensitivity import Sensitivity, measure_sensitivity, widths_of
 from ricciq.system.journal import Journal

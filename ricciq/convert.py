@@ -12,7 +12,6 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ricciq.errors import ModelError
-from ricciq.grids import Bits
 from ricciq.layers import (
     CONVOLUTIONS,
     LINEARS,
@@ -25,7 +24,9 @@ from ricciq.layers import (
     quantize_output,
     turn_negative_rows,
 )
-from ricciq.quantizer import FLOAT_BITS, LSQ, ActivationQuantizer, Kinds
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.grid import Bits
+from ricciq.quant.quantizer import FLOAT_BITS, LSQ, Kinds
 from ricciq.recording import Call, Recording, Value, record, value_of
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ricciq.estimators import Displacing, Estimator, StraightThrough
 from ricciq.flow import STAGES, Geometry, RicciFlow
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
-from ricciq.rounding import SLOPE_SAMPLES
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.fake_quantize import SLOPE_SAMPLES
+from ricciq.quant.weight import WeightQuantizer
 
 Target = Literal["weights", "activations", "both"]
 TOGETHER = 2**22

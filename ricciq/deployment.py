@@ -25,7 +25,8 @@ from ricciq.layers import (
     quantize_output,
 )
 from ricciq.packing import Plane, pack, unpack
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.weight import WeightQuantizer
 
 OPSET = 18
 

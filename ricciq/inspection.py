@@ -15,7 +15,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ricciq.errors import ModelError, on_one_line
 from ricciq.modelfile import size_with_external_data
-from ricciq.quantizer import FLOAT_BITS
+from ricciq.quant.quantizer import FLOAT_BITS
 from ricciq.runtime import open_session, session_metadata
 
 _WEIGHTED = {"Conv", "Gemm", "MatMul"}

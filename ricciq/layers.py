@@ -20,9 +20,11 @@ from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.grids import LARGEST_CODE, Bits
-from ricciq.quantizer import FLOAT_BITS, LSQ, ActivationQuantizer, Kinds, WeightQuantizer
-from ricciq.rounding import MIN_SCALE
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.fake_quantize import MIN_SCALE
+from ricciq.quant.grid import LARGEST_CODE, Bits
+from ricciq.quant.quantizer import FLOAT_BITS, LSQ, Kinds
+from ricciq.quant.weight import WeightQuantizer
 
 BIAS_LIMIT = 2**30
 """Largest bias code: half of int32, so that the sum of the products still fits beside it."""

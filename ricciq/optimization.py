@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.errors import RecipeError
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.weight import WeightQuantizer
 from ricciq.recipe import TrainingSection
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ricciq.grids import Bits, Codebook, Grid, count_codes
+from ricciq.quant.codebook import Codebook
+from ricciq.quant.grid import Bits, Grid, count_codes
 
 _PLANE_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from ricciq.disagreements import THUMBNAIL, Disagreements
 from ricciq.errors import InputError
-from ricciq.grids import count_codes
 from ricciq.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
+from ricciq.quant.grid import count_codes
 from ricciq.report import Report, load_report
 from ricciq.runfolder import RunFolder
 from ricciq.system.files import write_atomically

@@ -15,7 +15,6 @@ import torch
 from ricciq._version import __version__
 from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.bench import Latency, measure_latency
-from ricciq.calibration import calibrate
 from ricciq.convert import convert
 from ricciq.deployment import deploy
 from ricciq.disagreements import find_disagreements
@@ -36,7 +35,8 @@ from ricciq.preparation import (
     prepare,
     take_answers,
 )
-from ricciq.quantizer import FLOAT_BITS
+from ricciq.quant.calibration import calibrate
+from ricciq.quant.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.reconstruction import PICTURES, reconstruct
 from ricciq.report import Report

@@ -19,7 +19,6 @@ from ricciq.correction import Correction
 from ricciq.data import PictureData, Split, open_data
 from ricciq.errors import UsageError
 from ricciq.estimators import named_estimator
-from ricciq.grids import count_codes
 from ricciq.loading import Batch
 from ricciq.memory import (
     StepMemory,
@@ -32,6 +31,7 @@ from ricciq.memory import (
 from ricciq.models import load_model
 from ricciq.optimization import WithFeatures, check_training
 from ricciq.preprocessing import Preprocessing
+from ricciq.quant.grid import count_codes
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World, local_device, process_number
 from ricciq.system.journal import Journal

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from ricciq.convert import quantized_layers
-from ricciq.grids import Bits, count_codes
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.grid import Bits, count_codes
+from ricciq.quant.weight import WeightQuantizer
 
 
 class Progression:

@@ -20,8 +20,8 @@ from ricciq.errors import RecipeError, did_you_mean
 from ricciq.preprocessing import LARGEST_SIDE, Augmentation
 
 if TYPE_CHECKING:
-    from ricciq.grids import Bits
-    from ricciq.quantizer import Kinds
+    from ricciq.quant.grid import Bits
+    from ricciq.quant.quantizer import Kinds
 from ricciq.system.safe_yaml import parse_yaml
 
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary", "auto"]
@@ -125,7 +125,7 @@ class QuantizationSection(Section):
     @property
     def kinds(self) -> Kinds:
         """Which quantizers."""
-        from ricciq.quantizer import Kinds  # brings torch, which reading a recipe must not
+        from ricciq.quant.quantizer import Kinds
 
         return Kinds(self.weight_quantizer, self.act_quantizer, self.weight_norm, self.scale_search)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ricciq.evaluation import evaluating
-from ricciq.grids import Grid
 from ricciq.layers import QuantConv2d, QuantLayer, QuantLinear
+from ricciq.quant.grid import Grid
 from ricciq.system.journal import Journal
 
 PICTURES = 256

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from ricciq.convert import Plan, convert, quantized_layers
 from ricciq.evaluation import evaluating
-from ricciq.grids import Bits
 from ricciq.layers import QuantLayer
-from ricciq.quantizer import CODEBOOK_WIDTHS, ActivationQuantizer, Kinds, WeightQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.grid import Bits
+from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds
+from ricciq.quant.weight import WeightQuantizer
 from ricciq.system.journal import Journal
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)

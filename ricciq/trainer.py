@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.profiler import record_function
 
-from ricciq.calibration import calibrate
 from ricciq.convert import quantized_layers
 from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight, override_forward
 from ricciq.errors import RecipeError
@@ -31,6 +30,7 @@ from ricciq.optimization import (
 )
 from ricciq.oscillation import Damping, Freezing
 from ricciq.progression import Progression
+from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
 

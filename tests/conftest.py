@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ricciq.calibration import calibrate
 from ricciq.convert import Plan, quantize, quantized_layers
 from ricciq.deployment import deploy
 from ricciq.export import export_onnx
 from ricciq.inspection import Inspection, inspect_onnx
 from ricciq.preprocessing import Preprocessing
+from ricciq.quant.calibration import calibrate
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("hostility")  # a helper that asserts, too

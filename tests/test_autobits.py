@@ -25,7 +25,8 @@ from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.errors import RecipeError, UsageError
 from ricciq.inspection import inspect_onnx
 from ricciq.preparation import Job, prepare
-from ricciq.quantizer import WeightKind, WeightQuantizer
+from ricciq.quant.quantizer import WeightKind
+from ricciq.quant.weight import WeightQuantizer
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder
 from ricciq.sensitivity import WIDTHS, Sensitivity, measure_sensitivity

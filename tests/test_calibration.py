@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.calibration import LogHistogram, calibrate, choose_range
 from ricciq.errors import InputError
-from ricciq.quantizer import ActivationQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.calibration import LogHistogram, calibrate, choose_range
 
 
 def normal(count: int, seed: int = 0) -> Tensor:

@@ -7,11 +7,11 @@ import timm
 import torch
 
 import ricciq.models  # noqa: F401  registers the nets with timm
-from ricciq.calibration import calibrate
 from ricciq.convert import convert, plan_conversion
 from ricciq.correction import ActivationCorrection, Correction, override_forward
 from ricciq.estimators import named_estimator
-from ricciq.quantizer import Kinds
+from ricciq.quant.calibration import calibrate
+from ricciq.quant.quantizer import Kinds
 
 # Capture and differentiation happen as in every compilation; only code is not generated.
 BACKEND = "aot_eager"

@@ -7,11 +7,12 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.calibration import calibrate
 from ricciq.convert import LayerPlan, convert, plan_conversion, quantize, quantized_layers
 from ricciq.errors import ModelError
 from ricciq.layers import QuantConv2d, QuantLinear, QuantLinearWeight
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.calibration import calibrate
+from ricciq.quant.weight import WeightQuantizer
 
 PICTURE = torch.zeros(1, 3, 8, 8)
 

@@ -10,9 +10,10 @@ from torch import nn
 from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight
 from ricciq.estimators import METHODS
 from ricciq.flow import RicciFlow
-from ricciq.grids import Grid
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
-from ricciq.rounding import SLOPE_SAMPLES, fake_quantize
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.fake_quantize import SLOPE_SAMPLES, fake_quantize
+from ricciq.quant.grid import Grid
+from ricciq.quant.weight import WeightQuantizer
 
 
 def staircase(time):

@@ -10,7 +10,8 @@ from ricciq.correction import Correction, DiscreteWeight, override_forward
 from ricciq.errors import RecipeError
 from ricciq.estimators import METHODS, StraightThrough, named_estimator
 from ricciq.flow import RicciFlow
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.weight import WeightQuantizer
 
 CORRECTING = ["ricci", "ewgs", "dsq", "ede", "lne", "project"]
 FLOWING = ["ricci", "lne", "project"]

@@ -30,7 +30,7 @@ from ricciq.deployment import DeployedActivation, deploy
 from ricciq.graph import tidy
 from ricciq.layers import BIAS_LIMIT, QuantConv2d, QuantLayer, QuantLinear
 from ricciq.preprocessing import Preprocessing
-from ricciq.quantizer import CODEBOOK_WIDTHS, Kinds
+from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds
 
 Tensors = dict[str, np.ndarray]
 FLOAT_NOISE = 1e-5

@@ -14,7 +14,6 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from ricciq import export
-from ricciq.calibration import calibrate
 from ricciq.convert import quantize, quantized_layers
 from ricciq.deployment import DeployedActivation, DeployedWeight, deploy
 from ricciq.errors import RicciqError
@@ -23,7 +22,8 @@ from ricciq.inspection import inspect_onnx
 from ricciq.layers import QuantConv2d, QuantLinear
 from ricciq.packing import unpack
 from ricciq.preprocessing import Preprocessing
-from ricciq.quantizer import ActivationQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.calibration import calibrate
 from ricciq.runtime import METADATA_KEY, open_session, session_metadata, session_predictor
 
 # Every weight width, with activation widths by turns.

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq import export
-from ricciq.calibration import calibrate
 from ricciq.convert import quantize
 from ricciq.deployment import deploy
 from ricciq.export import export_onnx
 from ricciq.inspection import inspect_onnx
 from ricciq.preprocessing import Preprocessing
+from ricciq.quant.calibration import calibrate
 from ricciq.runtime import open_session, session_predictor
 
 SIZE = (3, 15, 15)

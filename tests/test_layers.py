@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.deployment import deploy
-from ricciq.grids import LARGEST_CODE
 from ricciq.layers import (
     BIAS_LIMIT,
     QuantConv2d,
@@ -25,7 +24,9 @@ from ricciq.layers import (
     quantize_output,
     turn_negative_rows,
 )
-from ricciq.quantizer import ActivationQuantizer, Kinds
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.grid import LARGEST_CODE
+from ricciq.quant.quantizer import Kinds
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 # BatchNorm weights of one layer: ordinary, negative, zero, tiny of both signs, huge.

@@ -28,10 +28,6 @@ ORDER = [
 """Packages on one line do not import each other. The package itself resolves names when used."""
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
 UNMOVED = {
-    "grids": "quant",
-    "rounding": "quant",
-    "quantizer": "quant",
-    "calibration": "quant",
     "preprocessing": "data",
     "loading": "data",
     "pictures": "data",

@@ -10,7 +10,7 @@ from ricciq import ricci
 from ricciq.correction import DiscreteWeight
 from ricciq.errors import RecipeError
 from ricciq.oscillation import MOMENTUM, Damping, Freezing
-from ricciq.quantizer import WeightQuantizer
+from ricciq.quant.weight import WeightQuantizer
 
 
 def discrete(weight, bits=3, scale=1.0):

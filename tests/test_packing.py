@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ricciq.grids import Codebook, Grid
 from ricciq.packing import pack, unpack
+from ricciq.quant.codebook import Codebook
+from ricciq.quant.grid import Grid
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 widths = pytest.mark.parametrize("bits", WIDTHS)

@@ -23,13 +23,13 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedRes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.calibration import calibrate
 from ricciq.convert import quantize
 from ricciq.data import open_data
 from ricciq.deployment import deploy
 from ricciq.export import export_onnx
 from ricciq.models import load_model
 from ricciq.preprocessing import Preprocessing
+from ricciq.quant.calibration import calibrate
 from ricciq.runtime import open_session, session_predictor
 
 ASKED = "RICCIQ_PORTABILITY"

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ricciq.grids import LARGEST_CODE, Codebook, Grid, count_codes
-from ricciq.quantizer import CODEBOOK_WIDTHS, ActivationQuantizer, WeightQuantizer
-from ricciq.rounding import fake_quantize
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.codebook import Codebook
+from ricciq.quant.fake_quantize import fake_quantize
+from ricciq.quant.grid import LARGEST_CODE, Grid, count_codes
+from ricciq.quant.quantizer import CODEBOOK_WIDTHS
+from ricciq.quant.weight import WeightQuantizer
 
 WEIGHT_CODES = {
     1: [-1, 1],

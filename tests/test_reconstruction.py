@@ -16,11 +16,11 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from ricciq import pipeline
-from ricciq.calibration import calibrate
 from ricciq.convert import convert, quantize, quantized_layers
 from ricciq.evaluation import evaluate
 from ricciq.layers import QuantLayer
 from ricciq.preparation import Job, prepare
+from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.reconstruction import reconstruct
 from ricciq.runfolder import RunFolder

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq import rounding
 from ricciq.estimators import METHODS
-from ricciq.grids import Grid
-from ricciq.rounding import SLOPE_SAMPLES, fake_quantize
+from ricciq.quant import fake_quantize as rounding
+from ricciq.quant.fake_quantize import SLOPE_SAMPLES, fake_quantize
+from ricciq.quant.grid import Grid
 
 SHAPE = (3, 5, 4, 2)
 

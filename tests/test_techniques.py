@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ricciq import compare as study
 from ricciq import train
-from ricciq.calibration import LogHistogram, calibrate, choose_range
 from ricciq.cli import main
 from ricciq.compare import Trial
 from ricciq.convert import convert, quantized_layers
@@ -26,9 +25,11 @@ from ricciq.history import Tally
 from ricciq.layers import KeptNorm
 from ricciq.optimization import WithFeatures, feature_distance, optimizer_and_schedule
 from ricciq.preparation import correction_of, prepare
-from ricciq.quantizer import ActivationQuantizer, WeightQuantizer
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.calibration import LogHistogram, calibrate, choose_range
+from ricciq.quant.fake_quantize import SLOPE_SAMPLES
+from ricciq.quant.weight import WeightQuantizer
 from ricciq.recipe import Recipe, TrainingSection
-from ricciq.rounding import SLOPE_SAMPLES
 from ricciq.runfolder import RunFolder
 from ricciq.runtime import open_session, session_predictor
 from ricciq.system.journal import Journal

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ricciq import train, trainer
-from ricciq.calibration import calibrate
 from ricciq.convert import convert, quantized_layers
 from ricciq.correction import Correction
 from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
@@ -21,6 +20,7 @@ from ricciq.estimators import METHODS
 from ricciq.history import Tally
 from ricciq.optimization import loss_function
 from ricciq.preparation import prepare
+from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe, TrainingSection
 from ricciq.runfolder import RunFolder
 from ricciq.system.journal import Journal

@@ -19,7 +19,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ricciq import pipeline, trained
-from ricciq.calibration import calibrate
 from ricciq.convert import convert
 from ricciq.data import PictureData, open_data
 from ricciq.errors import DataError
@@ -27,6 +26,7 @@ from ricciq.evaluation import evaluate
 from ricciq.history import Tally
 from ricciq.preparation import Job, correction_of, prepare, take_answers
 from ricciq.preprocessing import Preprocessing
+from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder
 from ricciq.system.journal import Journal

@@ -60,10 +60,10 @@ def ours(options: argparse.Namespace, traits: Sequence[str]) -> Callable[[], Non
     import torch
 
     import ricciq.models  # noqa: F401  registers the nets with timm
-    from ricciq.calibration import calibrate
     from ricciq.convert import convert, plan_conversion
     from ricciq.history import Tally
     from ricciq.preparation import correction_of
+    from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
     from ricciq.trainer import Trainer
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ricciq.calibration import calibrate
 from ricciq.convert import convert
 from ricciq.history import Tally
 from ricciq.loading import Batch
 from ricciq.preparation import correction_of, prepare
+from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
 from ricciq.trainer import Trainer

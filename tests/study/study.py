@@ -32,13 +32,13 @@ from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
 import ricciq.models  # noqa: F401  registers the nets with timm
-from ricciq.calibration import calibrate
 from ricciq.compare import Trial
 from ricciq.convert import convert, plan_conversion
 from ricciq.correction import ActivationCorrection, Correction, override_forward
 from ricciq.estimators import named_estimator
-from ricciq.grids import Bits
-from ricciq.quantizer import Kinds
+from ricciq.quant.calibration import calibrate
+from ricciq.quant.grid import Bits
+from ricciq.quant.quantizer import Kinds
 from ricciq.recipe import Recipe
 from ricciq.trainer import discrete_weights
 

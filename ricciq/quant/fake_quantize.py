@@ -1,6 +1,6 @@
 """Rounding to a grid with gradients: the straight-through estimator and learned steps.
 
-Numbers become codes of `ricciq.grids` times a step. The gradient of that staircase is zero or
+Numbers become codes of `ricciq.quant.grid` times a step. The gradient of that staircase is zero or
 infinite, so training uses the straight-through estimator (STE, Bengio et al. 2013, arXiv 1308.3432)
 for the numbers and the learned step size (LSQ, Esser et al. 2020, arXiv 1902.08153) for the step,
 whose logarithm is stored: it stays positive by any optimizer.
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ricciq.grids import Codebook, Grid
+from ricciq.quant.codebook import Codebook
+from ricciq.quant.grid import Grid
 
 MIN_SCALE = 2.0**-40
 SLOPE_SAMPLES = 64

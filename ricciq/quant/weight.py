@@ -1,57 +1,21 @@
-"""Scales, fake quantization and the straight-through estimator.
-
-A quantizer maps a number x to ``scale * code``; the codes are those of `ricciq.grids`. The
-gradient of that staircase is zero or infinite, so training uses the straight-through estimator
-(STE, Bengio et al. 2013, arXiv 1308.3432) for x and the learned step size (LSQ, Esser et al. 2020,
-arXiv 1902.08153) for the scale, whose logarithm is stored: it stays positive by any optimizer.
-"""
+"""Weights: one scale for each output channel."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ricciq.grids import LARGEST_CODE, Bits, Codebook, Grid
-from ricciq.rounding import MIN_SCALE, fake_quantize, masked, positive, round_codes, sloped
-
-WeightKind = Literal["lsq", "odd", "dorefa", "fixed", "codebook"]
-ActKind = Literal["lsq", "pact", "fixed"]
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """Which quantizers a network uses.
-
-    Attributes:
-        weights: "lsq" learns a step a row (Esser et al. 2020, arXiv 1902.08153); "odd" does, with
-            levels -3, -1, 1, 3 and so on below 8 bits; "dorefa" spreads odd levels over the range
-            of tanh(w) in the layer (Zhou et al. 2016, arXiv 1606.06160, eq. 9; at one bit, eq. 7,
-            its two levels are the mean |w|); "fixed" keeps the steps that calibration found;
-            "codebook" learns a step a row and the codes of the layer, at 1, 2 or 4 bits or ternary.
-        activations: "lsq"; "pact" learns the clipping point from what is clipped alone (Choi et al.
-            2018, arXiv 1805.06085, eq. 3), with LSQ's gain and without a decay of its own; "fixed".
-        normalize: whether each row of a weight keeps, before it is rounded, the norm it had.
-        search: how many first steps are tried; 1 takes that which clips nothing.
-    """
-
-    weights: WeightKind = "lsq"
-    activations: ActKind = "lsq"
-    normalize: bool = False
-    search: int = 100
-
-
-LSQ = Kinds()
-Place = Callable[[Tensor, Tensor | float], Tensor]
-"""What is rounded in the place of numbers: see `ricciq.estimators.Displacing`."""
-
-FLOAT_BITS = 32
-CODEBOOK_WIDTHS: tuple[Bits, ...] = (1, 2, 4, "ternary")
-"""Those whose codes one lookup table undoes: `ricciq.packing` splits the others."""
+from ricciq.quant.codebook import Codebook
+from ricciq.quant.fake_quantize import (
+    MIN_SCALE,
+    fake_quantize,
+    positive,
+)
+from ricciq.quant.grid import LARGEST_CODE, Bits, Grid
+from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Place, WeightKind, displaced, residual_in_cell
 
 
 class WeightQuantizer(nn.Module):
@@ -181,7 +145,7 @@ class WeightQuantizer(nn.Module):
         gain = 1 / math.sqrt(weight[0].numel() * self.fixed_grid.high) / self.unit**2
         log_scale, grid = self._columns(self.log_scale, weight), self.grid
         if self.training and self.place is not None:
-            standardized = _displaced(standardized, log_scale, None, grid, gain, self.place)
+            standardized = displaced(standardized, log_scale, None, grid, gain, self.place)
         discrete = fake_quantize(standardized, log_scale, grid, gain=gain)
         if self.levels is None or not isinstance(grid, Codebook):
             return discrete
@@ -211,7 +175,7 @@ class WeightQuantizer(nn.Module):
             (rows, n) residual in [-1, 1], zero at the level and ±1 at a decision threshold, set to
             zero where the straight-through estimator masks; and the (rows, n) mask, true where not.
         """
-        return _residual(self.ratio(weight).flatten(1), None, self.grid)
+        return residual_in_cell(self.ratio(weight).flatten(1), None, self.grid)
 
     @torch.no_grad()
     def half_cell(self, weight: Tensor) -> Tensor:
@@ -230,113 +194,8 @@ class WeightQuantizer(nn.Module):
         ratio, grid = self.ratio(weight).flatten(1), self.grid
         codes = grid.round(ratio)
         half = grid.half_cell(ratio - codes, codes)
-        return _residual(ratio, None, grid)[0] * half * self.scale[:, None]
+        return residual_in_cell(ratio, None, grid)[0] * half * self.scale[:, None]
 
     @staticmethod
     def _columns(per_row: Tensor, weight: Tensor) -> Tensor:
         return per_row.view(-1, *[1] * (weight.dim() - 1))
-
-
-class ActivationQuantizer(nn.Module):
-    """Per-tensor fake quantization of activations: one step, one calibrated zero point.
-
-    The codes are 0 to 2**bits - 1 around a whole zero point, which is 0 for activations that are
-    never negative. While an observer is attached, it is shown every input and nothing is quantized.
-
-    Args:
-        bits: 1 to 8.
-        kind: see `Kinds`.
-    """
-
-    zero_point: Tensor
-    observer: Callable[[Tensor], None] | None = None
-    slope: Tensor | None = None
-    """See `fake_quantize`; None is the straight-through estimator's slope of 1."""
-    place: Place | None = None
-
-    def __init__(self, bits: int, kind: ActKind = "lsq") -> None:
-        super().__init__()
-        self.kind = kind
-        self.set_bits(bits)
-        self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=kind != "fixed")
-        self.register_buffer("zero_point", torch.zeros(()))
-
-    def set_bits(self, bits: Bits) -> None:
-        """Take another width, a number; the range is then to be found anew."""
-        self.bits = int(bits)
-        self.grid = Grid(0, 2**self.bits - 1)
-
-    @property
-    def scale(self) -> Tensor:
-        """The step, a scalar tensor, positive."""
-        return positive(self.log_scale.detach())
-
-    @torch.no_grad()
-    def set_range(self, scale: float, zero_point: int) -> None:
-        """Fix the zero point and set the step that training starts from."""
-        self.log_scale.fill_(math.log(max(scale, MIN_SCALE)))
-        self.zero_point.fill_(zero_point)
-
-    @torch.no_grad()
-    def ratio(self, x: Tensor) -> Tensor:
-        """The activations in units of the step, same shape."""
-        return x.float() / self.scale
-
-    @torch.no_grad()
-    def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `WeightQuantizer.residual`, of activations (B, ...): a row is a picture's."""
-        return _residual(self.ratio(x).flatten(1), self.zero_point, self.grid)
-
-    @torch.no_grad()
-    def slope_at(self, x: Tensor) -> Tensor:
-        """What the gradient at each activation is multiplied by, same shape."""
-        ratio, ones = self.ratio(x), torch.ones_like(x, dtype=torch.float32)
-        if self.slope is None:
-            return masked(ones, ratio, self.zero_point, self.grid)
-        return sloped(ones, ratio, self.zero_point, self.slope, self.grid)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The discretized activations, same shape as x."""
-        if self.observer is not None:
-            self.observer(x)
-            return x
-        elements = x[0].numel() if x.dim() > 1 else x.numel()
-        gain = 1 / math.sqrt(elements * self.grid.high)
-        if self.training and self.place is not None:
-            x = _displaced(x, self.log_scale, self.zero_point, self.grid, gain, self.place)
-        pact = self.kind == "pact"
-        return fake_quantize(x, self.log_scale, self.grid, self.zero_point, gain, pact, self.slope)
-
-
-def _displaced(
-    x: Tensor,
-    log_scale: Tensor,
-    zero_point: Tensor | None,
-    grid: Grid | Codebook,
-    gain: float,
-    place: Place,
-) -> Tensor:
-    """Moved to its place, but not across an end of the range: what is masked stays so."""
-    with torch.no_grad():
-        scale = positive(log_scale)
-        ratio = x.float() / scale
-        offset = 0 if zero_point is None else zero_point
-        ends = [ratio.new_tensor(end) - offset for end in (grid.low, grid.high)]
-        codes = round_codes(ratio.clone(), zero_point, grid)
-        placed = place(ratio, 2 * grid.half_cell(ratio - codes, codes)).clamp(*ends)
-        inside = masked(torch.ones_like(ratio), ratio, zero_point, grid)
-        shift = (placed - ratio) * inside
-    # The shift is constant in steps: what `fake_quantize` takes for a part of x, and with it for a
-    # part of the step's gradient, is taken back by the term that is zero.
-    given_back = (log_scale - log_scale.detach()) * (gain / scale)
-    return x + (shift * (scale + given_back)).to(x.dtype)
-
-
-def _residual(
-    ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook
-) -> tuple[Tensor, Tensor]:
-    """Where each ratio stands in its cell, from -1 to 1 and 0 where masked; and where it is not."""
-    inside = masked(torch.ones_like(ratio), ratio, zero_point, grid).bool()
-    codes = round_codes(ratio.clone(), zero_point, grid)
-    from_level = ratio - codes
-    return (from_level / grid.half_cell(from_level, codes)).clamp(-1, 1) * inside, inside

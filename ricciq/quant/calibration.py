@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ricciq.errors import InputError
 from ricciq.evaluation import evaluating
-from ricciq.quantizer import ActivationQuantizer
+from ricciq.quant.activation import ActivationQuantizer
 
 _OCTAVES = 48
 _PER_OCTAVE = 32

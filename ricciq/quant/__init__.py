@@ -1,0 +1,1 @@
+"""Numbers: codes, fake quantization, quantizers and their first ranges."""
