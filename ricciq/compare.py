@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from scipy import stats
 
 from ricciq.autobits import find_budget, with_chosen_bits
-from ricciq.data import open_data
+from ricciq.data.open import open_data
 from ricciq.deployment import deploy
 from ricciq.errors import (
     DivergedError,

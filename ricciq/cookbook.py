@@ -105,9 +105,9 @@ def check_recipes(names: Names, as_json: options.Json = False) -> None:
 
 def _error_in(name: str) -> str | None:
     """Why a recipe does not hold, also by what is only looked at when a run begins."""
+    from ricciq.data.preprocessing import Preprocessing
     from ricciq.estimators import named_estimator
     from ricciq.optimization import check_training
-    from ricciq.preprocessing import Preprocessing
     from ricciq.recipe import Recipe
 
     try:

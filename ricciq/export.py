@@ -13,12 +13,12 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import OPSET, deploy
 from ricciq.errors import RicciqError
 from ricciq.graph import tidy
 from ricciq.layers import QuantLayer
 from ricciq.modelfile import read_model_file
-from ricciq.preprocessing import Preprocessing
 from ricciq.runtime import METADATA_KEY
 from ricciq.system.files import replacing
 

@@ -26,8 +26,8 @@ from timm.models import (
 from torch import Tensor, nn
 
 import ricciq.nets  # noqa: F401  registers them
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import CheckpointError, ModelError, did_you_mean
-from ricciq.preprocessing import Preprocessing
 from ricciq.system.offline import is_network_forbidden
 from ricciq.system.tensor_files import check_finite
 

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader
 from ricciq._version import __version__
 from ricciq.convert import Plan, convert, plan_conversion
 from ricciq.correction import Correction
-from ricciq.data import PictureData, Split, open_data
+from ricciq.data.dataset import PictureData, Split
+from ricciq.data.loader import Batch
+from ricciq.data.open import open_data
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import UsageError
 from ricciq.estimators import named_estimator
-from ricciq.loading import Batch
 from ricciq.memory import (
     StepMemory,
     free_memory,
@@ -30,7 +32,6 @@ from ricciq.memory import (
 )
 from ricciq.models import load_model
 from ricciq.optimization import WithFeatures, check_training
-from ricciq.preprocessing import Preprocessing
 from ricciq.quant.grid import count_codes
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World, local_device, process_number

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from ricciq.data.augmentation import Augmentation
+from ricciq.data.preprocessing import LARGEST_SIDE
 from ricciq.errors import RecipeError, did_you_mean
-from ricciq.preprocessing import LARGEST_SIDE, Augmentation
 
 if TYPE_CHECKING:
     from ricciq.quant.grid import Bits

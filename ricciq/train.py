@@ -18,10 +18,10 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
 from ricciq.correction import Correction
+from ricciq.data.loader import Batch, set_epoch
 from ricciq.errors import CheckpointError, DivergedError, RicciqError, UsageError
 from ricciq.evaluation import Metrics, evaluate, pooled
 from ricciq.history import History, Tally
-from ricciq.loading import Batch, set_epoch
 from ricciq.memory import halve_until, is_out_of_memory
 from ricciq.recipe import Count, Recipe
 from ricciq.runfolder import RunFolder

@@ -15,7 +15,9 @@ from torch import nn
 
 from ricciq.bench import interleave
 from ricciq.convert import Plan, convert
-from ricciq.data import PictureData, open_data
+from ricciq.data.dataset import PictureData
+from ricciq.data.open import open_data
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import deploy, in_float_operators
 from ricciq.errors import (
     CheckpointError,
@@ -29,7 +31,6 @@ from ricciq.errors import (
 from ricciq.evaluation import Predict, evaluate
 from ricciq.export import accuracy_in_onnx, export_onnx, stored_in_onnx
 from ricciq.models import load_model
-from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
 from ricciq.report import load_report
 from ricciq.runfolder import RunFolder

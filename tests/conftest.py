@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ricciq.convert import Plan, quantize, quantized_layers
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import deploy
 from ricciq.export import export_onnx
 from ricciq.inspection import Inspection, inspect_onnx
-from ricciq.preprocessing import Preprocessing
 from ricciq.quant.calibration import calibrate
 
 torch.set_num_threads(1)

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from webdataset import ShardWriter
 
-from ricciq.data import PictureData, open_data
+from ricciq.data.dataset import PictureData
+from ricciq.data.open import open_data
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError
-from ricciq.preprocessing import Preprocessing
 
 TINY = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3)
 CLASSES = ("cat", "dog")

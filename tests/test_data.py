@@ -12,10 +12,12 @@ from fashion import lay_out_fashion_mnist, needs_fashion
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ricciq.data import PictureData, open_data
+from ricciq.data.augmentation import Augmentation
+from ricciq.data.dataset import PictureData
+from ricciq.data.loader import set_epoch
+from ricciq.data.open import open_data
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError, UsageError
-from ricciq.loading import set_epoch
-from ricciq.preprocessing import Augmentation, Preprocessing
 
 TINY = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3)
 GREY = Preprocessing((1, 8, 8), (0.25,), (0.5,))
@@ -620,7 +622,7 @@ def test_a_colour_torch_set(tmp_path, monkeypatch):
         data = np.zeros((6, 32, 32, 3), np.uint8)
         targets = (0, 1, 0, 1, 0, 1)
 
-    monkeypatch.setattr("ricciq.torchsets.create_dataset", lambda *_, **__: Colour())
+    monkeypatch.setattr("ricciq.data.sources.torchvision.create_dataset", lambda *_, **__: Colour())
     data = open_data("torch/cifar10", tmp_path)
     assert (data.channels, data.class_names) == (3, ["a", "b"])
     plain = Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
@@ -647,7 +649,7 @@ def test_torch_sets_in_files_are_opened_strictly(tmp_path, monkeypatch):
         assert (name, download) == ("torch/imagenet", False)
         return Files(Path(root), split)
 
-    monkeypatch.setattr("ricciq.torchsets.create_dataset", create)
+    monkeypatch.setattr("ricciq.data.sources.torchvision.create_dataset", create)
     data = open_data("torch/imagenet", tmp_path)
     assert data.class_names == ["n01", "n02"]  # "crane" is the name of two classes
     assert drain(batches(data, "val"))[1].tolist() == [0, 1, 0, 1]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ricciq.data import open_data
+from ricciq.data.loader import set_epoch
+from ricciq.data.open import open_data
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import UsageError
-from ricciq.loading import set_epoch
-from ricciq.preprocessing import Preprocessing
 from ricciq.system.distributed import World, joined, local_device
 from ricciq.system.tables import read_csv
 

@@ -26,10 +26,10 @@ from torchvision.ops import Permute
 
 from ricciq import calibrate, export_onnx, quantize
 from ricciq.convert import quantized_layers
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import DeployedActivation, deploy
 from ricciq.graph import tidy
 from ricciq.layers import BIAS_LIMIT, QuantConv2d, QuantLayer, QuantLinear
-from ricciq.preprocessing import Preprocessing
 from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds
 
 Tensors = dict[str, np.ndarray]

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ricciq import export
 from ricciq.convert import quantize, quantized_layers
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import DeployedActivation, DeployedWeight, deploy
 from ricciq.errors import RicciqError
 from ricciq.export import export_onnx
 from ricciq.inspection import inspect_onnx
 from ricciq.layers import QuantConv2d, QuantLinear
 from ricciq.packing import unpack
-from ricciq.preprocessing import Preprocessing
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
 from ricciq.runtime import METADATA_KEY, open_session, session_metadata, session_predictor

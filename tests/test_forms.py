@@ -6,10 +6,10 @@ import pytest
 import torch
 from forms import COUNTS, FORMS, as_parquet, batches, drain, everything, png, refusal
 
-from ricciq.data import open_data
+from ricciq.data.augmentation import Augmentation
+from ricciq.data.loader import set_epoch
+from ricciq.data.open import open_data
 from ricciq.errors import DataError
-from ricciq.loading import set_epoch
-from ricciq.preprocessing import Augmentation
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,16 @@ from mutations_of_data import picture, tar_of
 from safetensors.torch import save
 
 from ricciq import options
+from ricciq.data.preprocessing import Preprocessing
+from ricciq.data.sources.folder import open_folder
+from ricciq.data.sources.tar import files_in_tar
+from ricciq.data.sources.webdataset import open_shards
 from ricciq.errors import RicciqError
-from ricciq.folders import open_folder
 from ricciq.models import load_model
-from ricciq.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
 from ricciq.report import load_report
-from ricciq.shards import open_shards
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import METADATA_KEY, State, load_tensors
-from ricciq.tarfiles import files_in_tar
 from ricciq.train import Progressed
 from ricciq.trained import rebuild
 

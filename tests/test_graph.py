@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from ricciq import export
 from ricciq.convert import quantize
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import deploy
 from ricciq.export import export_onnx
 from ricciq.inspection import inspect_onnx
-from ricciq.preprocessing import Preprocessing
 from ricciq.quant.calibration import calibrate
 from ricciq.runtime import open_session, session_predictor
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Features, Image, Value
 from forms import CLASSES, as_image_folder, as_parquet, everything, png, refusal
 
-from ricciq.data import open_data
+from ricciq.data.open import open_data
 
 
 def write(root: Path, split="train", labels=(0, 1, 0, 1), names=CLASSES, **more) -> str:

@@ -8,12 +8,13 @@ import torch
 from forms import as_folder, batches, drain
 from torch.nn import functional as F
 
-from ricciq.data import open_data
+from ricciq.data.augmentation import Augmentation
+from ricciq.data.loader import set_epoch
+from ricciq.data.open import open_data
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import RecipeError
 from ricciq.history import Tally
-from ricciq.loading import set_epoch
 from ricciq.optimization import loss_function
-from ricciq.preprocessing import Augmentation, Preprocessing
 from ricciq.recipe import Recipe, TrainingSection
 
 MIXUP = Augmentation(mixup=0.8)

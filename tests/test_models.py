@@ -17,9 +17,9 @@ from timm.models import _registry
 from torch import Tensor, nn
 
 from ricciq import models
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import CheckpointError, ModelError
 from ricciq.models import load_model
-from ricciq.preprocessing import Preprocessing
 
 NETS = ["digits_resnet8", "fashion_resnet8", "cifar_resnet20"]
 
@@ -464,7 +464,7 @@ def test_bundled_weights_are_found(tmp_path, monkeypatch, name, tag):
 
 
 def test_normalization_of_the_digits_net_is_that_of_its_training_pictures():
-    from ricciq.data import open_data
+    from ricciq.data.open import open_data
 
     plain = Preprocessing((1, 8, 8), (0.0,), (1.0,))
     data = open_data("digits", None)

@@ -15,8 +15,8 @@ from command import ricciq
 from safetensors.torch import save_file
 
 from ricciq import models
+from ricciq.data.sources.huggingface import open_hub
 from ricciq.errors import DataError, ModelError
-from ricciq.hub import open_hub
 from ricciq.models import load_model
 from ricciq.system.offline import SWITCH, forbid_network, is_network_forbidden
 

@@ -28,14 +28,6 @@ ORDER = [
 """Packages on one line do not import each other. The package itself resolves names when used."""
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
 UNMOVED = {
-    "preprocessing": "data",
-    "loading": "data",
-    "pictures": "data",
-    "folders": "data",
-    "tarfiles": "data",
-    "shards": "data",
-    "hub": "data",
-    "torchsets": "data",
     "ricci": "estimators",
     "flow": "estimators",
     "correction": "estimators",

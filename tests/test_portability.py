@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.convert import quantize
-from ricciq.data import open_data
+from ricciq.data.open import open_data
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import deploy
 from ricciq.export import export_onnx
 from ricciq.models import load_model
-from ricciq.preprocessing import Preprocessing
 from ricciq.quant.calibration import calibrate
 from ricciq.runtime import open_session, session_predictor
 

@@ -7,7 +7,7 @@ import pytest
 import webdataset
 from forms import COUNTS, as_shards, batches, drain, everything, png, refusal, samples, write_tar
 
-from ricciq.data import open_data
+from ricciq.data.open import open_data
 from ricciq.errors import UsageError
 
 
@@ -202,7 +202,7 @@ def test_a_shard_cut_short_is_named(root):
 
 
 def test_an_epoch_can_be_entered_in_the_middle(root):
-    from ricciq.loading import set_epoch
+    from ricciq.data.loader import set_epoch
 
     loader = batches(open_data("wds/pets", root), training=True)
     set_epoch(loader, 3)

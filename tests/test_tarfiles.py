@@ -21,9 +21,9 @@ from forms import (
     write_tar,
 )
 
-from ricciq.data import open_data
+from ricciq.data.open import open_data
+from ricciq.data.sources.tar import files_in_tar
 from ricciq.errors import DataError
-from ricciq.tarfiles import files_in_tar
 
 
 def targets(root: Path) -> tuple[list[str], dict[str, list[int]]]:

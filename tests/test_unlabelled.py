@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from ricciq import pipeline, trained
 from ricciq.convert import convert
-from ricciq.data import PictureData, open_data
+from ricciq.data.dataset import PictureData
+from ricciq.data.open import open_data
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError
 from ricciq.evaluation import evaluate
 from ricciq.history import Tally
 from ricciq.preparation import Job, correction_of, prepare, take_answers
-from ricciq.preprocessing import Preprocessing
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.runfolder import RunFolder

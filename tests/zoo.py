@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ricciq import Recipe, run
-from ricciq.data import open_data
+from ricciq.data.open import open_data
 from ricciq.deployment import deploy
 from ricciq.errors import ModelError
 from ricciq.evaluation import Predict

@@ -21,9 +21,9 @@ import torch
 import ricciq.models  # noqa: F401  registers the bundled nets with timm
 from ricciq import calibrate, export_onnx, quantize
 from ricciq.bench import measure_latency
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import deploy
 from ricciq.inspection import inspect_onnx
-from ricciq.preprocessing import Preprocessing
 
 LOAD = """
 import os, sys

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ricciq.convert import convert
+from ricciq.data.loader import Batch
 from ricciq.history import Tally
-from ricciq.loading import Batch
 from ricciq.preparation import correction_of, prepare
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from timm.data.dataset_factory import create_dataset
 
+from ricciq.data.sources.base import Parts, PictureArrays, PictureFiles, Pictures
 from ricciq.errors import DataError
-from ricciq.pictures import Parts, PictureArrays, PictureFiles, Pictures
 
 # timm's names and torchvision's. The first kind keeps its pictures in memory, the second in files.
 IN_MEMORY = {

@@ -13,9 +13,8 @@ import numpy as np
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from ricciq.errors import DataError
-from ricciq.pictures import EncodedPictures, Parts, PictureFiles, natural_order
-from ricciq.tarfiles import (
+from ricciq.data.sources.base import EncodedPictures, Parts, PictureFiles, natural_order
+from ricciq.data.sources.tar import (
     COMPRESSED_SUFFIXES,
     Member,
     PicturesInTars,
@@ -23,6 +22,7 @@ from ricciq.tarfiles import (
     files_in_tar,
     refuse_compressed,
 )
+from ricciq.errors import DataError
 
 Split = tuple[list[str], EncodedPictures]
 LEAST_UNLABELLED = 20

@@ -15,8 +15,8 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from ricciq.data.sources.base import EncodedPictures
 from ricciq.errors import DataError
-from ricciq.pictures import EncodedPictures
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 LARGEST_HEADER = 1 << 20

@@ -1,81 +1,24 @@
-"""Every form of --data, as loaders: folders, tars, webdataset, Hugging Face, torchvision, `digits`.
-
-Pictures are opened strictly: timm's own folder data set puts another sample in the place of a
-picture it cannot read, which changes accuracies without a word; here such a picture ends the run.
-"""
+"""A classification data set: its training part, what is held out of it, its validation part."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ricciq.data.augmentation import Augmentation
+from ricciq.data.loader import Batch, picture_loader
+from ricciq.data.preprocessing import Preprocessing
+from ricciq.data.sources.base import Indices, Pictures
 from ricciq.errors import DataError, UsageError
-from ricciq.folders import open_folder
-from ricciq.hub import open_hub
-from ricciq.loading import Batch, picture_loader
-from ricciq.pictures import Indices, Parts, PictureArrays, Pictures
-from ricciq.preprocessing import Augmentation, Preprocessing
-from ricciq.shards import open_shards
 from ricciq.system.distributed import World
-from ricciq.torchsets import open_torch
 
 Split = Literal["fit", "holdout", "val"]
-
-FORMS = (
-    "a folder with train/ and val/ (or validation/), `digits`, torch/NAME or wds/NAME with "
-    "--data-dir, or hfds/NAME; a folder of nothing but pictures has no labels"
-)
 HOLDOUT_SHARE = 0.05
-DIGITS_VALIDATION = 360
-
-
-def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> PictureData:
-    """Open a data set by the name given to --data.
-
-    Args:
-        name: a folder, `digits`, `torch/NAME`, `wds/NAME` or `hfds/NAME`.
-        root: --data-dir: the folder of torchvision's files or of webdataset's shards, or the cache
-            of the datasets library; used by these three only.
-        holdout: the share of the training pictures to hold out.
-
-    Raises:
-        DataError: the data set is missing, unreadable or has no proper splits.
-        UsageError: torch/NAME or wds/NAME without a root.
-    """
-    try:
-        class_names, train, val = _open(name, root)
-        data = PictureData(name, class_names, train.grey(), train, val)
-    except OSError as error:
-        raise DataError(f"data {name!r} cannot be read ({error}): allow it") from error
-    data.hold_out(holdout)
-    return data
-
-
-def _open(name: str, root: Path | None) -> Parts:
-    form, _, rest = name.partition("/")
-    if name == "digits":
-        return _open_digits()
-    if form in ("torch", "wds") and rest:
-        if root is None:
-            raise UsageError(f"data {name!r} needs --data-dir: give the folder its files are in")
-        return open_torch(rest, root) if form == "torch" else open_shards(root)
-    if form == "hfds" and rest:
-        return open_hub(rest, root)
-    if form in ("hfids", "tfds") and rest:
-        raise DataError(
-            f"data {name!r} would come as a stream, which has no order that can be repeated: use "
-            "hfds/NAME, or write it as webdataset shards and use wds/NAME"
-        )
-    folder = Path(name)
-    if not folder.is_dir():
-        raise DataError(f"there is no data set {name!r}: give {FORMS}")
-    return open_folder(folder)
 
 
 class PictureData:
@@ -179,8 +122,8 @@ class PictureData:
         Where the augmentation mixes pictures, targets are (B, classes) float32 and sum to 1.
 
         A training loader shuffles, drops a last partial batch if there is a full one, and repeats
-        itself: what it yields depends on seed and epoch (see `ricciq.loading.set_epoch`), not on
-        `workers`.
+        itself: what it yields depends on seed and epoch, not on `workers`; see
+        `ricciq.data.loader.set_epoch`.
 
         Args:
             split: "fit" and "holdout" share the training part, "val" is the validation part.
@@ -243,24 +186,3 @@ def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
         seen[target] += 1
     chosen: Indices = np.sort(shuffled[np.argsort(progress, kind="stable")[:count]])
     return chosen
-
-
-def _open_digits() -> Parts:
-    """scikit-learn's 1,797 scanned digits of 8x8 pixels, 360 of them for validation."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    # Grey levels 0..16 become bytes: value * 255 / 16, rounded half to even.
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    train, val = train_test_split(
-        np.arange(len(pixels)),
-        test_size=DIGITS_VALIDATION,
-        stratify=digits.target,
-        random_state=0,
-    )
-    return Parts(
-        [str(name) for name in digits.target_names],
-        PictureArrays(pixels[train], digits.target[train]),
-        PictureArrays(pixels[val], digits.target[val]),
-    )

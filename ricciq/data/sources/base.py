@@ -14,8 +14,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from timm.utils.misc import natural_key
 
+from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError
-from ricciq.preprocessing import Preprocessing
 
 Indices = npt.NDArray[np.int64]
 GREY_PROBES = 32

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from ricciq.data.sources.base import Parts, natural_order
+from ricciq.data.sources.tar import Member, PicturesInTars, files_in_tar
 from ricciq.errors import DataError
-from ricciq.pictures import Parts, natural_order
-from ricciq.tarfiles import Member, PicturesInTars, files_in_tar
 
 INFO_FILES = ("_info.json", "info.json")
 PICTURES = ("jpg", "jpeg", "png", "webp")

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ricciq.data.sources.base import EncodedPictures, Indices, Parts
 from ricciq.errors import DataError, on_one_line
-from ricciq.pictures import EncodedPictures, Indices, Parts
 from ricciq.system.offline import is_network_forbidden
 
 VALIDATION_NAMES = ("validation", "val", "valid", "test")

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import normalize
 
+from ricciq.data.augmentation import Augmentation
+from ricciq.data.preprocessing import Preprocessing
+from ricciq.data.sources.base import Indices, PictureArrays, Pictures
 from ricciq.errors import DataError, UsageError
-from ricciq.pictures import Indices, PictureArrays, Pictures
-from ricciq.preprocessing import Augmentation, Preprocessing
 from ricciq.system.distributed import World
 
 if TYPE_CHECKING:
-    from ricciq.preprocessing import Transform
+    from ricciq.data.preprocessing import Transform
 
 Batch = tuple[Tensor, Tensor]
 SECONDS_TO_CLOSE = 30
@@ -42,7 +43,7 @@ def picture_loader(
     pin_memory: bool,
     world: World,
 ) -> DataLoader[Batch]:
-    """The chosen pictures in batches; see `ricciq.data.PictureData.loader`."""
+    """The chosen pictures in batches; see `ricciq.data.dataset.PictureData.loader`."""
     each = batch_size if training else 1
     if world.size > 1 and len(indices) < each * world.size:
         raise UsageError(

@@ -1,0 +1,105 @@
+"""How a picture becomes a tensor: one description for training, evaluation and ONNX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    Transform = Callable[[Image.Image], Tensor]
+
+
+SMALL_INPUT = 64
+LARGEST_SIDE = 8191
+"""Of a picture, in pixels."""
+_INTERPOLATIONS = {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"}
+_CROP_MODES = {"center", "squash", "border"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Size and normalization of a model's input, in timm's vocabulary.
+
+    Attributes:
+        input_size: (channels, height, width) in pixels.
+        mean: per-channel mean of pictures scaled to [0, 1].
+        std: per-channel standard deviation of pictures scaled to [0, 1].
+        interpolation: resampling used to resize, as timm names it.
+        crop_pct: share of the resized picture that the centre crop keeps.
+        crop_mode: how the evaluation crop is taken, as timm names it.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Build from a plain mapping (JSON or timm's data config); unknown keys are ignored.
+
+        Raises:
+            ValueError: something is missing, of another type, or out of all proportion.
+        """
+        try:
+            made = cls(
+                input_size=tuple(int(n) for n in values["input_size"]),  # type: ignore[arg-type]
+                mean=tuple(float(x) for x in values["mean"]),
+                std=tuple(float(x) for x in values["std"]),
+                interpolation=str(values.get("interpolation", "bilinear")),
+                crop_pct=float(values.get("crop_pct", 1.0)),
+                crop_mode=str(values.get("crop_mode", "center")),
+            )
+            channels, height, width = made.input_size
+        except KeyError as error:
+            raise ValueError(f"preprocessing without {error}") from None
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise ValueError(f"preprocessing that holds something else: {error}") from None
+        for name, good in {
+            "input_size": channels in (1, 3)
+            and 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE,
+            "mean": len(made.mean) == channels and all(map(math.isfinite, made.mean)),
+            "std": len(made.std) == channels and all(0 < x < math.inf for x in made.std),
+            "interpolation": made.interpolation in _INTERPOLATIONS,
+            "crop_pct": 0.1 <= made.crop_pct <= 2,
+            "crop_mode": made.crop_mode in _CROP_MODES,
+        }.items():
+            if not good:
+                raise ValueError(f"preprocessing whose {name} is {getattr(made, name)!r}")
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain mapping that JSON can hold."""
+        return asdict(self)
+
+    @property
+    def mode(self) -> str:
+        """The PIL mode a picture must have: "L" for one channel, "RGB" for three."""
+        return "L" if self.input_size[0] == 1 else "RGB"
+
+    def evaluation_transform(self) -> Transform:
+        """timm's evaluation transform: resize, centre crop, scale to [0, 1], normalize.
+
+        Returns:
+            A function from a picture of mode `mode` to a float32 tensor of shape `input_size`.
+        """
+        from timm.data.transforms_factory import (
+            create_transform,
+        )  # here, so that reading a description needs no torch
+
+        transform: Transform = create_transform(
+            input_size=self.input_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return transform

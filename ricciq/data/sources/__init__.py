@@ -1,0 +1,1 @@
+"""The forms that images come in, a module a form."""
