@@ -13,8 +13,8 @@ from ricciq._version import __version__ as __version__
 if TYPE_CHECKING:
     from ricciq.convert import quantize
     from ricciq.errors import RicciqError
+    from ricciq.estimators.ricci_flow import RicciFlow
     from ricciq.export import export_onnx
-    from ricciq.flow import RicciFlow
     from ricciq.pipeline import run
     from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
@@ -27,7 +27,7 @@ _HOMES = {
     "quantize": "convert",
     "calibrate": "quant.calibration",
     "finetune": "train",
-    "RicciFlow": "flow",
+    "RicciFlow": "estimators.ricci_flow",
     "export_onnx": "export",
     "RicciqError": "errors",
 }

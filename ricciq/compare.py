@@ -28,7 +28,7 @@ from ricciq.errors import (
     UsageError,
     on_one_line,
 )
-from ricciq.estimators import named_estimator
+from ricciq.estimators.registry import named_estimator
 from ricciq.evaluation import evaluate
 from ricciq.pipeline import train
 from ricciq.plots import draw_curves, draw_seeds, write_png
@@ -107,8 +107,8 @@ def compare(
 
     Args:
         recipe: everything but the method and the seed; its seed is the first one.
-        methods: names of `ricciq.estimators.METHODS`, each with changes of its values if need be,
-            as in ``"ricci:block=9:time=0.05"``, or of the recipe's, as in
+        methods: names of `ricciq.estimators.registry.METHODS`, each with changes of its values if
+            need be, as in ``"ricci:block=9:time=0.05"``, or of the recipe's, as in
             ``"ricci:training.ema=0.99"``; differences are taken to the first.
         seeds: how many, at least 2.
         output: the study's folder; by default a new one under ``runs``.

@@ -68,7 +68,7 @@ def model_names() -> list[str]:
         return cached.read_text(encoding="utf-8").splitlines()
     from timm import list_models
 
-    import ricciq.nets  # noqa: F401  registers them
+    import ricciq.models.bundled  # noqa: F401  registers them
     from ricciq.system.files import write_atomically
 
     names = sorted({*list_models(), *list_models(pretrained=True)})

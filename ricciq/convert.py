@@ -12,18 +12,10 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ricciq.errors import ModelError
-from ricciq.layers import (
-    CONVOLUTIONS,
-    LINEARS,
-    QuantConv2d,
-    QuantLayer,
-    QuantLinear,
-    QuantLinearWeight,
-    names_of,
-    quantize_input,
-    quantize_output,
-    turn_negative_rows,
-)
+from ricciq.layers.base import QuantLayer, names_of
+from ricciq.layers.conv import CONVOLUTIONS, QuantConv2d, turn_negative_rows
+from ricciq.layers.linear import LINEARS, QuantLinear, QuantLinearWeight
+from ricciq.layers.points import quantize_input, quantize_output
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.grid import Bits
 from ricciq.quant.quantizer import FLOAT_BITS, LSQ, Kinds

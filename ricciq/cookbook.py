@@ -106,7 +106,7 @@ def check_recipes(names: Names, as_json: options.Json = False) -> None:
 def _error_in(name: str) -> str | None:
     """Why a recipe does not hold, also by what is only looked at when a run begins."""
     from ricciq.data.preprocessing import Preprocessing
-    from ricciq.estimators import named_estimator
+    from ricciq.estimators.registry import named_estimator
     from ricciq.optimization import check_training
     from ricciq.recipe import Recipe
 

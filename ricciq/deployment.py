@@ -15,15 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.layers import (
-    IntegerWeights,
-    QuantConv2d,
-    QuantLayer,
-    QuantLinear,
-    QuantLinearWeight,
-    names_of,
-    quantize_output,
-)
+from ricciq.layers.base import IntegerWeights, QuantLayer, names_of
+from ricciq.layers.conv import QuantConv2d
+from ricciq.layers.linear import QuantLinear, QuantLinearWeight
+from ricciq.layers.points import quantize_output
 from ricciq.packing import Plane, pack, unpack
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.weight import WeightQuantizer

@@ -17,7 +17,7 @@ from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import OPSET, deploy
 from ricciq.errors import RicciqError
 from ricciq.graph import tidy
-from ricciq.layers import QuantLayer
+from ricciq.layers.base import QuantLayer
 from ricciq.modelfile import read_model_file
 from ricciq.runtime import METADATA_KEY
 from ricciq.system.files import replacing

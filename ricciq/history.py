@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ricciq.correction import DiscreteWeight
+from ricciq.estimators.apply import DiscreteWeight
 from ricciq.evaluation import Metrics
 from ricciq.runfolder import RunFolder
 from ricciq.system.distributed import World

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ricciq.correction import DiscreteWeight
 from ricciq.errors import RecipeError
-from ricciq.ricci import tau
+from ricciq.estimators.apply import DiscreteWeight
+from ricciq.estimators.ricci import tau
 
 Form = Literal["l2", "lne"]
 MOMENTUM = 0.01

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from ricciq._version import __version__
 from ricciq.convert import Plan, convert, plan_conversion
-from ricciq.correction import Correction
 from ricciq.data.dataset import PictureData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import UsageError
-from ricciq.estimators import named_estimator
+from ricciq.estimators.apply import Correction
+from ricciq.estimators.registry import named_estimator
 from ricciq.memory import (
     StepMemory,
     free_memory,
@@ -30,7 +30,7 @@ from ricciq.memory import (
     largest_batch,
     step_memory,
 )
-from ricciq.models import load_model
+from ricciq.models.factory import load_model
 from ricciq.optimization import WithFeatures, check_training
 from ricciq.quant.grid import count_codes
 from ricciq.recipe import Recipe

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ricciq.evaluation import evaluating
-from ricciq.layers import QuantConv2d, QuantLayer, QuantLinear
+from ricciq.layers.base import QuantLayer
+from ricciq.layers.conv import QuantConv2d
+from ricciq.layers.linear import QuantLinear
 from ricciq.quant.grid import Grid
 from ricciq.system.journal import Journal
 

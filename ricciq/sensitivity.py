@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ricciq.convert import Plan, convert, quantized_layers
 from ricciq.evaluation import evaluating
-from ricciq.layers import QuantLayer
+from ricciq.layers.base import QuantLayer
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.grid import Bits
 from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds

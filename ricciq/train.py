@@ -17,9 +17,9 @@ from torch import nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
-from ricciq.correction import Correction
 from ricciq.data.loader import Batch, set_epoch
 from ricciq.errors import CheckpointError, DivergedError, RicciqError, UsageError
+from ricciq.estimators.apply import Correction
 from ricciq.evaluation import Metrics, evaluate, pooled
 from ricciq.history import History, Tally
 from ricciq.memory import halve_until, is_out_of_memory

@@ -30,7 +30,7 @@ from ricciq.errors import (
 )
 from ricciq.evaluation import Predict, evaluate
 from ricciq.export import accuracy_in_onnx, export_onnx, stored_in_onnx
-from ricciq.models import load_model
+from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
 from ricciq.report import load_report
 from ricciq.runfolder import RunFolder

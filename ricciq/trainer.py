@@ -16,10 +16,15 @@ from torch.optim.swa_utils import update_bn
 from torch.profiler import record_function
 
 from ricciq.convert import quantized_layers
-from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight, override_forward
 from ricciq.data.loader import Batch
 from ricciq.errors import RecipeError
-from ricciq.flow import Geometry
+from ricciq.estimators.apply import (
+    ActivationCorrection,
+    Correction,
+    DiscreteWeight,
+    override_forward,
+)
+from ricciq.estimators.ricci_flow import Geometry
 from ricciq.history import Codes, Tally
 from ricciq.memory import is_out_of_memory
 from ricciq.optimization import (

@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 
-import ricciq.models  # noqa: F401  registers the nets with timm
+import ricciq.models.factory  # noqa: F401  registers the nets with timm
 from ricciq.convert import convert, plan_conversion
-from ricciq.correction import ActivationCorrection, Correction, override_forward
-from ricciq.estimators import named_estimator
+from ricciq.estimators.apply import ActivationCorrection, Correction, override_forward
+from ricciq.estimators.registry import named_estimator
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.quantizer import Kinds
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from ricciq.convert import LayerPlan, convert, plan_conversion, quantize, quantized_layers
 from ricciq.errors import ModelError
-from ricciq.layers import QuantConv2d, QuantLinear, QuantLinearWeight
+from ricciq.layers.conv import QuantConv2d
+from ricciq.layers.linear import QuantLinear, QuantLinearWeight
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.weight import WeightQuantizer

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from ricciq.correction import ActivationCorrection, Correction, DiscreteWeight
-from ricciq.estimators import METHODS
-from ricciq.flow import RicciFlow
+from ricciq.estimators.apply import ActivationCorrection, Correction, DiscreteWeight
+from ricciq.estimators.registry import METHODS
+from ricciq.estimators.ricci_flow import RicciFlow
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES, fake_quantize
 from ricciq.quant.grid import Grid

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq.correction import Correction, DiscreteWeight, override_forward
 from ricciq.errors import RecipeError
-from ricciq.estimators import METHODS, StraightThrough, named_estimator
-from ricciq.flow import RicciFlow
+from ricciq.estimators.apply import Correction, DiscreteWeight, override_forward
+from ricciq.estimators.registry import METHODS, named_estimator
+from ricciq.estimators.ricci_flow import RicciFlow
+from ricciq.estimators.straight_through import StraightThrough
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.weight import WeightQuantizer
 
@@ -210,7 +211,7 @@ def test_many_weights_are_corrected_a_group_at_a_time(draw, monkeypatch):
             seen.append(len(gradient))
             return estimator.correct(gradient, *rest)
 
-    monkeypatch.setattr("ricciq.correction.TOGETHER", 40)
+    monkeypatch.setattr("ricciq.estimators.apply.TOGETHER", 40)
     Correction(Watched())(apart)
     assert seen == [8, 4]  # of 24 weights each, the third would come after 48
     for one, other in zip(together, apart, strict=True):

@@ -29,7 +29,9 @@ from ricciq.convert import quantized_layers
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import DeployedActivation, deploy
 from ricciq.graph import tidy
-from ricciq.layers import BIAS_LIMIT, QuantConv2d, QuantLayer, QuantLinear
+from ricciq.layers.base import BIAS_LIMIT, QuantLayer
+from ricciq.layers.conv import QuantConv2d
+from ricciq.layers.linear import QuantLinear
 from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds
 
 Tensors = dict[str, np.ndarray]

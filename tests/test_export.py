@@ -20,7 +20,8 @@ from ricciq.deployment import DeployedActivation, DeployedWeight, deploy
 from ricciq.errors import RicciqError
 from ricciq.export import export_onnx
 from ricciq.inspection import inspect_onnx
-from ricciq.layers import QuantConv2d, QuantLinear
+from ricciq.layers.conv import QuantConv2d
+from ricciq.layers.linear import QuantLinear
 from ricciq.packing import unpack
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate

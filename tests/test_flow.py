@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_ricci import close, dense, direction, flowed, off_diagonal, sample, seeds, times
 
-from ricciq import ricci
-from ricciq.flow import CACHED, Flow, RicciFlow, Rule, Schedule
+from ricciq.estimators import ricci
+from ricciq.estimators.ricci_flow import CACHED, Flow, RicciFlow, Rule, Schedule
 
 CORRECTIONS: list[Rule] = ["natural", "pullback", "parallel", "project"]
 every_correction = pytest.mark.parametrize("correction", CORRECTIONS)

@@ -22,7 +22,7 @@ from ricciq.data.sources.folder import open_folder
 from ricciq.data.sources.tar import files_in_tar
 from ricciq.data.sources.webdataset import open_shards
 from ricciq.errors import RicciqError
-from ricciq.models import load_model
+from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
 from ricciq.report import load_report
 from ricciq.system.tables import read_csv

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 
 from ricciq import pipeline
 from ricciq.errors import UsageError
-from ricciq.nets import BUNDLED
+from ricciq.models.bundled import BUNDLED
 
 
 @pytest.fixture(scope="session")

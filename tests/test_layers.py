@@ -15,15 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.deployment import deploy
-from ricciq.layers import (
-    BIAS_LIMIT,
-    QuantConv2d,
-    QuantLayer,
-    QuantLinear,
-    QuantLinearWeight,
-    quantize_output,
-    turn_negative_rows,
-)
+from ricciq.layers.base import BIAS_LIMIT, QuantLayer
+from ricciq.layers.conv import QuantConv2d, turn_negative_rows
+from ricciq.layers.linear import QuantLinear, QuantLinearWeight
+from ricciq.layers.points import quantize_output
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.grid import LARGEST_CODE
 from ricciq.quant.quantizer import Kinds

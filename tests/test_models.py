@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from timm.models import _registry
 from torch import Tensor, nn
 
-from ricciq import models
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import CheckpointError, ModelError
-from ricciq.models import load_model
+from ricciq.models import factory as models
+from ricciq.models.factory import load_model
 
 NETS = ["digits_resnet8", "fashion_resnet8", "cifar_resnet20"]
 
@@ -450,7 +450,7 @@ def test_the_nets_honour_timm_arguments():
 @pytest.mark.parametrize("tag", ["", ".ricciq"])
 def test_bundled_weights_are_found(tmp_path, monkeypatch, name, tag):
     config = timm.get_pretrained_cfg(name + tag)
-    package = Path(sys.modules["ricciq.models"].__file__).parent
+    package = Path(sys.modules["ricciq.models.factory"].__file__).parent
     assert Path(config.file) == package / "checkpoints" / f"{name}.safetensors"
     weights = weights_of(name)
     path = tmp_path / "weights.safetensors"

@@ -14,10 +14,10 @@ import torch
 from command import ricciq
 from safetensors.torch import save_file
 
-from ricciq import models
 from ricciq.data.sources.huggingface import open_hub
 from ricciq.errors import DataError, ModelError
-from ricciq.models import load_model
+from ricciq.models import factory as models
+from ricciq.models.factory import load_model
 from ricciq.system.offline import SWITCH, forbid_network, is_network_forbidden
 
 BY_ADDRESS = "gcvit_xxtiny.in1k"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ricciq import ricci
-from ricciq.correction import DiscreteWeight
 from ricciq.errors import RecipeError
+from ricciq.estimators import ricci
+from ricciq.estimators.apply import DiscreteWeight
 from ricciq.oscillation import MOMENTUM, Damping, Freezing
 from ricciq.quant.weight import WeightQuantizer
 

@@ -10,7 +10,7 @@ import pytest
 from command import Answer, ricciq
 from mutations_of_data import picture
 
-from ricciq.nets import BUNDLED
+from ricciq.models.bundled import BUNDLED
 
 STRANGE = ["with spaces", "ünï çødé 日本", "new\nline", "-- [bold]{quoted} 'x' %s", "a" * 200]
 

@@ -28,7 +28,7 @@ from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.deployment import deploy
 from ricciq.export import export_onnx
-from ricciq.models import load_model
+from ricciq.models.factory import load_model
 from ricciq.quant.calibration import calibrate
 from ricciq.runtime import open_session, session_predictor
 

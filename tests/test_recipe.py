@@ -10,7 +10,7 @@ import pytest
 import timm
 import yaml
 
-import ricciq.models  # noqa: F401  registers the bundled nets with timm
+import ricciq.models.factory  # noqa: F401  registers the bundled nets with timm
 from ricciq.errors import RecipeError
 from ricciq.recipe import MAX_BYTES, Recipe, find_recipe, shipped_recipes
 

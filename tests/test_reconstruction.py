@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ricciq import pipeline
 from ricciq.convert import convert, quantize, quantized_layers
 from ricciq.evaluation import evaluate
-from ricciq.layers import QuantLayer
+from ricciq.layers.base import QuantLayer
 from ricciq.preparation import Job, prepare
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, vmap
 
-from ricciq import ricci
-from ricciq.flow import Flow, RicciFlow
-from ricciq.ricci import Metric
+from ricciq.estimators import ricci
+from ricciq.estimators.ricci import Metric
+from ricciq.estimators.ricci_flow import Flow, RicciFlow
 
 SEEDS = [0, 1, 2]
 seeds = pytest.mark.parametrize("seed", SEEDS)

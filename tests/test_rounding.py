@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq.estimators import METHODS
+from ricciq.estimators.registry import METHODS
 from ricciq.quant import fake_quantize as rounding
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES, fake_quantize
 from ricciq.quant.grid import Grid

@@ -22,7 +22,7 @@ from ricciq.errors import RecipeError
 from ricciq.evaluation import evaluate
 from ricciq.export import export_onnx
 from ricciq.history import Tally
-from ricciq.layers import KeptNorm
+from ricciq.layers.base import KeptNorm
 from ricciq.optimization import WithFeatures, feature_distance, optimizer_and_schedule
 from ricciq.preparation import correction_of, prepare
 from ricciq.quant.activation import ActivationQuantizer

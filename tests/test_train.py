@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ricciq import train, trainer
 from ricciq.convert import convert, quantized_layers
-from ricciq.correction import Correction
 from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
-from ricciq.estimators import METHODS
+from ricciq.estimators.apply import Correction
+from ricciq.estimators.registry import METHODS
 from ricciq.history import Tally
 from ricciq.optimization import loss_function
 from ricciq.preparation import prepare

@@ -47,7 +47,7 @@ from ricciq.deployment import deploy
 from ricciq.errors import ModelError
 from ricciq.evaluation import Predict
 from ricciq.inspection import LayerRow, inspect_onnx
-from ricciq.models import LoadedModel, load_model
+from ricciq.models.factory import LoadedModel, load_model
 from ricciq.runfolder import RunFolder
 from ricciq.runtime import open_session, session_predictor
 from ricciq.system.files import write_atomically

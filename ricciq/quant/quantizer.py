@@ -45,7 +45,7 @@ class Kinds:
 
 LSQ = Kinds()
 Place = Callable[[Tensor, Tensor | float], Tensor]
-"""What is rounded in the place of numbers: see `ricciq.estimators.Displacing`."""
+"""What is rounded in the place of numbers: see `ricciq.estimators.base.Displacing`."""
 FLOAT_BITS = 32
 CODEBOOK_WIDTHS: tuple[Bits, ...] = (1, 2, 4, "ternary")
 """Those whose codes one lookup table undoes: `ricciq.packing` splits the others."""

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from ricciq import calibrate, quantize
 from ricciq.compare import Trial
-from ricciq.correction import ActivationCorrection, Correction
-from ricciq.estimators import named_estimator
+from ricciq.estimators.apply import ActivationCorrection, Correction
+from ricciq.estimators.registry import named_estimator
 from ricciq.recipe import Recipe
 from ricciq.trainer import discrete_weights
 

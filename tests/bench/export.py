@@ -18,7 +18,7 @@ from pathlib import Path
 import timm
 import torch
 
-import ricciq.models  # noqa: F401  registers the bundled nets with timm
+import ricciq.models.factory  # noqa: F401  registers the bundled nets with timm
 from ricciq import calibrate, export_onnx, quantize
 from ricciq.bench import measure_latency
 from ricciq.data.preprocessing import Preprocessing

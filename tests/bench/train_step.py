@@ -59,7 +59,7 @@ def ours(options: argparse.Namespace, traits: Sequence[str]) -> Callable[[], Non
     import timm
     import torch
 
-    import ricciq.models  # noqa: F401  registers the nets with timm
+    import ricciq.models.factory  # noqa: F401  registers the nets with timm
     from ricciq.convert import convert, plan_conversion
     from ricciq.history import Tally
     from ricciq.preparation import correction_of
@@ -107,7 +107,7 @@ def brevitas(options: argparse.Namespace) -> Callable[[], None]:
     from brevitas.quant import Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
     from torch import nn
 
-    import ricciq.models  # noqa: F401  registers the nets with timm
+    import ricciq.models.factory  # noqa: F401  registers the nets with timm
 
     weight_bits, act_bits = options.bits
 

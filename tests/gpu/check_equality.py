@@ -11,7 +11,7 @@ import pytest
 import torch
 from networks import CPU, DEVICE, TINY, Training
 
-from ricciq.estimators import METHODS
+from ricciq.estimators.registry import METHODS
 
 TOLERANCE = 1e-2
 QUANTIZERS = [

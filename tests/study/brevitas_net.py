@@ -1,6 +1,6 @@
 """The study's nets in Brevitas, quantized as in LSQ: learned steps, first found by least error.
 
-Needs Brevitas; `ricciq.nets` is all it shares with ricciq.
+Needs Brevitas; `ricciq.models.bundled` is all it shares with ricciq.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
-import ricciq.models  # noqa: F401  registers the nets with timm
+import ricciq.models.factory  # noqa: F401  registers the nets with timm
 from ricciq.compare import Trial
 from ricciq.convert import convert, plan_conversion
-from ricciq.correction import ActivationCorrection, Correction, override_forward
-from ricciq.estimators import named_estimator
+from ricciq.estimators.apply import ActivationCorrection, Correction, override_forward
+from ricciq.estimators.registry import named_estimator
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.grid import Bits
 from ricciq.quant.quantizer import Kinds

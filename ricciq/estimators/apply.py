@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ricciq.estimators import Displacing, Estimator, StraightThrough
-from ricciq.flow import STAGES, Geometry, RicciFlow
+from ricciq.estimators.base import Displacing, Estimator
+from ricciq.estimators.ricci_flow import STAGES, Geometry, RicciFlow
+from ricciq.estimators.straight_through import StraightThrough
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES
 from ricciq.quant.weight import WeightQuantizer

@@ -1,6 +1,6 @@
 """Gradients corrected by the flow of an LNE metric: rows cut into blocks, each with its geometry.
 
-`ricciq.ricci` has the mathematics; here are its settings and what they do to a whole weight.
+`ricciq.estimators.ricci` has the mathematics; here are its settings, and what they do to a weight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ricciq.ricci import (
+from ricciq.estimators.ricci import (
     Metric,
     divergence,
     flow_euler,

@@ -1,0 +1,1 @@
+"""Gradient estimators: what becomes of a gradient taken at discrete values."""

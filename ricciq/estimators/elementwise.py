@@ -1,0 +1,98 @@
+"""Estimators that multiply each entry of a gradient by a factor of its own."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ricciq.estimators.ricci_flow import Coordinate
+
+
+class _Elementwise(ABC):
+    """Multiplies every entry of a gradient by a factor of its own."""
+
+    coordinate: ClassVar[Coordinate] = "residual"
+
+    def slope(self, codes: int, samples: int, progress: float) -> Tensor | None:  # noqa: ARG002
+        """None: a factor may depend on the gradient too."""
+        return None
+
+    @abstractmethod
+    def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:
+        """Of the shape of both."""
+
+    @torch.no_grad()
+    def correct(
+        self,
+        gradient: Tensor,
+        xi: Tensor,
+        kernel: int = 1,  # noqa: ARG002
+        mask: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Tensor:
+        """See `Estimator.correct`."""
+        corrected = gradient * self.factor(gradient, xi, progress)
+        return corrected if mask is None else corrected.where(mask, gradient)
+
+
+@dataclass(frozen=True)
+class ElementwiseScaling(_Elementwise):
+    """EWGS: steps grow that lead back to the level (Lee, Kim, Ham 2021, arXiv 2104.00903, eq. 4).
+
+    Attributes:
+        delta: strength. The error x - Q(x) counts in steps; the paper counts it in ranges.
+    """
+
+    delta: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a strength that could turn gradients around."""
+        if not 0 <= self.delta <= 2:
+            raise ValueError(f"delta is {self.delta!r}; give a number from 0 to 2.")
+
+    def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:  # noqa: ARG002
+        """1 + delta sign(G) (x - Q(x))."""
+        return 1 + self.delta * gradient.sign() * residual / 2
+
+
+@dataclass(frozen=True)
+class SoftQuantization(_Elementwise):
+    """DSQ: the slope of a staircase of tanh (Gong et al. 2019, arXiv 1908.05033, eq. 4 to 8).
+
+    Attributes:
+        alpha: its distance from the true staircase: near 0 all slope is at the thresholds.
+    """
+
+    alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an alpha no staircase has."""
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha is {self.alpha!r}; give a number between 0 and 1.")
+
+    def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:  # noqa: ARG002
+        """Largest at the thresholds, 1 in the mean over a cell."""
+        k = math.log(2 / self.alpha - 1)
+        from_threshold = (1 - residual.abs()) / 2  # in steps
+        slope: Tensor = 1 - torch.tanh(k * from_threshold).square()
+        return slope * (k / (2 * math.tanh(k / 2)))
+
+
+@dataclass(frozen=True)
+class ErrorDecay(_Elementwise):
+    """EDE: from a line's slope to that of a sign (Qin et al. 2020, arXiv 1909.10788, eq. 8).
+
+    With more than two levels a value counts from its nearest threshold, in half steps.
+    """
+
+    def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:  # noqa: ARG002
+        """k t (1 - tanh^2(t x)) with t from 0.1 to 10 and k = max(1 / t, 1)."""
+        t = 0.1 * 100**progress
+        slope = 1 - torch.tanh(t * (1 - residual.abs())).square()
+        scaled: Tensor = max(1.0, t) * slope
+        return scaled

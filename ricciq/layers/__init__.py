@@ -1,0 +1,1 @@
+"""Discrete counterparts of float layers, a module a kind."""

@@ -1,0 +1,1 @@
+"""Float models: from a timm name or a checkpoint."""
