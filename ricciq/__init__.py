@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 from ricciq._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ricciq.convert import quantize
+    from ricciq.convert.rewrite import quantize
+    from ricciq.deploy.export import export_onnx
     from ricciq.errors import RicciqError
     from ricciq.estimators.ricci_flow import RicciFlow
-    from ricciq.export import export_onnx
     from ricciq.pipeline import run
     from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
-    from ricciq.train import finetune
+    from ricciq.training.loop import finetune
 
 
 _HOMES = {
     "Recipe": "recipe",
     "run": "pipeline",
-    "quantize": "convert",
+    "quantize": "convert.rewrite",
     "calibrate": "quant.calibration",
-    "finetune": "train",
+    "finetune": "training.loop",
     "RicciFlow": "estimators.ricci_flow",
-    "export_onnx": "export",
+    "export_onnx": "deploy.export",
     "RicciqError": "errors",
 }
 

@@ -13,21 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ricciq.allocation import Overhead, allocate, average_bits
-from ricciq.convert import Plan, convert
-from ricciq.deployment import DeployedWeight, deploy
+from ricciq.convert.allocation import Overhead, allocate, average_bits
+from ricciq.convert.plan import Plan
+from ricciq.convert.rewrite import convert
+from ricciq.convert.sensitivity import Sensitivity, measure_sensitivity, widths_of
+from ricciq.deploy.export import export_onnx, stored_in_onnx
+from ricciq.deploy.modules import DeployedWeight, deploy
+from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.errors import UsageError
-from ricciq.export import export_onnx, stored_in_onnx
-from ricciq.modelfile import size_with_external_data
-from ricciq.plots import draw_sensitivity, write_png
 from ricciq.preparation import Job
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
-from ricciq.runfolder import RunFolder
-from ricciq.sensitivity import Sensitivity, measure_sensitivity, widths_of
+from ricciq.report.plots import draw_sensitivity, write_png
+from ricciq.report.terminal import as_text, sensitivity_table
+from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
-from ricciq.tables import as_text, sensitivity_table
 
 PICTURES = 512
 """How many are shown to the network for each layer and width."""

@@ -17,9 +17,7 @@ from rich.text import Text
 from ricciq import cookbook, options
 from ricciq._version import __version__
 from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError, on_one_line
-from ricciq.request import requested_recipe
-from ricciq.system.offline import forbid_network
-from ricciq.tables import (
+from ricciq.report.terminal import (
     comparison_table,
     doctor_tables,
     inspection_tables,
@@ -28,6 +26,8 @@ from ricciq.tables import (
     shortened,
     show,
 )
+from ricciq.request import requested_recipe
+from ricciq.system.offline import forbid_network
 
 if TYPE_CHECKING:
     from ricciq.system.journal import Journal
@@ -240,7 +240,7 @@ def report(
 
     Example: ricciq report runs/my-run --dry-run
     """
-    from ricciq.page import render_run
+    from ricciq.report.page import render_run
 
     pages = {"pages": [str(path) for path in render_run(run, dry_run=dry_run)]}
     show({**pages, "dry_run": True} if dry_run else pages, as_json)
@@ -255,7 +255,7 @@ def inspect(
 
     Example: ricciq inspect model.onnx --json
     """
-    from ricciq.inspection import inspect_onnx
+    from ricciq.deploy.inspection import inspect_onnx
 
     show(inspect_onnx(file).to_dict(), as_json, inspection_tables)
 
@@ -274,7 +274,7 @@ def bench(
 
     Example: ricciq bench model.onnx --batch 8 --threads 4
     """
-    from ricciq.bench import bench_files
+    from ricciq.deploy.latency import bench_files
 
     show(bench_files(file, against, batch=batch, threads=threads), as_json)
 

@@ -19,7 +19,7 @@ from scipy import stats
 
 from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.data.open import open_data
-from ricciq.deployment import deploy
+from ricciq.deploy.modules import deploy
 from ricciq.errors import (
     DivergedError,
     InputError,
@@ -31,10 +31,10 @@ from ricciq.errors import (
 from ricciq.estimators.registry import named_estimator
 from ricciq.evaluation import evaluate
 from ricciq.pipeline import train
-from ricciq.plots import draw_curves, draw_seeds, write_png
 from ricciq.preparation import choose_device, describe, prepare, take_answers
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder, StudyFolder, choose_run_folder
+from ricciq.report.plots import draw_curves, draw_seeds, write_png
+from ricciq.runs.folder import RunFolder, StudyFolder, choose_run_folder
 from ricciq.system.distributed import process_number
 from ricciq.system.files import write_atomically
 from ricciq.system.journal import Journal

@@ -10,7 +10,7 @@ import typer
 
 from ricciq import options
 from ricciq.errors import RecipeError, RicciqError, UsageError
-from ricciq.tables import recipes_table, show
+from ricciq.report.terminal import recipes_table, show
 
 app = typer.Typer(
     help="List, show, copy and check recipes.\n\nExample: ricciq recipes ls",
@@ -107,8 +107,8 @@ def _error_in(name: str) -> str | None:
     """Why a recipe does not hold, also by what is only looked at when a run begins."""
     from ricciq.data.preprocessing import Preprocessing
     from ricciq.estimators.registry import named_estimator
-    from ricciq.optimization import check_training
     from ricciq.recipe import Recipe
+    from ricciq.training.optim import check_training
 
     try:
         recipe = Recipe.load(name)

@@ -14,18 +14,15 @@ import torch
 
 from ricciq._version import __version__
 from ricciq.autobits import find_budget, with_chosen_bits
-from ricciq.bench import Latency, measure_latency
-from ricciq.convert import convert
-from ricciq.deployment import deploy
-from ricciq.disagreements import find_disagreements
+from ricciq.convert.rewrite import convert
+from ricciq.deploy.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
+from ricciq.deploy.inspection import Inspection, inspect_onnx
+from ricciq.deploy.latency import Latency, measure_latency
+from ricciq.deploy.modules import deploy
+from ricciq.deploy.onnx_file import size_with_external_data
+from ricciq.deploy.session import open_session, session_predictor
 from ricciq.errors import CheckpointError, DivergedError, InterruptedRunError, RicciqError
 from ricciq.evaluation import Guesses, Metrics, Predict, evaluate
-from ricciq.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
-from ricciq.inspection import Inspection, inspect_onnx
-from ricciq.memory import LARGEST_BATCH
-from ricciq.modelfile import size_with_external_data
-from ricciq.page import write_pages
-from ricciq.plots import draw_geometry, write_png
 from ricciq.preparation import (
     Job,
     choose_device,
@@ -38,16 +35,20 @@ from ricciq.preparation import (
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
-from ricciq.reconstruction import PICTURES, reconstruct
-from ricciq.report import Report
-from ricciq.runfolder import RunFolder, choose_run_folder
-from ricciq.runtime import open_session, session_predictor
+from ricciq.report.disagreements import find_disagreements
+from ricciq.report.page import write_pages
+from ricciq.report.plots import draw_geometry, write_png
+from ricciq.report.schema import Report
+from ricciq.runs.folder import RunFolder, choose_run_folder
 from ricciq.system.distributed import World, joined
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
-from ricciq.train import Progressed, finetune, last_state
-from ricciq.trainer import discrete_weights
+from ricciq.training.adaround import PICTURES, reconstruct
+from ricciq.training.loop import finetune
+from ricciq.training.memory import LARGEST_BATCH
+from ricciq.training.state import Progressed, last_state
+from ricciq.training.step import discrete_weights
 
 FLOW_TIMES = [n / 50 for n in range(16)]
 """At which the decay of the perturbation is drawn."""
@@ -167,7 +168,7 @@ def train(
         world: the processes that train together.
 
     Raises:
-        RicciqError: as `ricciq.train.finetune`.
+        RicciqError: as `ricciq.training.loop.finetune`.
     """
     recipe, world = job.recipe, world or World()
     # Every process sees all pictures that are calibrated on: those of so many whole steps.

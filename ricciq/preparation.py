@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ricciq._version import __version__
-from ricciq.convert import Plan, convert, plan_conversion
+from ricciq.convert.plan import Plan, plan_conversion
+from ricciq.convert.rewrite import convert
 from ricciq.data.dataset import PictureData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
@@ -22,7 +23,12 @@ from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import named_estimator
-from ricciq.memory import (
+from ricciq.models.factory import load_model
+from ricciq.quant.grid import count_codes
+from ricciq.recipe import Recipe
+from ricciq.system.distributed import World, local_device, process_number
+from ricciq.system.journal import Journal
+from ricciq.training.memory import (
     StepMemory,
     free_memory,
     halve_until,
@@ -30,13 +36,8 @@ from ricciq.memory import (
     largest_batch,
     step_memory,
 )
-from ricciq.models.factory import load_model
-from ricciq.optimization import WithFeatures, check_training
-from ricciq.quant.grid import count_codes
-from ricciq.recipe import Recipe
-from ricciq.system.distributed import World, local_device, process_number
-from ricciq.system.journal import Journal
-from ricciq.trainer import Trainer, recompute_activations
+from ricciq.training.optim import WithFeatures, check_training
+from ricciq.training.step import Trainer, recompute_activations
 
 
 class Job(NamedTuple):
@@ -219,7 +220,7 @@ def take_answers(job: Job) -> None:
 def describe(job: Job) -> dict[str, Any]:
     """The plan of a run that has not started, as plain values: sizes and memory in bytes.
 
-    The memory is what can be counted beforehand; see `ricciq.memory.StepMemory`.
+    The memory is what can be counted beforehand; see `ricciq.training.memory.StepMemory`.
     """
     settings = job.recipe.training
     layers: list[dict[str, Any]] = []
@@ -258,7 +259,7 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 def find_batch_size(job: Job) -> int:
-    """The largest power of two, up to `ricciq.memory.LARGEST_BATCH`, whose gradients fit."""
+    """The largest power of two whose gradients fit, up to that of `ricciq.training.memory`."""
     try:
         trainer, memory = _tried(job)
     except (RuntimeError, MemoryError) as error:

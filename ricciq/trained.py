@@ -13,12 +13,15 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from ricciq.bench import interleave
-from ricciq.convert import Plan, convert
+from ricciq.convert.plan import Plan
+from ricciq.convert.rewrite import convert
 from ricciq.data.dataset import PictureData
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deployment import deploy, in_float_operators
+from ricciq.deploy.export import accuracy_in_onnx, export_onnx, stored_in_onnx
+from ricciq.deploy.latency import interleave
+from ricciq.deploy.modules import deploy, in_float_operators
+from ricciq.deploy.session import open_session, picture_input, session_metadata, session_predictor
 from ricciq.errors import (
     CheckpointError,
     DataError,
@@ -29,12 +32,10 @@ from ricciq.errors import (
     on_one_line,
 )
 from ricciq.evaluation import Predict, evaluate
-from ricciq.export import accuracy_in_onnx, export_onnx, stored_in_onnx
 from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
-from ricciq.report import load_report
-from ricciq.runfolder import RunFolder
-from ricciq.runtime import open_session, picture_input, session_metadata, session_predictor
+from ricciq.report.schema import load_report
+from ricciq.runs.folder import RunFolder
 from ricciq.system.tensor_files import load_model_state, load_tensors
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ricciq.convert import Plan, quantize, quantized_layers
+from ricciq.convert.plan import Plan
+from ricciq.convert.rewrite import quantize, quantized_layers
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deployment import deploy
-from ricciq.export import export_onnx
-from ricciq.inspection import Inspection, inspect_onnx
+from ricciq.deploy.export import export_onnx
+from ricciq.deploy.inspection import Inspection, inspect_onnx
+from ricciq.deploy.modules import deploy
 from ricciq.quant.calibration import calibrate
 
 torch.set_num_threads(1)

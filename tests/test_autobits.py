@@ -20,16 +20,16 @@ from command import Answer, ricciq
 from torch import Tensor, nn
 
 from ricciq import autobits, pipeline, request
-from ricciq.allocation import Overhead, allocate, average_bits
 from ricciq.autobits import find_budget, with_chosen_bits
+from ricciq.convert.allocation import Overhead, allocate, average_bits
+from ricciq.convert.sensitivity import WIDTHS, Sensitivity, measure_sensitivity
+from ricciq.deploy.inspection import inspect_onnx
 from ricciq.errors import RecipeError, UsageError
-from ricciq.inspection import inspect_onnx
 from ricciq.preparation import Job, prepare
 from ricciq.quant.quantizer import WeightKind
 from ricciq.quant.weight import WeightQuantizer
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder
-from ricciq.sensitivity import WIDTHS, Sensitivity, measure_sensitivity
+from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 

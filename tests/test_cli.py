@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from ricciq import __version__, cli, pipeline
+from ricciq.deploy.session import open_session, session_metadata
 from ricciq.recipe import Recipe
-from ricciq.runtime import open_session, session_metadata
 from ricciq.system.journal import Journal
 from ricciq.system.tensor_files import save_tensors
 

@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 
 from ricciq import compare as study
-from ricciq import runfolder
 from ricciq.cli import main
 from ricciq.compare import Trial, compare, summarize
 from ricciq.errors import (
@@ -20,7 +19,8 @@ from ricciq.errors import (
     UsageError,
 )
 from ricciq.recipe import Recipe
-from ricciq.runfolder import StudyFolder, choose_run_folder
+from ricciq.runs import folder as runfolder
+from ricciq.runs.folder import StudyFolder, choose_run_folder
 from ricciq.system.tables import read_csv
 
 RECIPE = Recipe.from_values(

@@ -7,7 +7,8 @@ import timm
 import torch
 
 import ricciq.models.factory  # noqa: F401  registers the nets with timm
-from ricciq.convert import convert, plan_conversion
+from ricciq.convert.plan import plan_conversion
+from ricciq.convert.rewrite import convert
 from ricciq.estimators.apply import ActivationCorrection, Correction, override_forward
 from ricciq.estimators.registry import named_estimator
 from ricciq.quant.calibration import calibrate

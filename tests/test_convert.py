@@ -7,7 +7,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.convert import LayerPlan, convert, plan_conversion, quantize, quantized_layers
+from ricciq.convert.plan import LayerPlan, plan_conversion
+from ricciq.convert.rewrite import convert, quantize, quantized_layers
 from ricciq.errors import ModelError
 from ricciq.layers.conv import QuantConv2d
 from ricciq.layers.linear import QuantLinear, QuantLinearWeight

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from ricciq.cli import main
-from ricciq.optimization import check_training
 from ricciq.recipe import Recipe, shipped_recipes
+from ricciq.training.optim import check_training
 
 IMAGENET = {
     name for name in shipped_recipes() if name.rpartition("-")[2] in ("w2a2", "w3a3", "w4a4")

@@ -22,7 +22,7 @@ from fashion import lay_out_fashion_mnist, needs_fashion
 from safetensors.torch import load_file, save_file
 
 from ricciq.cli import main
-from ricciq.inspection import inspect_onnx
+from ricciq.deploy.inspection import inspect_onnx
 
 FILES = {
     "recipe.yaml",

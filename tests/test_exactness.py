@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torchvision.ops import Permute
 
 from ricciq import calibrate, export_onnx, quantize
-from ricciq.convert import quantized_layers
+from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deployment import DeployedActivation, deploy
-from ricciq.graph import tidy
+from ricciq.deploy.modules import DeployedActivation, deploy
+from ricciq.deploy.passes import tidy
 from ricciq.layers.base import BIAS_LIMIT, QuantLayer
 from ricciq.layers.conv import QuantConv2d
 from ricciq.layers.linear import QuantLinear

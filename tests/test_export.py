@@ -13,19 +13,19 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from ricciq import export
-from ricciq.convert import quantize, quantized_layers
+from ricciq.convert.rewrite import quantize, quantized_layers
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deployment import DeployedActivation, DeployedWeight, deploy
+from ricciq.deploy import export
+from ricciq.deploy.export import export_onnx
+from ricciq.deploy.inspection import inspect_onnx
+from ricciq.deploy.modules import DeployedActivation, DeployedWeight, deploy
+from ricciq.deploy.packing import unpack
+from ricciq.deploy.session import METADATA_KEY, open_session, session_metadata, session_predictor
 from ricciq.errors import RicciqError
-from ricciq.export import export_onnx
-from ricciq.inspection import inspect_onnx
 from ricciq.layers.conv import QuantConv2d
 from ricciq.layers.linear import QuantLinear
-from ricciq.packing import unpack
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
-from ricciq.runtime import METADATA_KEY, open_session, session_metadata, session_predictor
 
 # Every weight width, with activation widths by turns.
 WIDTHS = [(1, 2), (2, 2), (3, 4), (4, 4), (5, 2), (6, 4), (7, 2), (8, 4), ("ternary", 2)]

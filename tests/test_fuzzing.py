@@ -24,11 +24,11 @@ from ricciq.data.sources.webdataset import open_shards
 from ricciq.errors import RicciqError
 from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
-from ricciq.report import load_report
+from ricciq.report.schema import load_report
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import METADATA_KEY, State, load_tensors
-from ricciq.train import Progressed
 from ricciq.trained import rebuild
+from ricciq.training.state import Progressed
 
 quickly = settings(
     max_examples=150,

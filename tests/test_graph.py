@@ -10,14 +10,14 @@ from timm.layers import Conv2dSame, ScaledStdConv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq import export
-from ricciq.convert import quantize
+from ricciq.convert.rewrite import quantize
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deployment import deploy
-from ricciq.export import export_onnx
-from ricciq.inspection import inspect_onnx
+from ricciq.deploy import export
+from ricciq.deploy.export import export_onnx
+from ricciq.deploy.inspection import inspect_onnx
+from ricciq.deploy.modules import deploy
+from ricciq.deploy.session import open_session, session_predictor
 from ricciq.quant.calibration import calibrate
-from ricciq.runtime import open_session, session_predictor
 
 SIZE = (3, 15, 15)
 

@@ -20,7 +20,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ricciq import cli
-from ricciq.runtime import METADATA_KEY
+from ricciq.deploy.session import METADATA_KEY
 
 CLASSES = [str(number) for number in range(10)]
 PREPROCESSING = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5]}

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ricciq.export import add_metadata
-from ricciq.inspection import Inspection, inspect_onnx
+from ricciq.deploy.export import add_metadata
+from ricciq.deploy.inspection import Inspection, inspect_onnx
 
 WIDTHS = [(2, 2), (3, 4), (7, 2), (8, 4), ("ternary", 2), (4, 32), (32, 32)]
 

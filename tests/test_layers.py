@@ -14,7 +14,7 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.deployment import deploy
+from ricciq.deploy.modules import deploy
 from ricciq.layers.base import BIAS_LIMIT, QuantLayer
 from ricciq.layers.conv import QuantConv2d, turn_negative_rows
 from ricciq.layers.linear import QuantLinear, QuantLinearWeight

@@ -10,14 +10,22 @@ import timm
 import torch
 from torch import nn
 
-from ricciq import memory, train
-from ricciq.convert import convert, plan_conversion
+from ricciq.convert.plan import plan_conversion
+from ricciq.convert.rewrite import convert
 from ricciq.errors import RicciqError
-from ricciq.memory import StepMemory, halve_until, is_out_of_memory, largest_batch, step_memory
 from ricciq.pipeline import run
 from ricciq.preparation import describe, find_batch_size, prepare
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
+from ricciq.training import loop as train
+from ricciq.training import memory
+from ricciq.training.memory import (
+    StepMemory,
+    halve_until,
+    is_out_of_memory,
+    largest_batch,
+    step_memory,
+)
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override({"model.name": "digits_resnet8", "data.name": "digits", "device": "cpu"})

@@ -13,9 +13,9 @@ from ricciq.data.loader import set_epoch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import RecipeError
-from ricciq.history import Tally
-from ricciq.optimization import loss_function
 from ricciq.recipe import Recipe, TrainingSection
+from ricciq.training.losses import loss_function
+from ricciq.training.metrics import Tally
 
 MIXUP = Augmentation(mixup=0.8)
 CUTMIX = Augmentation(cutmix=1.0)

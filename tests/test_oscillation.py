@@ -9,8 +9,8 @@ from torch import nn
 from ricciq.errors import RecipeError
 from ricciq.estimators import ricci
 from ricciq.estimators.apply import DiscreteWeight
-from ricciq.oscillation import MOMENTUM, Damping, Freezing
 from ricciq.quant.weight import WeightQuantizer
+from ricciq.training.oscillation import MOMENTUM, Damping, Freezing
 
 
 def discrete(weight, bits=3, scale=1.0):

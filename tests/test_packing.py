@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ricciq.packing import pack, unpack
+from ricciq.deploy.packing import pack, unpack
 from ricciq.quant.codebook import Codebook
 from ricciq.quant.grid import Grid
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from command import ricciq
 
-from ricciq.report import load_report
-from ricciq.runfolder import RunFolder
+from ricciq.report.schema import load_report
+from ricciq.runs.folder import RunFolder
 from ricciq.system.tables import read_csv, write_csv
 
 JOB = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "auto:2.5", "--epochs", "2"]

@@ -23,14 +23,14 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedRes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.convert import quantize
+from ricciq.convert.rewrite import quantize
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deployment import deploy
-from ricciq.export import export_onnx
+from ricciq.deploy.export import export_onnx
+from ricciq.deploy.modules import deploy
+from ricciq.deploy.session import open_session, session_predictor
 from ricciq.models.factory import load_model
 from ricciq.quant.calibration import calibrate
-from ricciq.runtime import open_session, session_predictor
 
 ASKED = "RICCIQ_PORTABILITY"
 REQUIREMENTS = {"onnxruntime 1.20.1": ["onnxruntime==1.20.1", "numpy"], "openvino": ["openvino"]}

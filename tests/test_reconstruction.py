@@ -16,15 +16,15 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from ricciq import pipeline
-from ricciq.convert import convert, quantize, quantized_layers
+from ricciq.convert.rewrite import convert, quantize, quantized_layers
 from ricciq.evaluation import evaluate
 from ricciq.layers.base import QuantLayer
 from ricciq.preparation import Job, prepare
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
-from ricciq.reconstruction import reconstruct
-from ricciq.runfolder import RunFolder
+from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
+from ricciq.training.adaround import reconstruct
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(

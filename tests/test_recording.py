@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.recording import Call, Recording, record
+from ricciq.convert.trace import Call, Recording, record
 
 PICTURE = torch.zeros(1, 3, 8, 8)
 

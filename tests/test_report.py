@@ -7,8 +7,8 @@ import jsonschema
 import pytest
 
 from ricciq.errors import InputError
-from ricciq.page import to_markdown
-from ricciq.report import Report, load_report
+from ricciq.report.page import to_markdown
+from ricciq.report.schema import Report, load_report
 
 VALUES = {
     "schema": 1,

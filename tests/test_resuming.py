@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from ricciq.runfolder import RunFolder
+from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
-from ricciq.train import last_state
+from ricciq.training.state import last_state
 
 KILLS = 20
 RECIPE = """

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ricciq import runfolder
 from ricciq.errors import InputError, UsageError
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder, choose_run_folder, default_folder
+from ricciq.runs import folder as runfolder
+from ricciq.runs.folder import RunFolder, choose_run_folder, default_folder
 from ricciq.system.tables import read_csv, write_csv
 
 RECIPE = Recipe().override({"model.name": "resnet18"})
@@ -146,7 +146,7 @@ def test_a_folder_without_a_recipe_is_no_run(tmp_path):
 
 
 HOLD = """
-import sys, ricciq.runfolder as r, pathlib
+import sys, ricciq.runs.folder as r, pathlib
 with r.RunFolder(pathlib.Path(sys.argv[1])).locked():
     print("held", flush=True)
     sys.stdin.readline()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq.bench import WARM_UP, Latency, bench_files, interleave, measure_latency
+from ricciq.deploy.inspection import inspect_onnx
+from ricciq.deploy.latency import WARM_UP, Latency, bench_files, interleave, measure_latency
+from ricciq.deploy.session import METADATA_KEY, open_session, session_metadata, session_predictor
 from ricciq.errors import DataError, ModelError, UsageError
 from ricciq.evaluation import evaluate
-from ricciq.inspection import inspect_onnx
-from ricciq.runtime import METADATA_KEY, open_session, session_metadata, session_predictor
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_times_are_milliseconds_of_the_timed_rounds(monkeypatch):
         nonlocal now
         now += next(durations)
 
-    monkeypatch.setattr("ricciq.bench.time.perf_counter", lambda: now)
+    monkeypatch.setattr("ricciq.deploy.latency.time.perf_counter", lambda: now)
     found = interleave({"a": call}, rounds=5)["a"]
     assert found.rounds == pytest.approx((1.0, 2.0, 3.0, 4.0, 5.0))
     assert found.median == pytest.approx(3.0)
@@ -229,7 +229,7 @@ def test_files_are_timed_on_inputs_of_their_own_shape(exported, file):
 def test_the_ratio_says_how_much_faster_the_file_is(exported, file, monkeypatch):
     rounds = {"file": (1.0, 2.0, 2.0), "against": (4.0, 4.0, 6.0)}
     taken = {name: Latency(times) for name, times in rounds.items()}
-    monkeypatch.setattr("ricciq.bench.measure_latency", lambda *_, **__: taken)
+    monkeypatch.setattr("ricciq.deploy.latency.measure_latency", lambda *_, **__: taken)
     against = exported(32, 32).path
     found = bench_files(file, against, batch=4, threads=2)
     assert (found["file"], found["against"]) == (str(file), str(against))

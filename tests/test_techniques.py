@@ -13,31 +13,33 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ricciq import compare as study
-from ricciq import train
 from ricciq.cli import main
 from ricciq.compare import Trial
-from ricciq.convert import convert, quantized_layers
-from ricciq.deployment import deploy
+from ricciq.convert.rewrite import convert, quantized_layers
+from ricciq.deploy.export import export_onnx
+from ricciq.deploy.modules import deploy
+from ricciq.deploy.session import open_session, session_predictor
 from ricciq.errors import RecipeError
 from ricciq.evaluation import evaluate
-from ricciq.export import export_onnx
-from ricciq.history import Tally
 from ricciq.layers.base import KeptNorm
-from ricciq.optimization import WithFeatures, feature_distance, optimizer_and_schedule
 from ricciq.preparation import correction_of, prepare
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import LogHistogram, calibrate, choose_range
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES
 from ricciq.quant.weight import WeightQuantizer
 from ricciq.recipe import Recipe, TrainingSection
-from ricciq.runfolder import RunFolder
-from ricciq.runtime import open_session, session_predictor
+from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
-from ricciq.train import Progressed, finetune
 from ricciq.trained import rebuild
-from ricciq.trainer import Trainer
+from ricciq.training import loop as train
+from ricciq.training.loop import finetune
+from ricciq.training.losses import feature_distance
+from ricciq.training.metrics import Tally
+from ricciq.training.optim import WithFeatures, optimizer_and_schedule
+from ricciq.training.state import Progressed
+from ricciq.training.step import Trainer
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(

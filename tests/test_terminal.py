@@ -16,8 +16,8 @@ import pytest
 from command import check_command, ricciq, verbs
 from rich.console import Console
 
+from ricciq.report.terminal import FittingTable, plan_table, value_table
 from ricciq.system import journal
-from ricciq.tables import FittingTable, plan_table, value_table
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 EXAMPLES = [

@@ -12,22 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from ricciq import train, trainer
-from ricciq.convert import convert, quantized_layers
+from ricciq.convert.rewrite import convert, quantized_layers
 from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import METHODS
-from ricciq.history import Tally
-from ricciq.optimization import loss_function
 from ricciq.preparation import prepare
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe, TrainingSection
-from ricciq.runfolder import RunFolder
+from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors, save_tensors
-from ricciq.train import Progressed, finetune
-from ricciq.trainer import Trainer
+from ricciq.training import loop as train
+from ricciq.training import step as trainer
+from ricciq.training.loop import finetune
+from ricciq.training.losses import loss_function
+from ricciq.training.metrics import Tally
+from ricciq.training.state import Progressed
+from ricciq.training.step import Trainer
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(

@@ -19,21 +19,21 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ricciq import pipeline, trained
-from ricciq.convert import convert
+from ricciq.convert.rewrite import convert
 from ricciq.data.dataset import PictureData
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError
 from ricciq.evaluation import evaluate
-from ricciq.history import Tally
 from ricciq.preparation import Job, correction_of, prepare, take_answers
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder
+from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
-from ricciq.trainer import Trainer
+from ricciq.training.metrics import Tally
+from ricciq.training.step import Trainer
 
 CPU = torch.device("cpu")
 DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))

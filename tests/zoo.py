@@ -43,13 +43,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from ricciq import Recipe, run
 from ricciq.data.open import open_data
-from ricciq.deployment import deploy
+from ricciq.deploy.inspection import LayerRow, inspect_onnx
+from ricciq.deploy.modules import deploy
+from ricciq.deploy.session import open_session, session_predictor
 from ricciq.errors import ModelError
 from ricciq.evaluation import Predict
-from ricciq.inspection import LayerRow, inspect_onnx
 from ricciq.models.factory import LoadedModel, load_model
-from ricciq.runfolder import RunFolder
-from ricciq.runtime import open_session, session_predictor
+from ricciq.runs.folder import RunFolder
 from ricciq.system.files import write_atomically
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv

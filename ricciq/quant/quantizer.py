@@ -48,7 +48,7 @@ Place = Callable[[Tensor, Tensor | float], Tensor]
 """What is rounded in the place of numbers: see `ricciq.estimators.base.Displacing`."""
 FLOAT_BITS = 32
 CODEBOOK_WIDTHS: tuple[Bits, ...] = (1, 2, 4, "ternary")
-"""Those whose codes one lookup table undoes: `ricciq.packing` splits the others."""
+"""Those whose codes one lookup table undoes: `ricciq.deploy.packing` splits the others."""
 
 
 def displaced(

@@ -27,7 +27,7 @@ from ricciq.compare import Trial
 from ricciq.estimators.apply import ActivationCorrection, Correction
 from ricciq.estimators.registry import named_estimator
 from ricciq.recipe import Recipe
-from ricciq.trainer import discrete_weights
+from ricciq.training.step import discrete_weights
 
 WARM_UP = 2
 

@@ -20,10 +20,10 @@ import torch
 
 import ricciq.models.factory  # noqa: F401  registers the bundled nets with timm
 from ricciq import calibrate, export_onnx, quantize
-from ricciq.bench import measure_latency
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deployment import deploy
-from ricciq.inspection import inspect_onnx
+from ricciq.deploy.inspection import inspect_onnx
+from ricciq.deploy.latency import measure_latency
+from ricciq.deploy.modules import deploy
 
 LOAD = """
 import os, sys

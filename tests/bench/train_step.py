@@ -5,9 +5,9 @@
 
 Every variant is a process of its own, so that its peak memory is its own; in every round each takes
 a turn of so many steps while the others wait. A ratio is the median over rounds of two times of the
-same round. All but Brevitas run `ricciq.trainer.Trainer.step`, so its checks and its optimizer (SGD
-with momentum) are in every time; Brevitas' step has forward, backward and optimizer. Brevitas takes
-part where it is installed (`pip install brevitas`).
+same round. All but Brevitas run `ricciq.training.step.Trainer.step`, so its checks and its optimizer
+(SGD with momentum) are in every time; Brevitas' step has forward, backward and optimizer. Brevitas
+takes part where it is installed (`pip install brevitas`).
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ def ours(options: argparse.Namespace, traits: Sequence[str]) -> Callable[[], Non
     import torch
 
     import ricciq.models.factory  # noqa: F401  registers the nets with timm
-    from ricciq.convert import convert, plan_conversion
-    from ricciq.history import Tally
+    from ricciq.convert.plan import plan_conversion
+    from ricciq.convert.rewrite import convert
     from ricciq.preparation import correction_of
     from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
-    from ricciq.trainer import Trainer
+    from ricciq.training.metrics import Tally
+    from ricciq.training.step import Trainer
 
     device = torch.device(options.device)
     torch.manual_seed(0)

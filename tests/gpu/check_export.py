@@ -7,11 +7,11 @@ import copy
 import torch
 from networks import DEVICE, Training
 
-from ricciq.deployment import deploy
+from ricciq.deploy.export import export_onnx
+from ricciq.deploy.modules import deploy
+from ricciq.deploy.session import open_session, session_predictor
 from ricciq.doctor import examine
 from ricciq.evaluation import evaluate
-from ricciq.export import export_onnx
-from ricciq.runtime import open_session, session_predictor
 
 
 def test_export_from_the_device(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from networks import DEVICE, TINY, Training
 
-from ricciq import trainer
-from ricciq.convert import quantized_layers
+from ricciq.convert.rewrite import quantized_layers
+from ricciq.training import step as trainer
 
 
 def step_dtypes(training):

@@ -19,8 +19,8 @@ from parts import Context, Tell
 from PIL import Image
 from safetensors.torch import save_file
 
-from ricciq.history import Tally
-from ricciq.trainer import Trainer
+from ricciq.training.metrics import Tally
+from ricciq.training.step import Trainer
 
 CLASSES = 20
 STEPS, WARM_UP, ALONE = 100, 10, 30

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from parts import Context, MissingError, Tell
 
-import ricciq.train
-import ricciq.trainer
+import ricciq.training.loop
+import ricciq.training.step
 from ricciq.cli import main
-from ricciq.deployment import deploy
+from ricciq.deploy.export import export_onnx
+from ricciq.deploy.modules import deploy
 from ricciq.evaluation import evaluate
-from ricciq.export import export_onnx
 from ricciq.pipeline import train
 from ricciq.preparation import prepare
 from ricciq.recipe import Recipe
-from ricciq.runfolder import RunFolder
+from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 
 
@@ -115,7 +115,7 @@ def split(context: Context, tell: Tell) -> None:
     )
     recipe = Recipe().override({"training.epochs": 3, **flags})
     phases = Phases(torch.device(context.device))
-    ricciq.trainer.record_function = ricciq.train.record_function = phases  # type: ignore
+    ricciq.training.step.record_function = ricciq.training.loop.record_function = phases  # type: ignore
     job, folder = prepare(recipe, phases.device, Journal()), RunFolder(context.folder / "run")
     folder.path.mkdir()
     train(job, folder, resume=False, journal=Journal())

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ricciq.convert import convert
+from ricciq.convert.rewrite import convert
 from ricciq.data.loader import Batch
-from ricciq.history import Tally
 from ricciq.preparation import correction_of, prepare
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
-from ricciq.trainer import Trainer
+from ricciq.training.metrics import Tally
+from ricciq.training.step import Trainer
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(os.environ.get("RICCIQ_GPU_DEVICE", "cpu"))

@@ -33,14 +33,15 @@ from torchvision.datasets import FashionMNIST
 
 import ricciq.models.factory  # noqa: F401  registers the nets with timm
 from ricciq.compare import Trial
-from ricciq.convert import convert, plan_conversion
+from ricciq.convert.plan import plan_conversion
+from ricciq.convert.rewrite import convert
 from ricciq.estimators.apply import ActivationCorrection, Correction, override_forward
 from ricciq.estimators.registry import named_estimator
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.grid import Bits
 from ricciq.quant.quantizer import Kinds
 from ricciq.recipe import Recipe
-from ricciq.trainer import discrete_weights
+from ricciq.training.step import discrete_weights
 
 TRAINED, BATCH, FLOAT_EPOCHS = 45_000, 128, 10
 FIXED, DOREFA = Kinds("fixed", "fixed"), Kinds("dorefa", "pact")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ricciq.estimators.apply import DiscreteWeight
 from ricciq.evaluation import Metrics
-from ricciq.runfolder import RunFolder
+from ricciq.runs.folder import RunFolder
 from ricciq.system.distributed import World
 from ricciq.system.tables import read_csv, write_csv
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from ricciq.convert.sensitivity import Sensitivity
 from ricciq.errors import UsageError
-from ricciq.sensitivity import Sensitivity
 
 Array = npt.NDArray[np.float64]
 PRECISION = 1e3

@@ -11,12 +11,12 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ricciq.disagreements import THUMBNAIL, Disagreements
 from ricciq.errors import InputError
-from ricciq.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
 from ricciq.quant.grid import count_codes
-from ricciq.report import Report, load_report
-from ricciq.runfolder import RunFolder
+from ricciq.report.disagreements import THUMBNAIL, Disagreements
+from ricciq.report.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
+from ricciq.report.schema import Report, load_report
+from ricciq.runs.folder import RunFolder
 from ricciq.system.files import write_atomically
 from ricciq.system.tables import read_csv
 

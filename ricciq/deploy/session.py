@@ -14,8 +14,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from ricciq.deploy.onnx_file import read_model_file
 from ricciq.errors import ModelError, on_one_line
-from ricciq.modelfile import read_model_file
 
 METADATA_KEY = "ricciq"
 """The key of the JSON a ricciq file carries in its metadata."""

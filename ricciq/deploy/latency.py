@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ricciq.deploy.session import open_session, picture_input, run_session
 from ricciq.errors import UsageError
-from ricciq.runtime import open_session, picture_input, run_session
 
 WARM_UP = 3
 _LARGEST_BATCH = 2**31

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,15 +10,12 @@ from pydantic import Field
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from ricciq.convert.trace import Call, Recording, Value, record, value_of
 from ricciq.errors import ModelError
-from ricciq.layers.base import QuantLayer, names_of
-from ricciq.layers.conv import CONVOLUTIONS, QuantConv2d, turn_negative_rows
-from ricciq.layers.linear import LINEARS, QuantLinear, QuantLinearWeight
-from ricciq.layers.points import quantize_input, quantize_output
-from ricciq.quant.activation import ActivationQuantizer
+from ricciq.layers.conv import CONVOLUTIONS
+from ricciq.layers.linear import LINEARS
 from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import FLOAT_BITS, LSQ, Kinds
-from ricciq.recording import Call, Recording, Value, record, value_of
+from ricciq.quant.quantizer import FLOAT_BITS
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
@@ -310,108 +306,3 @@ def _kept_products(recording: Recording, lent: dict[Call, str]) -> Iterator[Kept
             yield Kept(call.name, call.kind, "products of two activations stay float")
         elif call.kind in _WEIGHTED_CALLS:
             yield Kept(call.name, call.kind, "a function call on weights that no layer owns")
-
-
-def _check_plan(plan: Plan, model: nn.Module) -> None:
-    """Refuse a plan, which may come from a file, that names what a model does not have."""
-    modules = dict(model.named_modules())
-    layers = {layer.name for layer in plan.layers}
-    named: list[tuple[str | None, tuple[type[nn.Module], ...]]] = [
-        *((name, (nn.Module,)) for name in (*plan.points, *plan.points.values())),
-        *((layer.parent, (nn.Module,)) for layer in plan.layers),
-        *((layer.norm, (nn.BatchNorm2d,)) for layer in plan.layers),
-        *((name, (nn.Conv2d, nn.Linear)) for name in layers),
-    ]
-    for name, kinds in named:
-        if name is not None and not isinstance(modules.get(name), kinds):
-            raise ValueError(f"its plan has {name!r}, which is no {kinds[0].__name__} of the model")
-    if len(layers) < len(plan.layers):
-        raise ValueError("its plan has a layer twice")
-
-
-def convert(model: nn.Module, plan: Plan, kinds: Kinds = LSQ) -> nn.Module:
-    """Swap the planned layers in place and add the 8-bit points.
-
-    Args:
-        model: the float model the plan was made for; its parameters are taken over, not copied.
-        plan: from `plan_conversion`.
-        kinds: which quantizers the layers get; the points always learn their steps.
-
-    Returns:
-        The same model, with float activations until it is calibrated.
-
-    Raises:
-        ValueError: the plan is that of another model.
-    """
-    _check_plan(plan, model)
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    for layer in plan.layers:
-        module = model.get_submodule(layer.name)
-        quantized: QuantLayer
-        if isinstance(module, nn.Conv2d):
-            norm = model.get_submodule(layer.norm) if layer.norm else None
-            assert norm is None or isinstance(norm, nn.BatchNorm2d)
-            if norm is not None and owners[id(module.weight)] == 1:
-                turn_negative_rows(module, norm)
-            quantized = QuantConv2d.from_float(
-                module, layer.weight_bits, layer.act_bits, _plain(norm), kinds
-            )
-        else:
-            assert isinstance(module, nn.Linear)
-            kind = QuantLinear if layer.parent is None else QuantLinearWeight
-            quantized = kind.from_float(module, layer.weight_bits, layer.act_bits, kinds)
-            if layer.parent is not None and quantized.input_quantizer is not None:
-                quantize_input(model.get_submodule(layer.parent), quantized.input_quantizer)
-        for name in names_of(module, model):
-            model.set_submodule(name, quantized)
-        if layer.norm:
-            model.set_submodule(layer.norm, _rest_of(model.get_submodule(layer.norm)))
-    device = next(model.parameters()).device
-    quantizers: dict[str, ActivationQuantizer] = {}
-    for name, source in plan.points.items():
-        if source not in quantizers:
-            quantizers[source] = ActivationQuantizer(POINT_BITS).to(device)
-        quantize_output(model.get_submodule(name), quantizers[source])
-    return model
-
-
-def quantize(
-    model: nn.Module,
-    example: Tensor,
-    weight_bits: Bits,
-    act_bits: int,
-    edge_bits: Bits = 8,
-    kinds: Kinds = LSQ,
-) -> Plan:
-    """Make a float model's layers discrete, in place: `plan_conversion`, then `convert`.
-
-    Its activations stay float until it is calibrated. Arguments and errors are those of
-    `plan_conversion` and `convert`; the plan is returned, since it lists what was kept float and
-    why.
-    """
-    plan = plan_conversion(model, example, weight_bits, act_bits, edge_bits)
-    convert(model, plan, kinds)
-    return plan
-
-
-def _plain(norm: nn.BatchNorm2d | None) -> nn.BatchNorm2d | None:
-    """The normalization alone, without the activation timm's BatchNormAct2d carries."""
-    if not isinstance(norm, BatchNormAct2d):
-        return norm
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, device="meta")
-    plain.weight, plain.bias = norm.weight, norm.bias
-    for name, buffer in norm.named_buffers(recurse=False):
-        setattr(plain, name, buffer)
-    return plain.train(norm.training)
-
-
-def _rest_of(norm: nn.Module) -> nn.Module:
-    """What remains where a normalization was taken out: nothing, or its activation."""
-    if isinstance(norm, BatchNormAct2d):
-        return nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
-    return nn.Identity()
-
-
-def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """The discrete layers of a converted model by dotted name, in the order of registration."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.convert import Plan, convert, quantized_layers
+from ricciq.convert.plan import Plan
+from ricciq.convert.rewrite import convert, quantized_layers
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.quant.activation import ActivationQuantizer

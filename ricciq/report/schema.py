@@ -1,4 +1,4 @@
-"""Report -> JSON and a table for the terminal; `ricciq.page` makes pages of it."""
+"""Report -> JSON and a table for the terminal; `ricciq.report.page` makes pages of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.markup import escape
 
 from ricciq.errors import InputError, on_one_line
+from ricciq.report.terminal import FittingTable
 from ricciq.system.files import write_atomically
-from ricciq.tables import FittingTable
 
 
 class _Part(BaseModel):

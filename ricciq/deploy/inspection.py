@@ -13,10 +13,10 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
+from ricciq.deploy.onnx_file import size_with_external_data
+from ricciq.deploy.session import open_session, session_metadata
 from ricciq.errors import ModelError, on_one_line
-from ricciq.modelfile import size_with_external_data
 from ricciq.quant.quantizer import FLOAT_BITS
-from ricciq.runtime import open_session, session_metadata
 
 _WEIGHTED = {"Conv", "Gemm", "MatMul"}
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"}

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.profiler import record_function
 
-from ricciq.convert import quantized_layers
+from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.loader import Batch
 from ricciq.errors import RecipeError
 from ricciq.estimators.apply import (
@@ -25,19 +25,15 @@ from ricciq.estimators.apply import (
     override_forward,
 )
 from ricciq.estimators.ricci_flow import Geometry
-from ricciq.history import Codes, Tally
-from ricciq.memory import is_out_of_memory
-from ricciq.optimization import (
-    WithFeatures,
-    feature_distance,
-    loss_function,
-    optimizer_and_schedule,
-)
-from ricciq.oscillation import Damping, Freezing
-from ricciq.progression import Progression
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
+from ricciq.training.losses import feature_distance, loss_function
+from ricciq.training.memory import is_out_of_memory
+from ricciq.training.metrics import Codes, Tally
+from ricciq.training.optim import WithFeatures, optimizer_and_schedule
+from ricciq.training.oscillation import Damping, Freezing
+from ricciq.training.stages import Progression
 
 Pictures = Callable[[], Iterable[Tensor]]
 """Makes batches (B, C, H, W) to calibrate on, of training pictures as they are, always the same."""

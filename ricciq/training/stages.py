@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ricciq.convert import quantized_layers
+from ricciq.convert.rewrite import quantized_layers
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.grid import Bits, count_codes
 from ricciq.quant.weight import WeightQuantizer

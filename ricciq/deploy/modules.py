@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ricciq.deploy.packing import Plane, pack, unpack
 from ricciq.layers.base import IntegerWeights, QuantLayer, names_of
 from ricciq.layers.conv import QuantConv2d
 from ricciq.layers.linear import QuantLinear, QuantLinearWeight
 from ricciq.layers.points import quantize_output
-from ricciq.packing import Plane, pack, unpack
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.weight import WeightQuantizer
 

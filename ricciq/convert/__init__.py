@@ -1,0 +1,1 @@
+"""From a float model to a discrete one: trace, plan, widths, rewrite."""

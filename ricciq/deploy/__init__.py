@@ -1,0 +1,1 @@
+"""From a discrete model to a file, and from a file to a runtime."""

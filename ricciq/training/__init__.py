@@ -1,0 +1,1 @@
+"""The training loop, its step, losses, schedule and state; and learned rounding."""
