@@ -5,8 +5,8 @@
 
 Every variant is a process of its own, so that its peak memory is its own; in every round each takes
 a turn of so many steps while the others wait. A ratio is the median over rounds of two times of the
-same round. All but Brevitas run `ricciq.training.step.Trainer.step`, so its checks and its optimizer
-(SGD with momentum) are in every time; Brevitas' step has forward, backward and optimizer. Brevitas
+same round. All but Brevitas run `ricciq.training.step.Trainer.step`: its checks and its optimizer
+(SGD with momentum) are in every time. Brevitas' step has forward, backward and optimizer. Brevitas
 takes part where it is installed (`pip install brevitas`).
 """
 
