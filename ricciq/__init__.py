@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from ricciq.deploy.export import export_onnx
     from ricciq.errors import RicciqError
     from ricciq.estimators.ricci_flow import RicciFlow
-    from ricciq.pipeline import run
     from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
     from ricciq.training.loop import finetune
+    from ricciq.workflows.quantize import run
 
 
 _HOMES = {
     "Recipe": "recipe",
-    "run": "pipeline",
+    "run": "workflows.quantize",
     "quantize": "convert.rewrite",
     "calibrate": "quant.calibration",
     "finetune": "training.loop",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from ricciq import cli
+from ricciq.cli.app import app, main
 from ricciq.recipe import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -25,13 +25,13 @@ def ricciq(*arguments: str | Path) -> Answer:
     """Run a command line."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        cli.main([str(a) for a in arguments])
+        main([str(a) for a in arguments])
     return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def verbs() -> Iterator[Any]:
     """Every verb, those of groups included, and every group."""
-    waiting = [typer.main.get_command(cli.app)]
+    waiting = [typer.main.get_command(app)]
     while waiting:
         command: Any = waiting.pop()
         yield command
@@ -40,7 +40,7 @@ def verbs() -> Iterator[Any]:
 
 def check_command(words: list[str]) -> None:
     """Parse a command line that a page shows, and look for the recipes it names."""
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(app)
     at = 1
     while hasattr(command, "commands"):
         command, at = command.commands[words[at]], at + 1

@@ -19,19 +19,21 @@ import torch
 from command import Answer, ricciq
 from torch import Tensor, nn
 
-from ricciq import autobits, pipeline, request
-from ricciq.autobits import find_budget, with_chosen_bits
+from ricciq.cli import request
 from ricciq.convert.allocation import Overhead, allocate, average_bits
 from ricciq.convert.sensitivity import WIDTHS, Sensitivity, measure_sensitivity
 from ricciq.deploy.inspection import inspect_onnx
 from ricciq.errors import RecipeError, UsageError
-from ricciq.preparation import Job, prepare
 from ricciq.quant.quantizer import WeightKind
 from ricciq.quant.weight import WeightQuantizer
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
+from ricciq.workflows import find_bits as autobits
+from ricciq.workflows import quantize as pipeline
+from ricciq.workflows.find_bits import find_budget, with_chosen_bits
+from ricciq.workflows.job import Job, prepare
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 RECIPE = Recipe().override(

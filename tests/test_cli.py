@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ricciq import __version__, cli, pipeline
+from ricciq import __version__, cli
 from ricciq.deploy.session import open_session, session_metadata
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
 from ricciq.system.tensor_files import save_tensors
+from ricciq.workflows import quantize as pipeline
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 

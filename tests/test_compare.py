@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ricciq import compare as study
 from ricciq.cli import main
-from ricciq.compare import Trial, compare, summarize
 from ricciq.errors import (
     DivergedError,
     InterruptedRunError,
@@ -19,9 +17,12 @@ from ricciq.errors import (
     UsageError,
 )
 from ricciq.recipe import Recipe
+from ricciq.report.statistics import summarize
 from ricciq.runs import folder as runfolder
 from ricciq.runs.folder import StudyFolder, choose_run_folder
 from ricciq.system.tables import read_csv
+from ricciq.workflows import compare as study
+from ricciq.workflows.compare import Trial, compare
 
 RECIPE = Recipe.from_values(
     {

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ricciq import completion, options
+from ricciq.cli import completion, options
 
 ASK = """
 import sys

@@ -12,7 +12,7 @@ import pytest
 import torch
 from command import ricciq
 
-from ricciq import doctor
+from ricciq.workflows import doctor
 
 Disk = namedtuple("Disk", "total used free")
 

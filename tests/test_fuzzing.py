@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mutations_of_data import picture, tar_of
 from safetensors.torch import save
 
-from ricciq import options
+from ricciq.cli import options
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.data.sources.folder import open_folder
 from ricciq.data.sources.tar import files_in_tar
@@ -27,8 +27,8 @@ from ricciq.recipe import Recipe
 from ricciq.report.schema import load_report
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import METADATA_KEY, State, load_tensors
-from ricciq.trained import rebuild
 from ricciq.training.state import Progressed
+from ricciq.workflows.saved import rebuild
 
 quickly = settings(
     max_examples=150,
@@ -271,7 +271,7 @@ def test_batch_sizes(text: str) -> None:
 @example("ricci:time=1:59:59")
 @example("ste:training.lr=.nan")
 def test_methods(base: Recipe, method: str) -> None:
-    from ricciq.compare import Trial
+    from ricciq.workflows.compare import Trial
 
     with only_our_errors():
         Trial(method, 1.0, 0).recipe(base)

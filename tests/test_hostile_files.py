@@ -32,9 +32,9 @@ from mutations_of_runs import ABOUT, REPORTS, RESULTS, STATES, TABLES, USELESS
 from onnx import numpy_helper
 from safetensors.torch import load_file
 
-from ricciq import pipeline
 from ricciq.errors import UsageError
 from ricciq.models.bundled import BUNDLED
+from ricciq.workflows import quantize as pipeline
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,6 @@ from torch import nn
 from ricciq.convert.plan import plan_conversion
 from ricciq.convert.rewrite import convert
 from ricciq.errors import RicciqError
-from ricciq.pipeline import run
-from ricciq.preparation import describe, find_batch_size, prepare
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
 from ricciq.training import loop as train
@@ -26,6 +24,9 @@ from ricciq.training.memory import (
     largest_batch,
     step_memory,
 )
+from ricciq.workflows.job import prepare
+from ricciq.workflows.quantize import run
+from ricciq.workflows.sizing import describe, find_batch_size
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override({"model.name": "digits_resnet8", "data.name": "digits", "device": "cpu"})
@@ -103,7 +104,7 @@ def test_auto_takes_what_fits(monkeypatch):
     job = prepare(RECIPE.override({"data.batch_size": "auto"}), CPU, Journal())
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     assert find_batch_size(job) == 256
-    monkeypatch.setattr("ricciq.preparation.free_memory", lambda _: 10_000_000)
+    monkeypatch.setattr("ricciq.workflows.job.free_memory", lambda _: 10_000_000)
     small = find_batch_size(job)
     assert small < 256
     assert describe(job)["batch_size"] == small

@@ -15,16 +15,16 @@ from PIL import Image
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from ricciq import pipeline
 from ricciq.convert.rewrite import convert, quantize, quantized_layers
 from ricciq.evaluation import evaluate
 from ricciq.layers.base import QuantLayer
-from ricciq.preparation import Job, prepare
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import reconstruct
+from ricciq.workflows import quantize as pipeline
+from ricciq.workflows.job import Job, prepare
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(

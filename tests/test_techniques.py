@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ricciq import compare as study
 from ricciq.cli import main
-from ricciq.compare import Trial
 from ricciq.convert.rewrite import convert, quantized_layers
 from ricciq.deploy.export import export_onnx
 from ricciq.deploy.modules import deploy
@@ -22,7 +20,6 @@ from ricciq.deploy.session import open_session, session_predictor
 from ricciq.errors import RecipeError
 from ricciq.evaluation import evaluate
 from ricciq.layers.base import KeptNorm
-from ricciq.preparation import correction_of, prepare
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import LogHistogram, calibrate, choose_range
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES
@@ -32,7 +29,6 @@ from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
-from ricciq.trained import rebuild
 from ricciq.training import loop as train
 from ricciq.training.loop import finetune
 from ricciq.training.losses import feature_distance
@@ -40,6 +36,10 @@ from ricciq.training.metrics import Tally
 from ricciq.training.optim import WithFeatures, optimizer_and_schedule
 from ricciq.training.state import Progressed
 from ricciq.training.step import Trainer
+from ricciq.workflows import compare as study
+from ricciq.workflows.compare import Trial
+from ricciq.workflows.job import correction_of, prepare
+from ricciq.workflows.saved import rebuild
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(

@@ -16,7 +16,6 @@ from ricciq.convert.rewrite import convert, quantized_layers
 from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import METHODS
-from ricciq.preparation import prepare
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe, TrainingSection
 from ricciq.runs.folder import RunFolder
@@ -30,6 +29,7 @@ from ricciq.training.losses import loss_function
 from ricciq.training.metrics import Tally
 from ricciq.training.state import Progressed
 from ricciq.training.step import Trainer
+from ricciq.workflows.job import prepare
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(

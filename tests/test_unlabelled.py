@@ -18,14 +18,12 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ricciq import pipeline, trained
 from ricciq.convert.rewrite import convert
 from ricciq.data.dataset import PictureData
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError
 from ricciq.evaluation import evaluate
-from ricciq.preparation import Job, correction_of, prepare, take_answers
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
@@ -34,6 +32,9 @@ from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
 from ricciq.training.metrics import Tally
 from ricciq.training.step import Trainer
+from ricciq.workflows import quantize as pipeline
+from ricciq.workflows import saved as trained
+from ricciq.workflows.job import Job, correction_of, prepare, take_answers
 
 CPU = torch.device("cpu")
 DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))

@@ -53,7 +53,7 @@ from ricciq.runs.folder import RunFolder
 from ricciq.system.files import write_atomically
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
-from ricciq.trained import rebuild
+from ricciq.workflows.saved import rebuild
 
 Row = dict[str, Any]
 BATCH = 8

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq import calibrate, quantize
-from ricciq.compare import Trial
 from ricciq.estimators.apply import ActivationCorrection, Correction
 from ricciq.estimators.registry import named_estimator
 from ricciq.recipe import Recipe
 from ricciq.training.step import discrete_weights
+from ricciq.workflows.compare import Trial
 
 WARM_UP = 2
 

@@ -62,11 +62,11 @@ def ours(options: argparse.Namespace, traits: Sequence[str]) -> Callable[[], Non
     import ricciq.models.factory  # noqa: F401  registers the nets with timm
     from ricciq.convert.plan import plan_conversion
     from ricciq.convert.rewrite import convert
-    from ricciq.preparation import correction_of
     from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
     from ricciq.training.metrics import Tally
     from ricciq.training.step import Trainer
+    from ricciq.workflows.job import correction_of
 
     device = torch.device(options.device)
     torch.manual_seed(0)

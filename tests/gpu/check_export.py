@@ -10,8 +10,8 @@ from networks import DEVICE, Training
 from ricciq.deploy.export import export_onnx
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.session import open_session, session_predictor
-from ricciq.doctor import examine
 from ricciq.evaluation import evaluate
+from ricciq.workflows.doctor import examine
 
 
 def test_export_from_the_device(tmp_path):

@@ -9,11 +9,12 @@ import torch
 from networks import DEVICE
 
 from ricciq.errors import RicciqError
-from ricciq.pipeline import run
-from ricciq.preparation import find_batch_size, prepare
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
 from ricciq.training.memory import LARGEST_BATCH
+from ricciq.workflows.job import prepare
+from ricciq.workflows.quantize import run
+from ricciq.workflows.sizing import find_batch_size
 
 GIGABYTES = 3
 """Of the GPU's memory that torch is left with."""

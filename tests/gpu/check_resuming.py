@@ -7,12 +7,12 @@ import time
 
 from networks import DEVICE, USUAL
 
-from ricciq.pipeline import train
-from ricciq.preparation import prepare
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.training.metrics import History
+from ricciq.workflows.job import prepare
+from ricciq.workflows.train import train
 
 EPOCHS = 3
 RECIPE = Recipe().override({**USUAL, "training.epochs": EPOCHS})

@@ -21,11 +21,11 @@ from ricciq.cli import main
 from ricciq.deploy.export import export_onnx
 from ricciq.deploy.modules import deploy
 from ricciq.evaluation import evaluate
-from ricciq.pipeline import train
-from ricciq.preparation import prepare
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
+from ricciq.workflows.job import prepare
+from ricciq.workflows.train import train
 
 
 def quantize(context: Context, *arguments: str | Path) -> dict[str, Any]:

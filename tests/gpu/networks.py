@@ -12,12 +12,12 @@ from torch import nn
 
 from ricciq.convert.rewrite import convert
 from ricciq.data.loader import Batch
-from ricciq.preparation import correction_of, prepare
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
 from ricciq.training.metrics import Tally
 from ricciq.training.step import Trainer
+from ricciq.workflows.job import correction_of, prepare
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(os.environ.get("RICCIQ_GPU_DEVICE", "cpu"))

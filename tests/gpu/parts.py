@@ -104,7 +104,7 @@ def processes_and_environment(device: str | None) -> tuple[BaseContext, dict[str
         RuntimeError: no process could use the device; what it said is printed.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["ricciq.pipeline", "ricciq.compare"]
+        ["ricciq.workflows.quantize", "ricciq.workflows.compare"]
     )
     for method in ("forkserver", "spawn"):
         processes = multiprocessing.get_context(method)

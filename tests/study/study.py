@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
 import ricciq.models.factory  # noqa: F401  registers the nets with timm
-from ricciq.compare import Trial
 from ricciq.convert.plan import plan_conversion
 from ricciq.convert.rewrite import convert
 from ricciq.estimators.apply import ActivationCorrection, Correction, override_forward
@@ -42,6 +41,7 @@ from ricciq.quant.grid import Bits
 from ricciq.quant.quantizer import Kinds
 from ricciq.recipe import Recipe
 from ricciq.training.step import discrete_weights
+from ricciq.workflows.compare import Trial
 
 TRAINED, BATCH, FLOAT_EPOCHS = 45_000, 128, 10
 FIXED, DOREFA = Kinds("fixed", "fixed"), Kinds("dorefa", "pact")

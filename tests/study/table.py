@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ricciq.compare import summarize
+from ricciq.report.statistics import summarize
 
 NUMBERS = ("top1", "loss", "train_loss")
 SAME = ("setting", "opt", "lr", "epochs", "samples", "teacher", "judged_on")

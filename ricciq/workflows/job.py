@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from ricciq._version import __version__
 from ricciq.convert.plan import Plan, plan_conversion
-from ricciq.convert.rewrite import convert
 from ricciq.data.dataset import PictureData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
@@ -24,20 +21,11 @@ from ricciq.errors import UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import named_estimator
 from ricciq.models.factory import load_model
-from ricciq.quant.grid import count_codes
 from ricciq.recipe import Recipe
-from ricciq.system.distributed import World, local_device, process_number
+from ricciq.system.distributed import World, local_device
 from ricciq.system.journal import Journal
-from ricciq.training.memory import (
-    StepMemory,
-    free_memory,
-    halve_until,
-    is_out_of_memory,
-    largest_batch,
-    step_memory,
-)
 from ricciq.training.optim import WithFeatures, check_training
-from ricciq.training.step import Trainer, recompute_activations
+from ricciq.training.step import recompute_activations
 
 
 class Job(NamedTuple):
@@ -215,87 +203,6 @@ def take_answers(job: Job) -> None:
         for split in splits
     }
     job.data.set_answers(job.data.num_classes, {s: a.numpy() for s, a in answers.items()})
-
-
-def describe(job: Job) -> dict[str, Any]:
-    """The plan of a run that has not started, as plain values: sizes and memory in bytes.
-
-    The memory is what can be counted beforehand; see `ricciq.training.memory.StepMemory`.
-    """
-    settings = job.recipe.training
-    layers: list[dict[str, Any]] = []
-    for layer in job.plan.layers:
-        module = job.model.get_submodule(layer.name)
-        parameters = sum(p.numel() for p in module.parameters(recurse=False))
-        layers.append(
-            {
-                "name": layer.name,
-                "weight_bits": layer.weight_bits,
-                "act_bits": layer.act_bits,
-                "parameters": parameters,
-                "bytes": math.ceil(parameters * math.log2(count_codes(layer.weight_bits)) / 8),
-            }
-        )
-    discrete = sum(layer["parameters"] for layer in layers)
-    whole = sum(p.numel() for p in job.model.parameters())
-    _, memory = _tried(job)
-    batch_size = batch_size_for(job, memory)
-    world = World(0, process_number()[1])
-    batches = len(job.loader("fit", training=True, batch_size=batch_size, world=world))
-    return {
-        "model": job.recipe.model.name,
-        "data": job.recipe.data.name,
-        "device": str(job.device),
-        "epochs": settings.epochs,
-        "steps": settings.epochs * math.ceil(batches / settings.grad_accum_steps),
-        "batch_size": batch_size,
-        "float_bytes": 4 * whole,
-        "bytes": sum(layer["bytes"] for layer in layers) + 4 * (whole - discrete),
-        "training_memory": memory.bytes(batch_size),
-        "layers": layers,
-        "kept": [asdict(kept) for kept in job.plan.kept],
-        "recipe": job.recipe.model_dump(mode="json"),
-    }
-
-
-def find_batch_size(job: Job) -> int:
-    """The largest power of two whose gradients fit, up to that of `ricciq.training.memory`."""
-    try:
-        trainer, memory = _tried(job)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            return 0
-        raise
-    shape = job.preprocessing.input_size
-
-    def fits(size: int) -> bool:
-        return trainer.fits((torch.zeros(size, *shape), torch.zeros(size, dtype=torch.long)))
-
-    return halve_until(fits, batch_size_for(job, memory))
-
-
-def _tried(job: Job) -> tuple[Trainer, StepMemory]:
-    """A trainer of a converted copy of a job's model, and what its steps take."""
-    recipe = job.recipe
-    model = copy.deepcopy(job.model)
-    convert(model, job.plan, recipe.quantization.kinds)
-    teacher = job.model.eval() if is_distilled(job) else None
-    trainer = Trainer(model, recipe, correction_of(recipe), job.device, 1, teacher)
-    images = torch.zeros(4, *job.preprocessing.input_size, device=job.device)
-    with torch.autocast(job.device.type, trainer.dtype, enabled=trainer.amp):
-        return trainer, step_memory(model, images, teacher, trainer.moments)
-
-
-def batch_size_for(job: Job, memory: StepMemory) -> int:
-    """That of the recipe, or what should fit into the memory there is."""
-    wanted = job.recipe.data.batch_size
-    if wanted != "auto":
-        return wanted
-    _, processes = process_number()
-    free = free_memory(job.device)
-    size = largest_batch(memory, free if job.device.type == "cuda" else free // processes)
-    pictures = len(job.loader("fit").dataset) // processes  # type: ignore[arg-type]
-    return halve_until(lambda size: size <= max(pictures, 1), size)
 
 
 def correction_of(recipe: Recipe) -> Correction:

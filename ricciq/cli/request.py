@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ricciq import options
+from ricciq.cli import options
 from ricciq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +57,6 @@ def _model_and_weights(model: str, checkpoint: Path | None) -> dict[str, Any]:
         return {"model.name": model, "model.checkpoint": checkpoint}
     if checkpoint is not None:
         raise UsageError(f"{model} has weights of its own; give either it or --checkpoint")
-    from ricciq.trained import float_source
+    from ricciq.workflows.saved import float_source
 
     return float_source(path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,26 +13,18 @@ from torch import nn
 
 from ricciq.convert.plan import Plan
 from ricciq.convert.rewrite import convert
-from ricciq.data.dataset import PictureData
-from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deploy.export import accuracy_in_onnx, export_onnx, stored_in_onnx
-from ricciq.deploy.latency import interleave
-from ricciq.deploy.modules import deploy, in_float_operators
+from ricciq.deploy.modules import deploy
 from ricciq.deploy.session import open_session, picture_input, session_metadata, session_predictor
 from ricciq.errors import (
     CheckpointError,
-    DataError,
-    DivergedError,
     ModelError,
     RecipeError,
-    UsageError,
     on_one_line,
 )
-from ricciq.evaluation import Predict, evaluate
+from ricciq.evaluation import Predict
 from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
-from ricciq.report.schema import load_report
 from ricciq.runs.folder import RunFolder
 from ricciq.system.tensor_files import load_model_state, load_tensors
 
@@ -191,141 +181,3 @@ def float_source(path: Path) -> dict[str, Any]:
             f"{path} holds a model that is discrete already; start from a float one (--bits 32)"
         )
     return {"model.name": name, "model.checkpoint": file, "data.input_size": size}
-
-
-def export_run(
-    path: Path, output: Path | None = None, *, as_float: bool = False, dry_run: bool = False
-) -> Path:
-    """Write the ONNX file of a run again, with the accuracy its report tells of it.
-
-    Args:
-        path: a run folder or a checkpoint file a run wrote.
-        output: the file to write; by default model.onnx (or model-float.onnx) beside the weights.
-        as_float: write float operators and float weights that hold the discrete values.
-        dry_run: open the run, and write nothing.
-
-    Returns:
-        The file.
-
-    Raises:
-        CheckpointError: the run has no usable best.safetensors.
-        InputError: its report.json is damaged.
-        UsageError: the run's folder is in use, the checkpoint is in none and `output` is None, or
-            the folder of `output` does not exist.
-    """
-    trained = rebuild(path)
-    model = deploy(trained.model)
-    folder = RunFolder(path if path.is_dir() else path.parent)
-    stored = stored_in_onnx(trained.about)
-    if as_float:
-        in_float_operators(model)
-    elif folder.is_finished and path in (folder.path, folder.best):
-        stored |= accuracy_in_onnx(load_report(folder.report).onnx.model_dump())
-    if output is None and not folder.is_ours:
-        raise UsageError(f"{path} lies in no folder of a run; give --output and the file to write")
-    written = output or (folder.onnx_in_float if as_float else folder.onnx)
-    if not os.path.isdir(written.parent):
-        raise UsageError(f"there is no folder {written.parent}; make it or give another --output")
-    if dry_run:
-        return written
-    with nullcontext() if output else folder.locked():
-        return export_onnx(model, written, trained.preprocessing, stored)
-
-
-def _check_classes(target: Target, path: Path, data: PictureData) -> None:
-    """Refuse data whose classes a target does not know.
-
-    Raises:
-        DataError: their number or a name differs.
-    """
-    known, given = target.class_names, data.class_names
-    nameless = not (target.labelled and data.labelled)
-    if known == given or (nameless and len(known) == len(given)):
-        return
-    difference = f"{len(given)} classes but {path} knows {len(known)}"
-    if len(known) == len(given):
-        at = next(i for i, pair in enumerate(zip(given, known, strict=True)) if len(set(pair)) > 1)
-        difference = f"{given[at]!r} as class {at} but {path} knows {known[at]!r}"
-    raise DataError(f"data {data.name} has {difference}; give the data it was made for")
-
-
-def evaluate_target(
-    path: Path,
-    data_name: str,
-    data_dir: Path | None,
-    reference: Path | None = None,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-) -> dict[str, Any]:
-    """Metrics of a target on validation data, as plain values.
-
-    Args:
-        path: an ONNX file, a run folder or a checkpoint a run wrote.
-        data_name: as for --data.
-        data_dir: as for --data-dir.
-        reference: another target to count agreement with.
-        batch_size: pictures in a call.
-        workers: processes that load pictures.
-
-    Raises:
-        InputError: a target or the data is missing, damaged, or they do not fit each other.
-    """
-    target = open_target(path)
-    data = open_data(data_name, data_dir)
-    if not data.labelled:
-        if reference is None:
-            raise UsageError(
-                f"data {data_name} has no labels; give --reference and what to agree with"
-            )
-        data.class_names = list(target.class_names)
-    _check_classes(target, path, data)
-    predictors = {"target": target.predict}
-    if reference is not None:
-        other = open_target(reference)
-        _check_classes(other, reference, data)
-        if other.preprocessing != target.preprocessing:
-            raise ModelError(
-                f"{reference} prepares its pictures unlike {path}; compare targets of one model"
-            )
-        predictors["reference"] = other.predict
-    loading = partial(
-        data.loader,
-        "val",
-        target.preprocessing,
-        batch_size=batch_size,
-        workers=workers,
-        training=False,
-    )
-    if not data.labelled:
-        answers = [predictors["reference"](images).argmax(1) for images, _ in loading()]
-        data.set_answers(data.num_classes, {"val": torch.cat(answers).numpy()})
-    batches = loading()
-    try:
-        metrics = evaluate(predictors, batches, "target" if reference is None else "reference")
-    except DivergedError as error:
-        both = path if reference is None else f"{path} with --reference {reference}"
-        raise ModelError(f"{both} cannot be evaluated: {error}") from None
-    picture = torch.zeros(1, *target.preprocessing.input_size)
-    with torch.inference_mode():
-        latency = interleave({name: partial(p, picture) for name, p in predictors.items()})
-    found = metrics["target"]
-    result: dict[str, Any] = {
-        "target": str(path),
-        "data": data_name,
-        "top1": found.top1,
-        "top5": found.top5,
-        "loss": found.loss,
-        "samples": found.samples,
-        "labelled": data.labelled,
-        "latency_ms": latency["target"].median,
-    }
-    if reference is not None:
-        result |= {
-            "reference": str(reference),
-            "reference_top1": metrics["reference"].top1,
-            "reference_latency_ms": latency["reference"].median,
-            "agreement": found.agreement,
-            "max_abs_diff": found.max_abs_diff,
-        }
-    return result

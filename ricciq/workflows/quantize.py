@@ -13,45 +13,32 @@ from statistics import fmean
 import torch
 
 from ricciq._version import __version__
-from ricciq.autobits import find_budget, with_chosen_bits
-from ricciq.convert.rewrite import convert
 from ricciq.deploy.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
 from ricciq.deploy.inspection import Inspection, inspect_onnx
 from ricciq.deploy.latency import Latency, measure_latency
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.deploy.session import open_session, session_predictor
-from ricciq.errors import CheckpointError, DivergedError, InterruptedRunError, RicciqError
+from ricciq.errors import CheckpointError, DivergedError, InterruptedRunError
 from ricciq.evaluation import Guesses, Metrics, Predict, evaluate
-from ricciq.preparation import (
-    Job,
-    choose_device,
-    correction_of,
-    find_batch_size,
-    is_distilled,
-    prepare,
-    take_answers,
-)
-from ricciq.quant.calibration import calibrate
 from ricciq.quant.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.report.disagreements import find_disagreements
 from ricciq.report.page import write_pages
-from ricciq.report.plots import draw_geometry, write_png
 from ricciq.report.schema import Report
 from ricciq.runs.folder import RunFolder, choose_run_folder
-from ricciq.system.distributed import World, joined
+from ricciq.system.distributed import joined
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
-from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
-from ricciq.training.adaround import PICTURES, reconstruct
-from ricciq.training.loop import finetune
-from ricciq.training.memory import LARGEST_BATCH
-from ricciq.training.state import Progressed, last_state
-from ricciq.training.step import discrete_weights
-
-FLOW_TIMES = [n / 50 for n in range(16)]
-"""At which the decay of the perturbation is drawn."""
+from ricciq.training.state import Progressed
+from ricciq.workflows.find_bits import find_budget, with_chosen_bits
+from ricciq.workflows.job import (
+    Job,
+    choose_device,
+    prepare,
+    take_answers,
+)
+from ricciq.workflows.train import train
 
 
 def run(
@@ -148,102 +135,6 @@ def _export_float(job: Job, folder: RunFolder) -> None:
     in_float = {"bits": {"weights": FLOAT_BITS, "activations": FLOAT_BITS}}
     stored = stored_in_onnx(job.about) | in_float
     export_onnx(copy.deepcopy(job.model).cpu(), folder.float_onnx, job.preprocessing, stored)
-
-
-def train(
-    job: Job,
-    folder: RunFolder,
-    *,
-    resume: bool,
-    journal: Journal,
-    world: World | None = None,
-) -> Progressed:
-    """Convert, calibrate and fine-tune a job's model; leave the chosen epoch's weights in it.
-
-    Args:
-        job: from `prepare`, its model still float.
-        folder: begun and locked; receives the states and the rows of every epoch.
-        resume: go on from the folder's last state.
-        journal: where progress is shown.
-        world: the processes that train together.
-
-    Raises:
-        RicciqError: as `ricciq.training.loop.finetune`.
-    """
-    recipe, world = job.recipe, world or World()
-    # Every process sees all pictures that are calibrated on: those of so many whole steps.
-    images = partial(job.calibration_images, world.size * recipe.training.grad_accum_steps)
-    batch_size = _batch_size(job, folder, resume, journal, world)
-    teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-    convert(job.model, job.plan, recipe.quantization.kinds)
-    journal.say(
-        f"converted {len(job.plan.layers)} layers, placed {len(job.plan.points)} 8-bit points, "
-        f"kept {len(job.plan.kept)} parts float"
-    )
-    if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
-        calibrate(job.model, images(), recipe.quantization.scale_search)
-    if recipe.training.epochs == 0 and recipe.quantization.reconstruction:
-        reconstruct(
-            job.model,
-            teacher,
-            [layer.name for layer in job.plan.layers],
-            images(PICTURES),
-            recipe.quantization.reconstruction,
-            journal,
-        )
-    correction = correction_of(recipe)
-    done = finetune(
-        job.model,
-        job.loader("fit", training=True, batch_size=batch_size, world=world),
-        job.loader("holdout", world=world),
-        recipe,
-        correction,
-        device=job.device,
-        folder=folder,
-        teacher=teacher if is_distilled(job) else None,
-        about=job.about,
-        journal=journal,
-        pictures=images,
-        resume=resume,
-        world=world,
-    )
-    if not world.is_first:
-        return done
-    if not folder.best.is_file():  # no epoch was asked for: what calibration gave is the best
-        save_tensors(folder.best, job.model.state_dict(), job.about)
-    tensors, _ = load_tensors(folder.best)
-    load_model_state(job.model, tensors, folder.best)
-    if done.epoch and job.plan.layers:
-        decay = correction.decay(discrete_weights(job.model), FLOW_TIMES)
-        rows = [
-            {"layer": name, "time": time, "norm": norm}
-            for name, norms in decay.items()
-            for time, norm in zip(FLOW_TIMES, norms, strict=True)
-        ]
-        write_csv(folder.decay, rows)
-        write_png(draw_geometry(rows, read_csv(folder.geometry)), folder.geometry_plot)
-    return done
-
-
-def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, world: World) -> int:
-    """The recipe's; where it says "auto" that of the run so far, or what is found to fit."""
-    if job.recipe.data.batch_size != "auto":
-        return job.recipe.data.batch_size
-
-    def known() -> int:
-        state = last_state(folder, journal) if resume else None
-        return Progressed.of(state).batch_size if state else 0
-
-    if so_far := world.from_first(known):
-        return so_far
-    size = min(world.gather(find_batch_size(job)))
-    if not size:
-        raise RicciqError(
-            f"the memory of {job.device} is not enough for one picture of {job.recipe.model.name}; "
-            "choose a smaller model or input size"
-        )
-    journal.say(f"batch size {size}: the largest of 1, 2, 4 … {LARGEST_BATCH} that fits")
-    return size
 
 
 def _finish(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ricciq import options
+from ricciq.cli import options
 from ricciq.errors import RecipeError, RicciqError, UsageError
 from ricciq.report.terminal import recipes_table, show
 

@@ -21,7 +21,6 @@ from ricciq.deploy.export import export_onnx, stored_in_onnx
 from ricciq.deploy.modules import DeployedWeight, deploy
 from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.errors import UsageError
-from ricciq.preparation import Job
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
 from ricciq.report.plots import draw_sensitivity, write_png
@@ -29,6 +28,7 @@ from ricciq.report.terminal import as_text, sensitivity_table
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
+from ricciq.workflows.job import Job
 
 PICTURES = 512
 """How many are shown to the network for each layer and width."""

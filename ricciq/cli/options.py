@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ricciq import completion
+from ricciq.cli import completion
 from ricciq.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

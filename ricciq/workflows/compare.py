@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
-from scipy import stats
 
-from ricciq.autobits import find_budget, with_chosen_bits
 from ricciq.data.open import open_data
 from ricciq.deploy.modules import deploy
 from ricciq.errors import (
@@ -30,22 +27,23 @@ from ricciq.errors import (
 )
 from ricciq.estimators.registry import named_estimator
 from ricciq.evaluation import evaluate
-from ricciq.pipeline import train
-from ricciq.preparation import choose_device, describe, prepare, take_answers
 from ricciq.recipe import Recipe
 from ricciq.report.plots import draw_curves, draw_seeds, write_png
+from ricciq.report.statistics import Row, summarize
 from ricciq.runs.folder import RunFolder, StudyFolder, choose_run_folder
 from ricciq.system.distributed import process_number
 from ricciq.system.files import write_atomically
 from ricciq.system.journal import Journal
 from ricciq.system.safe_yaml import parse_yaml
 from ricciq.system.tables import read_csv, write_csv
-from ricciq.trained import rebuild
+from ricciq.workflows.find_bits import find_budget, with_chosen_bits
+from ricciq.workflows.job import choose_device, prepare, take_answers
+from ricciq.workflows.saved import rebuild
+from ricciq.workflows.sizing import describe
+from ricciq.workflows.train import train
 
-CONFIDENCE = 0.95
 RESULT = "result.json"
 Split = Literal["val", "holdout"]
-Row = dict[str, Any]
 
 
 class Trial(NamedTuple):
@@ -306,41 +304,6 @@ def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: J
         "train_loss": final,
         "seconds": done.seconds,
     }
-
-
-def summarize(
-    rows: Sequence[Row], methods: Sequence[str], lr_scales: Sequence[float]
-) -> Iterator[dict[str, Any]]:
-    """What the seeds say about each method at each learning rate.
-
-    Differences are paired by seed; their interval is Student's, at 95 % confidence. `drop` is what
-    the method loses to its own accuracy at the first rate.
-    """
-    top1 = {(row["method"], row["lr_scale"], row["seed"]): row["top1"] for row in rows}
-    seeds = sorted({row["seed"] for row in rows})
-    for scale in lr_scales:
-        for method in methods:
-            mine = [row for row in rows if (row["method"], row["lr_scale"]) == (method, scale)]
-            values = [top1[method, scale, seed] for seed in seeds]
-            others = [top1[methods[0], scale, seed] for seed in seeds]
-            differences = [a - b for a, b in zip(values, others, strict=True)]
-            spread = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1))
-            margin = spread * stdev(differences) / math.sqrt(len(seeds))
-            losses = [row["train_loss"] for row in mine if row["train_loss"] is not None]
-            first = fmean(top1[method, lr_scales[0], seed] for seed in seeds)
-            yield {
-                "method": method,
-                "lr_scale": scale,
-                "seeds": len(seeds),
-                "mean": fmean(values),
-                "std": stdev(values),
-                "difference": fmean(differences),
-                "low": fmean(differences) - margin,
-                "high": fmean(differences) + margin,
-                "train_loss": fmean(losses) if losses else None,
-                "drop": first - fmean(values),
-                "divergences": sum(row["diverged"] for row in mine),
-            }
 
 
 def _curves(trials: Sequence[Trial], study: StudyFolder) -> dict[str, list[list[float]]]:

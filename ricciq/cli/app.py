@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.text import Text
 
-from ricciq import cookbook, options
 from ricciq._version import __version__
-from ricciq.errors import GateError, InterruptedRunError, RicciqError, UsageError, on_one_line
+from ricciq.cli import options, recipes
+from ricciq.cli.request import requested_recipe
+from ricciq.cli.start import begin, is_first
+from ricciq.errors import InterruptedRunError, RicciqError, UsageError, on_one_line
 from ricciq.report.terminal import (
     comparison_table,
     doctor_tables,
@@ -26,11 +27,10 @@ from ricciq.report.terminal import (
     shortened,
     show,
 )
-from ricciq.request import requested_recipe
 from ricciq.system.offline import forbid_network
 
 if TYPE_CHECKING:
-    from ricciq.system.journal import Journal
+    pass
 
 app = typer.Typer(
     name="ricciq",
@@ -40,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(cookbook.app, name="recipes")
+app.add_typer(recipes.app, name="recipes")
 
 # Newer versions of Typer carry a click of their own; this is the base of its errors in any of them.
 CommandLineError: Any = typer.BadParameter.__mro__[2]
@@ -131,21 +131,22 @@ def quantize(
             "compile": compile_,
         },
     )
-    from ricciq import autobits, pipeline, preparation
+    from ricciq.workflows.find_bits import find_budget, with_chosen_bits
+    from ricciq.workflows.job import choose_device, prepare
+    from ricciq.workflows.quantize import run
+    from ricciq.workflows.sizing import describe
 
-    journal = _begin(messages, quiet)
+    journal = begin(messages, quiet)
     if dry_run:
-        on = preparation.choose_device(merged.device)
+        on = choose_device(merged.device)
         found = merged.quantization.weight_bits == "auto"  # by what the weights are like
-        job = preparation.prepare(merged, on, journal, weights=found)
-        job = autobits.with_chosen_bits(job, autobits.find_budget(job), journal)
-        if _is_first():
-            show({**preparation.describe(job), "dry_run": True}, as_json, plan_table, quiet)
+        job = prepare(merged, on, journal, weights=found)
+        job = with_chosen_bits(job, find_budget(job), journal)
+        if is_first():
+            show({**describe(job), "dry_run": True}, as_json, plan_table, quiet)
         return
-    report, folder = pipeline.run(
-        merged, output, resume=resume, overwrite=overwrite, journal=journal
-    )
-    if _is_first():
+    report, folder = run(merged, output, resume=resume, overwrite=overwrite, journal=journal)
+    if is_first():
         written = f"{folder / 'report.html'} and {folder / 'model.onnx'} are written."
         told = Group(report.to_table(), Text(written, overflow="fold"))
         values = {**report.to_dict(), "run_folder": str(folder)}
@@ -184,22 +185,13 @@ def evaluate(
         raise UsageError(
             f"--min-agreement {min_agreement} needs something to agree with; give --reference"
         )
-    from ricciq.trained import evaluate_target
+    from ricciq.workflows.evaluate import check_gates, evaluate_target
 
     result = evaluate_target(
         target, data, data_dir, reference, batch_size=batch_size or 64, workers=workers or 0
     )
     show(result, as_json)
-    for name, value, least in (
-        ("top-1", result["top1"], min_top1),
-        ("agreement", result.get("agreement"), min_agreement),
-    ):
-        if least is not None and value is not None and value < least:
-            flag = name.replace("top-1", "top1")
-            raise GateError(
-                f"{name} of {target} is {value:.3f} %, below --min-{flag} {least:g}; "
-                "train longer or lower the gate"
-            )
+    check_gates(target, result, min_top1, min_agreement)
 
 
 @app.command()
@@ -218,7 +210,7 @@ def export(
     """
     if format_ not in ("qdq", "float"):
         raise UsageError(f"--format {format_} is not known; give qdq or float")
-    from ricciq.trained import export_run
+    from ricciq.workflows.export import export_run
 
     path = export_run(run, output, as_float=format_ == "float", dry_run=dry_run)
     file = {"path": str(path), "format": format_}
@@ -341,10 +333,10 @@ def compare(
     except ValueError:
         raise UsageError(f"--lr-scales {lr_scales} are no numbers; give some as 0.3,1,3") from None
 
-    from ricciq import compare as study
+    from ricciq.workflows.compare import compare as compare_methods
 
-    journal = _begin(messages, quiet)
-    verdict, folder = study.compare(
+    journal = begin(messages, quiet)
+    verdict, folder = compare_methods(
         merged,
         re.split(r",(?![^\[]*\])", methods),  # not within a list, as in training.progressive=[8,4]
         seeds,
@@ -366,35 +358,13 @@ def doctor(as_json: options.Json = False) -> None:
 
     Example: ricciq doctor --json
     """
-    from ricciq.doctor import examine
+    from ricciq.workflows.doctor import examine
 
     found = examine()
     show(found, as_json, doctor_tables)
     essential = [problem for problem in found["problems"] if problem["essential"]]
     if essential:
         raise RicciqError(" and ".join(f"{p['what']}; {p['remedy']}" for p in essential))
-
-
-def _is_first() -> bool:
-    """Whether this is the process that speaks, of those that torchrun started."""
-    from ricciq.system.distributed import process_number
-
-    return process_number()[0] == 0
-
-
-def _begin(messages: list[str], quiet: bool) -> Journal:
-    """A journal on stderr that starts with these messages; SIGTERM stops as Ctrl-C does."""
-    from ricciq.system.journal import Journal
-
-    journal = Journal(Console(stderr=True) if _is_first() and not quiet else None)
-    for message in messages:
-        journal.say(message)
-    signal.signal(signal.SIGTERM, _interrupt)
-    return journal
-
-
-def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001
-    raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> None:

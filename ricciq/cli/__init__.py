@@ -1,0 +1,3 @@
+"""The command line."""
+
+from ricciq.cli.app import main as main

@@ -1,0 +1,127 @@
+"""Convert, calibrate and fine-tune the model of a job."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+from ricciq.convert.rewrite import convert
+from ricciq.errors import RicciqError
+from ricciq.quant.calibration import calibrate
+from ricciq.quant.quantizer import FLOAT_BITS
+from ricciq.report.plots import draw_geometry, write_png
+from ricciq.runs.folder import RunFolder
+from ricciq.system.distributed import World
+from ricciq.system.journal import Journal
+from ricciq.system.tables import read_csv, write_csv
+from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
+from ricciq.training.adaround import PICTURES, reconstruct
+from ricciq.training.loop import finetune
+from ricciq.training.memory import LARGEST_BATCH
+from ricciq.training.state import Progressed, last_state
+from ricciq.training.step import discrete_weights
+from ricciq.workflows.job import (
+    Job,
+    correction_of,
+    is_distilled,
+)
+from ricciq.workflows.sizing import find_batch_size
+
+FLOW_TIMES = [n / 50 for n in range(16)]
+"""At which the decay of the perturbation is drawn."""
+
+
+def train(
+    job: Job,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    journal: Journal,
+    world: World | None = None,
+) -> Progressed:
+    """Convert, calibrate and fine-tune a job's model; leave the chosen epoch's weights in it.
+
+    Args:
+        job: from `prepare`, its model still float.
+        folder: begun and locked; receives the states and the rows of every epoch.
+        resume: go on from the folder's last state.
+        journal: where progress is shown.
+        world: the processes that train together.
+
+    Raises:
+        RicciqError: as `ricciq.training.loop.finetune`.
+    """
+    recipe, world = job.recipe, world or World()
+    # Every process sees all pictures that are calibrated on: those of so many whole steps.
+    images = partial(job.calibration_images, world.size * recipe.training.grad_accum_steps)
+    batch_size = _batch_size(job, folder, resume, journal, world)
+    teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
+    convert(job.model, job.plan, recipe.quantization.kinds)
+    journal.say(
+        f"converted {len(job.plan.layers)} layers, placed {len(job.plan.points)} 8-bit points, "
+        f"kept {len(job.plan.kept)} parts float"
+    )
+    if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
+        calibrate(job.model, images(), recipe.quantization.scale_search)
+    if recipe.training.epochs == 0 and recipe.quantization.reconstruction:
+        reconstruct(
+            job.model,
+            teacher,
+            [layer.name for layer in job.plan.layers],
+            images(PICTURES),
+            recipe.quantization.reconstruction,
+            journal,
+        )
+    correction = correction_of(recipe)
+    done = finetune(
+        job.model,
+        job.loader("fit", training=True, batch_size=batch_size, world=world),
+        job.loader("holdout", world=world),
+        recipe,
+        correction,
+        device=job.device,
+        folder=folder,
+        teacher=teacher if is_distilled(job) else None,
+        about=job.about,
+        journal=journal,
+        pictures=images,
+        resume=resume,
+        world=world,
+    )
+    if not world.is_first:
+        return done
+    if not folder.best.is_file():  # no epoch was asked for: what calibration gave is the best
+        save_tensors(folder.best, job.model.state_dict(), job.about)
+    tensors, _ = load_tensors(folder.best)
+    load_model_state(job.model, tensors, folder.best)
+    if done.epoch and job.plan.layers:
+        decay = correction.decay(discrete_weights(job.model), FLOW_TIMES)
+        rows = [
+            {"layer": name, "time": time, "norm": norm}
+            for name, norms in decay.items()
+            for time, norm in zip(FLOW_TIMES, norms, strict=True)
+        ]
+        write_csv(folder.decay, rows)
+        write_png(draw_geometry(rows, read_csv(folder.geometry)), folder.geometry_plot)
+    return done
+
+
+def _batch_size(job: Job, folder: RunFolder, resume: bool, journal: Journal, world: World) -> int:
+    """The recipe's; where it says "auto" that of the run so far, or what is found to fit."""
+    if job.recipe.data.batch_size != "auto":
+        return job.recipe.data.batch_size
+
+    def known() -> int:
+        state = last_state(folder, journal) if resume else None
+        return Progressed.of(state).batch_size if state else 0
+
+    if so_far := world.from_first(known):
+        return so_far
+    size = min(world.gather(find_batch_size(job)))
+    if not size:
+        raise RicciqError(
+            f"the memory of {job.device} is not enough for one picture of {job.recipe.model.name}; "
+            "choose a smaller model or input size"
+        )
+    journal.say(f"batch size {size}: the largest of 1, 2, 4 … {LARGEST_BATCH} that fits")
+    return size
