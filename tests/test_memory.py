@@ -104,7 +104,7 @@ def test_auto_takes_what_fits(monkeypatch):
     job = prepare(RECIPE.override({"data.batch_size": "auto"}), CPU, Journal())
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     assert find_batch_size(job) == 256
-    monkeypatch.setattr("ricciq.workflows.job.free_memory", lambda _: 10_000_000)
+    monkeypatch.setattr("ricciq.workflows.sizing.free_memory", lambda _: 10_000_000)
     small = find_batch_size(job)
     assert small < 256
     assert describe(job)["batch_size"] == small

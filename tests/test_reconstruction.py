@@ -23,7 +23,7 @@ from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import reconstruct
-from ricciq.workflows import quantize as pipeline
+from ricciq.workflows import train
 from ricciq.workflows.job import Job, prepare
 
 CPU = torch.device("cpu")
@@ -347,7 +347,7 @@ def test_the_same_pictures_give_the_same_bits() -> None:
 
 def trained(path: Path, job: Job) -> nn.Module:
     path.mkdir()
-    pipeline.train(job, RunFolder(path), resume=False, journal=Journal())
+    train.train(job, RunFolder(path), resume=False, journal=Journal())
     return job.model.eval()
 
 
@@ -370,14 +370,14 @@ def test_two_bits_without_training_lose_little(tmp_path: Path, act_bits: int) ->
 def test_training_starts_from_the_nearest_levels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "reconstruct", None)
+    monkeypatch.setattr(train, "reconstruct", None)
     changes = {"training.epochs": 1, "data.train_samples": 64}
     trained(tmp_path / "run", prepare(RECIPE.override(changes), CPU, Journal()))
 
 
 def test_labels_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few pictures are chosen so that each class is among them: all leave nothing to choose.
-    monkeypatch.setattr(pipeline, "PICTURES", 10_000)
+    monkeypatch.setattr(train, "PICTURES", 10_000)
     changes = {"data.calibration_batches": 30, "quantization.reconstruction": 5}
     models = []
     for name in ("right", "wrong"):
