@@ -32,7 +32,6 @@ from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
 from ricciq.training.metrics import Tally
 from ricciq.training.step import Trainer
-from ricciq.workflows import evaluate
 from ricciq.workflows import quantize as pipeline
 from ricciq.workflows import saved as trained
 from ricciq.workflows.job import Job, correction_of, prepare, take_answers
@@ -364,7 +363,7 @@ def test_a_reference_that_differs_is_what_counts(
         predict: Callable[[Tensor], Tensor] = target.predict
         return target._replace(predict=lambda images: predict(images).roll(1, 1))
 
-    monkeypatch.setattr(evaluate, "open_target", one_further)
+    monkeypatch.setattr("ricciq.workflows.evaluate.open_target", one_further)
     found = eval_(run.folder, "--data", folder, "--reference", run.folder / "float.onnx")
     assert found["top1"] == found["agreement"] == 0.0
     assert found["reference_top1"] == 100.0
@@ -405,7 +404,7 @@ def test_what_has_names_and_what_has_none_agree_on_pictures(
             return target._replace(class_names=[f"digit {number}" for number in range(10)])
         return target
 
-    monkeypatch.setattr(evaluate, "open_target", with_names)
+    monkeypatch.setattr("ricciq.workflows.evaluate.open_target", with_names)
     found = eval_(run.folder, "--data", folder, "--reference", run.folder / "float.onnx")
     assert found["top1"] == found["agreement"] == run.report["quantized"]["top1"]
 
