@@ -51,7 +51,11 @@ class Section(BaseModel):
     """A part of a recipe; unknown keys are errors, so that a typing mistake is not ignored."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -59,22 +63,34 @@ class ModelSection(Section):
     """Which network, and where its float weights come from."""
 
     name: str = ""
+    """A timm model, with its tag or without, such as resnet50.a1_in1k."""
     checkpoint: Path | None = None
+    """File with its float weights; without it, those that timm knows are loaded."""
     pretrained: bool = True
+    """Load the weights that timm knows, where no checkpoint is given; else they are random."""
 
 
 class DataSection(Section):
     """Which pictures, and how they are prepared."""
 
     name: str = ""
+    """A folder, digits, torch/NAME, wds/NAME or hfds/NAME, as given to --data."""
     dir: Path | None = None
+    """Root of the files of torch/NAME and wds/NAME, or cache of hfds/NAME."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    """Images in a batch of each process; auto takes the largest that fits, up to 256."""
     workers: Count = 0
+    """Processes that decode images; 0 decodes in the training process."""
     input_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
+    """Height and width in pixels; without it, the model's own."""
     train_samples: Annotated[int, Field(ge=1)] | None = None
+    """Train on this many images, the same ones in every run."""
     holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of the training images that is held out to choose the best epoch."""
     calibration_batches: Annotated[int, Field(ge=1)] = 8
+    """Batches of training images that first scales are found on."""
     augmentation: Augmentation = Augmentation()
+    """How training images vary."""
 
     @property
     def known_batch_size(self) -> int:
@@ -86,15 +102,25 @@ class QuantizationSection(Section):
     """Widths in bits, of both in the first and last layer too, and the kinds of quantizers."""
 
     weight_bits: WeightBits = 4
+    """Bits of weights; 32 leaves them float, auto finds them within a budget."""
     average_bits: Annotated[float, Field(ge=1, le=8)] | None = None
+    """With weight_bits auto: the average over all layers but the first and the last."""
     max_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
+    """With weight_bits auto: the largest file, such as 4MB."""
     act_bits: ActBits = 4
+    """Bits of activations; 32 leaves them float."""
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    """Bits of the first and the last layer."""
     weight_quantizer: Literal["lsq", "odd", "dorefa", "fixed", "codebook"] = "lsq"
+    """How weights are quantized; see the table of quantizers."""
     act_quantizer: Literal["lsq", "pact", "fixed"] = "lsq"
+    """How activations are quantized; see the table of quantizers."""
     weight_norm: bool = False
+    """Keep the norm of each output channel's weight while training turns it."""
     scale_search: Annotated[int, Field(ge=1)] = 100
+    """First scales that are tried for the least squared error; 1 clips nothing."""
     reconstruction: Count = 200
+    """Steps a layer of learned rounding, where there is no training."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
@@ -169,28 +195,51 @@ class TrainingSection(Section):
     """The fine-tuning schedule; ``opt`` and ``sched`` are timm's factory names."""
 
     epochs: Count = 20
+    """Passes over the training images; 0 quantizes without training."""
     opt: str = "adamw"
+    """timm's name of an optimizer."""
     lr: Positive = 2e-3
+    """Learning rate at the top of the schedule."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight decay; scales, biases and norms are exempt."""
     sched: str = "cosine"
+    """timm's name of a schedule."""
     warmup_epochs: Count = 0
+    """Epochs in which the learning rate rises."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the schedule."""
     clip_grad: Positive | None = None
+    """Largest norm of all gradients together."""
     grad_accum_steps: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients are added up for an optimizer step."""
     grad_checkpointing: bool = False
+    """Recompute activations in the backward pass, where the model can: saves memory."""
     freeze_bn: bool = False
+    """BatchNorm keeps the statistics of the float model."""
     save_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Minutes between saved states within an epoch."""
     label_smoothing: Share = 0.0
+    """Label smoothing of the loss on labels."""
     scale_lr: Positive = 1.0
+    """Factor of the learning rate for scales."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, which is then judged and exported."""
     reestimate_bn: bool = False
+    """Estimate BatchNorm statistics anew after each epoch, on calibration images."""
     progressive: tuple[Annotated[int, Field(ge=2, le=8)], ...] = ()
+    """Widths to train at first, as [8, 4], each for an equal share of the epochs."""
     damping: Annotated[float, Field(ge=0)] = 0.0
+    """Strength at the end of training of a pull toward the quantization levels."""
     damping_form: Literal["l2", "lne"] = "l2"
+    """Form of that pull: squared error, or LNE divergence."""
     freezing: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fix weights whose code changes back and forth in more than this share of steps."""
     distill: Share = 0.5
+    """Share of the float model's answers in the loss; the rest is the labels'."""
     distill_features: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a loss on the direction of the features before the head."""
     temperature: Positive = 1.0
+    """Temperature that softens both answers in distillation."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -217,14 +266,23 @@ class Recipe(Section):
     """Everything that decides a run."""
 
     model: ModelSection = ModelSection()
+    """Which network, and its float weights."""
     data: DataSection = DataSection()
+    """Which images."""
     quantization: QuantizationSection = QuantizationSection()
+    """Bits and quantizers."""
     method: MethodSection = MethodSection()
+    """The gradient estimator."""
     training: TrainingSection = TrainingSection()
+    """The fine-tuning schedule."""
     seed: Seed = 0
+    """Start of everything random."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """auto, cpu, cuda or cuda:N."""
     amp: bool | None = None
+    """Mixed precision; without a value, on with CUDA and off on a CPU."""
     compile: bool | None = None
+    """torch.compile; without a value, on with CUDA and off on a CPU."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

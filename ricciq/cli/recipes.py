@@ -10,7 +10,7 @@ import typer
 
 from ricciq.cli import options
 from ricciq.errors import RecipeError, RicciqError, UsageError
-from ricciq.report.terminal import recipes_table, show
+from ricciq.report.terminal import keys_table, recipes_table, show
 
 app = typer.Typer(
     help="List, show, copy and check recipes.\n\nExample: ricciq recipes ls",
@@ -84,6 +84,22 @@ def copy_recipe(
         except (OSError, RicciqError) as error:
             raise UsageError(f"{file} cannot be written ({error}); give another TARGET") from None
     print(f"would write {file}" if dry_run else f"{file} is written")
+
+
+@app.command("keys")
+def show_keys(
+    section: Annotated[
+        str | None, typer.Argument(help="Section, such as training or data.augmentation.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show every key of a recipe with its type, default and description.
+
+    Example: ricciq recipes keys training
+    """
+    from ricciq.cli.keys import recipe_keys
+
+    show({"keys": recipe_keys(section)}, as_json, keys_table)
 
 
 @app.command("check")

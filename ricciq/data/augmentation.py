@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -18,49 +18,63 @@ if TYPE_CHECKING:
     Transform = Callable[[Image.Image], Tensor]
 from ricciq.data.preprocessing import SMALL_INPUT, Preprocessing
 
-# Checked where a recipe is read; a plain dataclass does not check.
-_Share = Annotated[float, Field(ge=0, le=1)]
 _Area = Annotated[float, Field(gt=0, le=1)]
 _Ratio = Annotated[float, Field(gt=0)]
 
 
+def _key(description: str, **bounds: Any) -> Any:
+    """A recipe's key; checked where a recipe is read, as a plain dataclass does not check."""
+    return Field(description=description, **bounds)
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """What varies between two looks at a training picture, under timm's names.
+    """What varies between two looks at a training image, under timm's names.
 
     The defaults are milder than timm's, which suit training from scratch for hundreds of epochs:
-    fine-tuning is short and starts from a net that has seen varied pictures.
-
-    Attributes:
-        no_aug: True turns all of this off, False on; None turns it on for inputs of more than 64
-            pixels, and for any input with a `pad_crop`, an `auto_augment` or a `reprob`. Mixing is
-            off with True only.
-        scale: share of the area that the random resized crop keeps, (least, most).
-        ratio: aspect ratio of that crop, (least, most).
-        hflip: probability of a left-right flip.
-        color_jitter: strength of random brightness, contrast and saturation.
-        auto_augment: timm's policy string, such as "rand-m7-mstd0.5".
-        reprob: probability of erasing a random rectangle.
-        pad_crop: pad with this many black pixels and crop at random, instead of the random
-            resized crop; 4 is usual for CIFAR-10, 2 for Fashion-MNIST.
-        mixup: alpha of Mixup (arXiv 1710.09412): how evenly two pictures are blended; 0 is off.
-        cutmix: alpha of CutMix (arXiv 1905.04899), which pastes a part of one picture; 0 is off.
-        mixup_prob: probability that a batch is mixed.
-        mixup_switch_prob: probability of CutMix where both are on.
+    fine-tuning is short and starts from a network that has seen varied images.
     """
 
-    no_aug: bool | None = None
-    scale: tuple[_Area, _Area] = (0.35, 1.0)
-    ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
-    hflip: _Share = 0.5
-    color_jitter: Annotated[float, Field(ge=0)] = 0.0
-    auto_augment: str | None = None
-    reprob: _Share = 0.0
-    pad_crop: Annotated[int, Field(ge=0)] = 0
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    mixup_prob: _Share = 1.0
-    mixup_switch_prob: _Share = 0.5
+    no_aug: Annotated[
+        bool | None,
+        _key(
+            "True varies nothing. Without a value, inputs of up to 64 pixels vary only where "
+            "pad_crop, auto_augment or reprob asks for it; false varies them too."
+        ),
+    ] = None
+    scale: Annotated[
+        tuple[_Area, _Area], _key("Share of the area that the random resized crop keeps.")
+    ] = (0.35, 1.0)
+    ratio: Annotated[tuple[_Ratio, _Ratio], _key("Aspect ratio of the random resized crop.")] = (
+        3 / 4,
+        4 / 3,
+    )
+    hflip: Annotated[float, _key("Probability of a left-right flip.", ge=0, le=1)] = 0.5
+    color_jitter: Annotated[
+        float, _key("Strength of random brightness, contrast and saturation.", ge=0)
+    ] = 0.0
+    auto_augment: Annotated[str | None, _key("timm's policy string, such as rand-m7-mstd0.5.")] = (
+        None
+    )
+    reprob: Annotated[float, _key("Probability of erasing a random rectangle.", ge=0, le=1)] = 0.0
+    pad_crop: Annotated[
+        int,
+        _key(
+            "Pad with this many black pixels and crop at random, instead of the random resized "
+            "crop; 4 is usual for CIFAR-10, 2 for Fashion-MNIST.",
+            ge=0,
+        ),
+    ] = 0
+    mixup: Annotated[
+        float, _key("Alpha of Mixup (arXiv 1710.09412), which blends two images; 0 is off.", ge=0)
+    ] = 0.0
+    cutmix: Annotated[
+        float, _key("Alpha of CutMix (arXiv 1905.04899), which pastes a part; 0 is off.", ge=0)
+    ] = 0.0
+    mixup_prob: Annotated[float, _key("Probability that a batch is mixed.", ge=0, le=1)] = 1.0
+    mixup_switch_prob: Annotated[
+        float, _key("Probability of CutMix where both are on.", ge=0, le=1)
+    ] = 0.5
 
     def mixing(self, num_classes: int) -> Mixup | None:
         """timm's Mixup and CutMix of whole batches, or None where neither is asked for."""

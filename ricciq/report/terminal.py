@@ -141,6 +141,18 @@ def recipes_table(values: dict[str, Any]) -> Table:
     return table
 
 
+def keys_table(values: dict[str, Any]) -> Table:
+    """The keys of a recipe."""
+    table = FittingTable()
+    table.add_column("key", no_wrap=True)
+    for heading in ("type", "default", "description"):
+        table.add_column(heading)
+    for row in values["keys"]:
+        default = "-" if row["default"] is None else json.dumps(row["default"])
+        table.add_row(row["key"], row["type"], default, row["description"])
+    return table
+
+
 def doctor_tables(values: dict[str, Any]) -> Group:
     """What an installation and its machine are, and what they lack."""
     problems = FittingTable(title="what is missing or does harm")
