@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import reference
 from command import ricciq
 
 from ricciq.cli.keys import recipe_keys
@@ -64,3 +65,9 @@ def test_a_section_that_there_is_not_is_one_sentence():
     answer = ricciq("recipes", "keys", "trainin")
     assert answer.code == 2
     assert "no section trainin; did you mean training" in answer.err
+
+
+def test_the_page_of_recipes_is_made_of_them():
+    assert reference.FILE.read_text(encoding="utf-8") == reference.page(), (
+        "run python tests/reference.py"
+    )
