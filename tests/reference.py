@@ -1,4 +1,4 @@
-"""The reference of recipes, made from code: `python tests/reference.py` writes recipes/README.md."""
+"""The reference of recipes, made from code: run as a script, it writes recipes/README.md."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ricciq.cli.keys import recipe_keys
 FILE = Path(__file__).parent.parent / "recipes" / "README.md"
 HEAD = """# Recipes
 
-A recipe is a YAML file of the values that differ from the defaults, in sections: `training:` with `lr: 0.004` below it
-sets `training.lr`. `ricciq recipes ls` lists the recipes of this folder, which `--recipe NAME` takes by name; `ricciq
-recipes cp NAME mine.yaml` copies one to change. A run saves its whole recipe as `recipe.yaml`.
+A recipe is a YAML file of the values that differ from the defaults, in sections: `lr: 0.004` below
+`training:` sets `training.lr`. `ricciq recipes ls` lists the recipes of this folder, which
+`--recipe NAME` takes by name; `ricciq recipes cp NAME mine.yaml` copies one to change. A run saves
+its whole recipe as `recipe.yaml`.
 
 The keys, as `ricciq recipes keys` prints them (this page is made by `python tests/reference.py`):
 """
