@@ -11,6 +11,7 @@ import typer
 
 from ricciq.cli import completion
 from ricciq.data.sources.catalog import data_help, root_help
+from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -101,8 +102,8 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        help="qdq or float.",
-        autocompletion=completion.one_of(lambda: ["qdq", "float"]),
+        help=formats.format_help(),
+        autocompletion=completion.one_of(lambda: [known.name for known in formats.FORMATS]),
     ),
 ]
 Split = Annotated[
