@@ -18,9 +18,8 @@ from safetensors.torch import save
 
 from ricciq.cli import options
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.data.sources.folder import open_folder
+from ricciq.data.sources import folder, webdataset
 from ricciq.data.sources.tar import files_in_tar
-from ricciq.data.sources.webdataset import open_shards
 from ricciq.errors import RicciqError
 from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
@@ -155,13 +154,13 @@ def test_data_sets(tmp_path: Path, content: bytes, info: Any) -> None:
     (tmp_path / "train.tar").write_bytes(content)
     (tmp_path / "val.tar").write_bytes(TAR)
     with only_our_errors():
-        open_folder(tmp_path)
+        folder.open_source(str(tmp_path), None)
     (tmp_path / "_info.json").write_text(json.dumps(info))
     with only_our_errors():
-        open_shards(tmp_path)
+        webdataset.open_source("wds/fuzz", tmp_path)
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": info}}))
     with only_our_errors():
-        open_shards(tmp_path)
+        webdataset.open_source("wds/fuzz", tmp_path)
 
 
 # Weights and what is said in them

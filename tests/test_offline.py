@@ -14,7 +14,7 @@ import torch
 from command import ricciq
 from safetensors.torch import save_file
 
-from ricciq.data.sources.huggingface import open_hub
+from ricciq.data.sources.huggingface import open_source
 from ricciq.errors import DataError, ModelError
 from ricciq.models import factory as models
 from ricciq.models.factory import load_model
@@ -157,7 +157,7 @@ def test_weights_of_the_hub_that_are_there_are_used(
 def test_a_data_set_in_a_folder_is_no_download(tmp_path: Path) -> None:
     forbid_network()
     with pytest.raises(DataError, match="cannot be loaded"):
-        open_hub(str(tmp_path), tmp_path / "cache")
+        open_source(f"hfds/{tmp_path}", tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("value", "forbidden"), [("1", True), ("yes", True), ("0", False)])

@@ -17,6 +17,7 @@ from ricciq._version import __version__
 from ricciq.cli import options, recipes
 from ricciq.cli.request import requested_recipe
 from ricciq.cli.start import begin, is_first
+from ricciq.deploy.formats.catalog import DEFAULT, find_format
 from ricciq.errors import InterruptedRunError, RicciqError, UsageError, on_one_line
 from ricciq.report.terminal import (
     comparison_table,
@@ -198,7 +199,7 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or a run's best.safetensors.")],
     output: Annotated[Path | None, typer.Option(help="File to write.")] = None,
-    format_: options.Format = "qdq",
+    format_: options.Format = DEFAULT.name,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
@@ -208,11 +209,10 @@ def export(
 
     Example: ricciq export runs/my-run --format float --dry-run
     """
-    if format_ not in ("qdq", "float"):
-        raise UsageError(f"--format {format_} is not known; give qdq or float")
+    find_format(format_)
     from ricciq.workflows.export import export_run
 
-    path = export_run(run, output, as_float=format_ == "float", dry_run=dry_run)
+    path = export_run(run, output, format_=format_, dry_run=dry_run)
     file = {"path": str(path), "format": format_}
     if dry_run:
         show({**file, "dry_run": True, "replaces": path.exists()}, as_json)

@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from ricciq.cli import completion
+from ricciq.data.sources.catalog import data_help, root_help
+from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DATA = "Folder with train/ and val/, torch/, wds/ or hfds/NAME, or digits."
-Data = Annotated[str, typer.Option(help=DATA)]
-MaybeData = Annotated[str | None, typer.Option(help=DATA)]
-DATA_DIR = "Folder of torch/NAME or wds/NAME; cache of hfds/NAME."
-DataDir = Annotated[Path | None, typer.Option(help=DATA_DIR)]
+Data = Annotated[str, typer.Option(help=data_help())]
+MaybeData = Annotated[str | None, typer.Option(help=data_help())]
+DataDir = Annotated[Path | None, typer.Option(help=root_help())]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load pictures.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")]
 TrainingBatchSize = Annotated[
@@ -102,8 +102,8 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        help="qdq or float.",
-        autocompletion=completion.one_of(lambda: ["qdq", "float"]),
+        help=formats.format_help(),
+        autocompletion=completion.one_of(lambda: [known.name for known in formats.FORMATS]),
     ),
 ]
 Split = Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ricciq.cli import options
+from ricciq.data.sources.catalog import forms
 from ricciq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def requested_recipe(
         flags["method"] = {"name": method}
     merged = loaded.override({**source, **bits, **flags})
     if not merged.data.name:
-        raise UsageError("no data was named; give --data a folder, torch/NAME or digits")
+        raise UsageError(f"no data was named; give --data {forms()}")
     return merged, messages
 
 

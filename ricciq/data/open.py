@@ -10,31 +10,24 @@ from pathlib import Path
 
 from ricciq.data.dataset import HOLDOUT_SHARE, PictureData
 from ricciq.data.sources.base import Parts
-from ricciq.data.sources.digits import open_digits
-from ricciq.data.sources.folder import open_folder
-from ricciq.data.sources.huggingface import open_hub
-from ricciq.data.sources.torchvision import open_torch
-from ricciq.data.sources.webdataset import open_shards
+from ricciq.data.sources.catalog import find_source, forms
 from ricciq.errors import DataError, UsageError
-
-FORMS = (
-    "a folder with train/ and val/ (or validation/), `digits`, torch/NAME or wds/NAME with "
-    "--data-dir, or hfds/NAME; a folder of nothing but pictures has no labels"
-)
 
 
 def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> PictureData:
     """Open a data set by the name given to --data.
 
     Args:
-        name: a folder, `digits`, `torch/NAME`, `wds/NAME` or `hfds/NAME`.
-        root: --data-dir: the folder of torchvision's files or of webdataset's shards, or the cache
-            of the datasets library; used by these three only.
-        holdout: the share of the training pictures to hold out.
+        name: in one of the forms that `ricciq.data.sources.catalog` lists.
+        root: --data-dir: the folder of the data set's files, or the cache of its library.
+        holdout: the share of the training images to hold out.
+
+    Returns:
+        The data set, with that share held out.
 
     Raises:
         DataError: the data set is missing, unreadable or has no proper splits.
-        UsageError: torch/NAME or wds/NAME without a root.
+        UsageError: the source needs a root, and there is none.
     """
     try:
         class_names, train, val = _open(name, root)
@@ -46,21 +39,12 @@ def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> P
 
 
 def _open(name: str, root: Path | None) -> Parts:
-    form, _, rest = name.partition("/")
-    if name == "digits":
-        return open_digits()
-    if form in ("torch", "wds") and rest:
-        if root is None:
-            raise UsageError(f"data {name!r} needs --data-dir: give the folder its files are in")
-        return open_torch(rest, root) if form == "torch" else open_shards(root)
-    if form == "hfds" and rest:
-        return open_hub(rest, root)
-    if form in ("hfids", "tfds") and rest:
+    source = find_source(name)
+    if source is None:
         raise DataError(
-            f"data {name!r} would come as a stream, which has no order that can be repeated: use "
-            "hfds/NAME, or write it as webdataset shards and use wds/NAME"
+            f"there is no data set {name!r}: give {forms()}; a folder of nothing but images has no "
+            "labels"
         )
-    folder = Path(name)
-    if not folder.is_dir():
-        raise DataError(f"there is no data set {name!r}: give {FORMS}")
-    return open_folder(folder)
+    if source.needs_root and root is None:
+        raise UsageError(f"data {name!r} needs --data-dir: give the folder its files are in")
+    return source.open(name, root)

@@ -16,12 +16,13 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.deploy.session import open_session, session_metadata
 from ricciq.errors import ModelError, on_one_line
-from ricciq.quant.quantizer import FLOAT_BITS
 
 _WEIGHTED = {"Conv", "Gemm", "MatMul"}
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"}
 _PER_BYTE_BITS = {8: 1, 4: 2, 2: 4, 1: 8}
 _TERNARY_PER_BYTE = 5
+_FLOAT_BITS = 32
+"""As --bits counts them; the package that knows it imports torch."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _weight_bits(constants: set[ir.Value]) -> int | str:
     if widths and _PER_BYTE_BITS.keys() >= set(widths):
         return sum(_PER_BYTE_BITS[width] for width in widths)
     codes = max(constants, key=lambda c: (math.prod(_shape(c)), c.dtype != ir.DataType.FLOAT))
-    return int(codes.dtype.bitwidth) if codes.dtype is not None else FLOAT_BITS
+    return int(codes.dtype.bitwidth) if codes.dtype is not None else _FLOAT_BITS
 
 
 def _shape(value: ir.Value) -> list[int]:
@@ -229,7 +230,7 @@ def _act_bits(value: ir.Value) -> int:
     """Width of the codes between a Clip and a DequantizeLinear."""
     dequantizing = value.producer()
     if dequantizing is None or dequantizing.op_type != "DequantizeLinear":
-        return FLOAT_BITS
+        return _FLOAT_BITS
     clip = dequantizing.inputs[0].producer() if dequantizing.inputs[0] else None
     if clip is not None and clip.op_type == "Clip" and len(clip.inputs) == 3:
         ends = [end.const_value for end in clip.inputs[1:] if end is not None]

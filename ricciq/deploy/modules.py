@@ -39,6 +39,24 @@ def _node(
     return result
 
 
+def in_float(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What a `DeployedActivation` makes of x, by Div, Round, Clip and Mul.
+
+    Args:
+        x: of any shape.
+        scale: of its grid.
+        zero_point: the code of zero, uint8.
+        low: the lowest code, uint8.
+        high: the highest code, uint8.
+
+    Returns:
+        The same shape as x.
+    """
+    zero = zero_point.float()
+    codes = ((x / scale).round() + zero).clamp(low.float(), high.float())
+    return (codes - zero) * scale
+
+
 class DeployedActivation(nn.Module):
     """QuantizeLinear to uint8, Clip to the width's codes, DequantizeLinear."""
 
@@ -50,7 +68,6 @@ class DeployedActivation(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.bits = quantizer.bits
-        self.in_float = False
         self.register_buffer("scale", quantizer.scale.clone())
         self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
         self.register_buffer("lowest", torch.zeros_like(self.zero_point))
@@ -58,12 +75,8 @@ class DeployedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
-        if self.in_float or not torch.onnx.is_in_onnx_export():
-            zero_point = self.zero_point.float()
-            codes = ((x / self.scale).round() + zero_point).clamp(
-                self.lowest.float(), self.highest.float()
-            )
-            return (codes - zero_point) * self.scale
+        if not torch.onnx.is_in_onnx_export():
+            return in_float(x, self.scale, self.zero_point, self.lowest, self.highest)
         quantized = [self.scale, self.zero_point]
         codes = _node("QuantizeLinear", [x, *quantized], torch.uint8, x.shape)
         if self.bits < 8:  # between the two: a Clip in front would keep the kernels float
@@ -172,7 +185,7 @@ def _count(shape: list[int]) -> int:
     return int(torch.Size(shape).numel())
 
 
-class _DeployedLayer(nn.Module):
+class DeployedLayer(nn.Module):
     """What deployed layers share: quantized input, packed weight, integer bias."""
 
     bias: Tensor
@@ -183,7 +196,7 @@ class _DeployedLayer(nn.Module):
         weights = layer.integer_weights()
         quantizer = layer.input_quantizer
         self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
-        self.weight_quantizer: DeployedWeight | _Constant = DeployedWeight(
+        self.weight_quantizer: nn.Module = DeployedWeight(
             weights, layer.weight_quantizer, axis, zero_points
         )
         self.register_buffer("bias", weights.bias)
@@ -197,9 +210,10 @@ class _DeployedLayer(nn.Module):
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return x, self.weight_quantizer(), self._float_bias()
+        return x, self.weight_quantizer(), self.float_bias()
 
-    def _float_bias(self) -> Tensor:
+    def float_bias(self) -> Tensor:
+        """(rows,) float32: the integer bias times the steps of input and weight."""
         bias = self.bias
         if bias.is_floating_point():
             return bias
@@ -213,7 +227,7 @@ class _DeployedLayer(nn.Module):
         return _node("DequantizeLinear", [bias, step], torch.float32, bias.shape, {"axis": 0})
 
 
-class DeployedConv2d(_DeployedLayer):
+class DeployedConv2d(DeployedLayer):
     """A QuantConv2d with its BatchNorm folded into packed weights and an integer bias."""
 
     def __init__(self, layer: QuantConv2d) -> None:
@@ -243,7 +257,7 @@ class DeployedConv2d(_DeployedLayer):
         return _node("Conv", [x, weight, bias], torch.float32, shape, attributes)
 
 
-class DeployedLinear(_DeployedLayer):
+class DeployedLinear(DeployedLayer):
     """A QuantLinear with packed weights, stored as (in_features, out_features), and biases."""
 
     def __init__(self, layer: QuantLinear) -> None:
@@ -263,40 +277,11 @@ class DeployedLinear(_DeployedLayer):
         return product + bias
 
 
-class DeployedLinearWeight(_DeployedLayer):
+class DeployedLinearWeight(DeployedLayer):
     """A QuantLinearWeight with packed weights, read by the parent's forward."""
 
     def __init__(self, layer: QuantLinearWeight) -> None:
         super().__init__(layer, zero_points=True)
-
-
-class _Constant(nn.Module):
-    """A tensor where a module is expected."""
-
-    value: Tensor
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value)
-
-    def forward(self) -> Tensor:
-        """The tensor."""
-        return self.value
-
-
-def in_float_operators(deployed: nn.Module) -> nn.Module:
-    """Change a deployed model, in place, to export float weights and float arithmetic.
-
-    It computes the same numbers: the weights hold their discrete values and activations are rounded
-    by Div, Round, Clip and Mul, for runtimes without quantized operators.
-    """
-    for module in list(deployed.modules()):
-        if isinstance(module, DeployedActivation):
-            module.in_float = True
-        elif isinstance(module, _DeployedLayer):
-            module.bias = module._float_bias()
-            module.weight_quantizer = _Constant(module.weight_quantizer())
-    return deployed
 
 
 _DEPLOYED: dict[type[QuantLayer], Callable[[Any], nn.Module]] = {

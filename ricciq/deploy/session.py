@@ -7,15 +7,16 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
-import torch
-from torch import Tensor
 
 from ricciq.deploy.onnx_file import read_model_file
 from ricciq.errors import ModelError, on_one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METADATA_KEY = "ricciq"
 """The key of the JSON a ricciq file carries in its metadata."""
@@ -128,6 +129,8 @@ def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Te
         ModelError: the file takes no pictures or answers with something else than logits; or,
             later, it is called with pictures of a shape the file does not take.
     """
+    import torch  # which `ricciq inspect` and `bench` do without
+
     name, _ = picture_input(session, path)
     kinds = [entry.type for entry in session.get_outputs()]
     if kinds != ["tensor(float)"]:

@@ -6,13 +6,17 @@ import base64
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ricciq.errors import InputError, on_one_line
-from ricciq.evaluation import Guesses
 from ricciq.system.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ricciq.evaluation import Guesses
 
 SHOWN = 12
 THUMBNAIL = 112

@@ -12,7 +12,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ricciq.errors import InputError
-from ricciq.quant.grid import count_codes
 from ricciq.report.disagreements import THUMBNAIL, Disagreements
 from ricciq.report.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
 from ricciq.report.schema import Report, load_report
@@ -20,7 +19,7 @@ from ricciq.runs.folder import RunFolder
 from ricciq.system.files import write_atomically
 from ricciq.system.tables import read_csv
 
-_TERNARY_BITS = math.log2(count_codes("ternary"))
+_TERNARY_BITS = math.log2(3)
 
 
 class Drawing(NamedTuple):

@@ -43,7 +43,6 @@ class RunFolder:
         self.state = path / "state.json"
         self.onnx = path / "model.onnx"
         self.float_onnx = path / "float.onnx"
-        self.onnx_in_float = path / "model-float.onnx"
         self.report = path / "report.json"
         self.report_markdown = path / "report.md"
         self.page = path / "report.html"

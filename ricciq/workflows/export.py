@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ricciq.deploy.export import accuracy_in_onnx, export_onnx, stored_in_onnx
-from ricciq.deploy.modules import deploy, in_float_operators
+from ricciq.deploy.formats.catalog import DEFAULT, find_format
+from ricciq.deploy.modules import deploy
 from ricciq.errors import (
     UsageError,
 )
@@ -17,14 +18,14 @@ from ricciq.workflows.saved import rebuild
 
 
 def export_run(
-    path: Path, output: Path | None = None, *, as_float: bool = False, dry_run: bool = False
+    path: Path, output: Path | None = None, *, format_: str = DEFAULT.name, dry_run: bool = False
 ) -> Path:
     """Write the ONNX file of a run again, with the accuracy its report tells of it.
 
     Args:
         path: a run folder or a checkpoint file a run wrote.
-        output: the file to write; by default model.onnx (or model-float.onnx) beside the weights.
-        as_float: write float operators and float weights that hold the discrete values.
+        output: the file to write; by default the file of the format, beside the weights.
+        format_: what the file is made of, by a name of `ricciq.deploy.formats.catalog`.
         dry_run: open the run, and write nothing.
 
     Returns:
@@ -33,20 +34,19 @@ def export_run(
     Raises:
         CheckpointError: the run has no usable best.safetensors.
         InputError: its report.json is damaged.
-        UsageError: the run's folder is in use, the checkpoint is in none and `output` is None, or
-            the folder of `output` does not exist.
+        UsageError: there is no such format, the run's folder is in use, the checkpoint is in none
+            and `output` is None, or the folder of `output` does not exist.
     """
+    chosen = find_format(format_)
     trained = rebuild(path)
-    model = deploy(trained.model)
+    model = chosen.apply(deploy(trained.model))
     folder = RunFolder(path if path.is_dir() else path.parent)
     stored = stored_in_onnx(trained.about)
-    if as_float:
-        in_float_operators(model)
-    elif folder.is_finished and path in (folder.path, folder.best):
+    if chosen is DEFAULT and folder.is_finished and path in (folder.path, folder.best):
         stored |= accuracy_in_onnx(load_report(folder.report).onnx.model_dump())
     if output is None and not folder.is_ours:
         raise UsageError(f"{path} lies in no folder of a run; give --output and the file to write")
-    written = output or (folder.onnx_in_float if as_float else folder.onnx)
+    written = output or folder.path / chosen.file
     if not os.path.isdir(written.parent):
         raise UsageError(f"there is no folder {written.parent}; make it or give another --output")
     if dry_run:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from ricciq.data.sources.base import Parts, PictureArrays
@@ -9,8 +11,12 @@ from ricciq.data.sources.base import Parts, PictureArrays
 DIGITS_VALIDATION = 360
 
 
-def open_digits() -> Parts:
-    """scikit-learn's 1,797 scanned digits of 8x8 pixels, 360 of them for validation."""
+def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
+    """scikit-learn's 1,797 scanned digits of 8x8 pixels, 360 of them for validation.
+
+    Returns:
+        The class names and both parts, the same ones every time.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -28,12 +28,20 @@ Split = tuple[list[str], EncodedPictures]
 LEAST_UNLABELLED = 20
 
 
-def open_folder(folder: Path) -> Parts:
+def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
     """The class names and both parts of a data folder; no names where there are no labels.
+
+    Args:
+        name: the folder.
+        root: of no use here.
+
+    Returns:
+        The class names and both parts.
 
     Raises:
         DataError: a part is missing or cannot be read, or they do not hold the same classes.
     """
+    folder = Path(name)
     train_at, val_at = _find(folder, "train"), _find(folder, "val", "validation")
     if train_at is None and val_at is None and (unlabelled := _pictures_in(folder)):
         return _without_labels(folder, unlabelled)

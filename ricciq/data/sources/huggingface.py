@@ -35,17 +35,21 @@ class HubPictures(EncodedPictures):
         return BytesIO(cell["bytes"]) if cell["bytes"] else str(cell["path"])
 
 
-def open_hub(name: str, cache: Path | None) -> Parts:
+def open_source(name: str, root: Path | None) -> Parts:
     """The class names and both parts of a Hugging Face data set.
 
     Args:
-        name: of the hub, or a folder, as datasets.load_dataset takes it.
-        cache: where the library keeps its files; None is its own place.
+        name: hfds/NAME with a name of the hub, or a folder, as datasets.load_dataset takes it.
+        root: where the library keeps its files; None is its own place.
+
+    Returns:
+        The class names and both parts.
 
     Raises:
         DataError: the library or the data set is missing, or there is not one picture and one
             label a row.
     """
+    name = name.removeprefix("hfds/")
     try:
         import datasets
     except ImportError:
@@ -55,7 +59,7 @@ def open_hub(name: str, cache: Path | None) -> Parts:
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise DataError(f"there is no folder {name} for data 'hfds/{name}': correct it")
     try:
-        splits = datasets.load_dataset(name, cache_dir=None if cache is None else str(cache))
+        splits = datasets.load_dataset(name, cache_dir=None if root is None else str(root))
     except Exception as error:  # the library raises whatever its parsers and the network do
         if is_network_forbidden() and not Path(name).is_dir():
             raise DataError(

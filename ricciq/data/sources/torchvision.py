@@ -24,12 +24,20 @@ IN_FILES = {"image_folder": "ImageFolder", "imagenet": "ImageNet", "places365": 
 NAMES = IN_MEMORY | IN_FILES
 
 
-def open_torch(name: str, root: Path) -> Parts:
+def open_source(name: str, root: Path | None) -> Parts:
     """The class names and both parts of a torchvision data set; nothing is downloaded.
+
+    Args:
+        name: torch/NAME.
+        root: the folder of its files.
+
+    Returns:
+        The class names and both parts.
 
     Raises:
         DataError: timm knows no such set, or its files are missing or damaged.
     """
+    name = name.removeprefix("torch/")
     if name in ("inat", "inaturalist"):
         raise DataError(
             f"data 'torch/{name}' has a label on each of seven ranks, not one: lay the pictures "

@@ -45,22 +45,30 @@ class _Info(BaseModel):
     classes: list[str] | None = None
 
 
-def open_shards(root: Path) -> Parts:
+def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
     """The class names and both parts of a folder of webdataset shards.
+
+    Args:
+        name: wds/NAME, where any NAME will do.
+        root: the folder of the shards.
+
+    Returns:
+        The class names and both parts.
 
     Raises:
         DataError: a shard or the info file is missing or damaged, or a sample is something other
             than one picture with one label.
     """
+    assert root is not None, "the catalogue says so"
     _refuse_remote(str(root))
     info = _read_info(root)
     splits = [_split(root, info, "train"), _split(root, info, "validation", "val")]
     listed = Counter(name for split in splits for name in split.filenames)
-    for name, count in listed.most_common(1):
+    for shard, count in listed.most_common(1):
         if count > 1:
             raise DataError(
-                f"shard {root / name} is in the splits {count} times: list each shard once, in one "
-                f"split, in {root / INFO_FILES[0]}"
+                f"shard {root / shard} is in the splits {count} times: list each shard once, in "
+                f"one split, in {root / INFO_FILES[0]}"
             )
     train, val = (_read_split(root, split) for split in splits)
     return Parts(_class_names(info, train + val), _pictures(train), _pictures(val))

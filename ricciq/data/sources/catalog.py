@@ -1,0 +1,121 @@
+"""The sources of images that --data can name. Importing this imports none of their libraries.
+
+To add a source, write a module with `open_source` in this package and name it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from ricciq.data.sources.base import Parts
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of images: how --data names it, and the module that opens it.
+
+    Attributes:
+        module: the module of this package whose ``open_source(name, root)`` opens it.
+        form: what a user writes: a prefix with NAME behind it, a word, or, where ``is_path``, what
+            must lie at the path.
+        help: a line about it.
+        root: what --data-dir means to it; empty if it has no use for one.
+        needs_root: whether it cannot be opened without --data-dir.
+        is_path: whether it is named by a path; such a source is tried after all others.
+        is_refused: whether it only says why it cannot be used; help and errors leave it out.
+    """
+
+    module: str
+    form: str
+    help: str
+    root: str = ""
+    needs_root: bool = False
+    is_path: bool = False
+    is_refused: bool = False
+
+    def takes(self, name: str) -> bool:
+        """Whether a value of --data names this source."""
+        if self.is_path:
+            return Path(name).is_dir()
+        prefix = self.form.removesuffix("NAME")
+        return (
+            name == prefix if prefix == self.form else name.removeprefix(prefix) not in ("", name)
+        )
+
+    def open(self, name: str, root: Path | None) -> Parts:
+        """Import the module and open a data set with it.
+
+        Args:
+            name: the value of --data.
+            root: the value of --data-dir.
+
+        Returns:
+            The class names and both parts.
+
+        Raises:
+            DataError: the data set is missing, unreadable or has no proper splits.
+        """
+        module = import_module(f"ricciq.data.sources.{self.module}")
+        return cast("Parts", module.open_source(name, root))
+
+
+SOURCES = (
+    Source(
+        "folder",
+        "a folder with train/ and val/ (or validation/)",
+        "images by class",
+        is_path=True,
+    ),
+    Source("digits", "digits", "no download"),
+    Source("torchvision", "torch/NAME", "torchvision", "folder", needs_root=True),
+    Source("webdataset", "wds/NAME", "webdataset shards", "folder", needs_root=True),
+    Source("huggingface", "hfds/NAME", "Hugging Face", "cache"),
+    Source("streams", "hfids/NAME", "a stream of the datasets library", is_refused=True),
+    Source("streams", "tfds/NAME", "a stream of TensorFlow", is_refused=True),
+)
+
+
+def find_source(name: str) -> Source | None:
+    """The source that a value of --data names; None if there is no such source.
+
+    Raises:
+        OSError: the name is too long for a path.
+    """
+    by_name_first = sorted(SOURCES, key=lambda source: source.is_path)
+    return next((source for source in by_name_first if source.takes(name)), None)
+
+
+def usable() -> list[Source]:
+    """The sources that open something, in the order in which help and errors list them."""
+    return [source for source in SOURCES if not source.is_refused]
+
+
+def forms() -> str:
+    """All forms of --data, as the part of a sentence."""
+    told = []
+    for needs_root, group in groupby(usable(), key=lambda source: source.needs_root):
+        shown = [source.form if " " in source.form else _code(source.form) for source in group]
+        told += [f"{' or '.join(shown)} with --data-dir"] if needs_root else shown
+    return f"{', '.join(told[:-1])}, or {told[-1]}"
+
+
+def _code(form: str) -> str:
+    """A word in quotes, so that it is not taken for one of the sentence."""
+    return form if "/" in form else f"`{form}`"
+
+
+def data_help() -> str:
+    """The help of --data: a form and what it is, for every source."""
+    told = "; ".join(f"{source.form}: {source.help}" for source in usable())
+    return f"{told[0].upper()}{told[1:]}."
+
+
+def root_help() -> str:
+    """The help of --data-dir: what it is, for every source that has a use for it."""
+    told = "; ".join(f"{source.root} of {source.form}" for source in usable() if source.root)
+    return f"{told[0].upper()}{told[1:]}."
