@@ -87,7 +87,7 @@ class Run:
             device=CPU,
             folder=self.folder,
             teacher=self.teacher,
-            about=self.job.about,
+            metadata=self.job.metadata,
             journal=Journal(),
             pictures=self.pictures if pictures else None,
             resume=resume,
@@ -618,7 +618,7 @@ def test_a_model_with_norms_kept_is_rebuilt_and_exported(tmp_path):
         deployed = deploy(rebuilt.model)
         logits = deployed(images)
     assert (logits.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
-    path = export_onnx(deployed, tmp_path / "model.onnx", rebuilt.preprocessing)
+    path = export_onnx(deployed, tmp_path / "model.onnx", rebuilt.metadata.preprocessing)
     found = session_predictor(open_session(path, optimize=False, threads=1), path)(images)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
 

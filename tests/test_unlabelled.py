@@ -244,7 +244,7 @@ def test_the_head_keeps_the_classes_of_the_checkpoint(folder: Path, tmp_path: Pa
     (tmp_path / "run").mkdir()
     pipeline.train(job, RunFolder(tmp_path / "run"), resume=False, journal=Journal())
     again = trained.rebuild(tmp_path / "run")
-    assert again.about["class_names"] == [str(number) for number in range(7)]
+    assert again.metadata.class_names == [str(number) for number in range(7)]
     images, _ = drain(job.data, "val")
     with torch.no_grad():
         assert torch.equal(again.model(images), job.model.eval()(images))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from ricciq.estimators.apply import Correction
 from ricciq.evaluation import Metrics, evaluate, pooled
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
+from ricciq.runs.metadata import RunMetadata
 from ricciq.system.distributed import World
 from ricciq.system.files import write_atomically
 from ricciq.system.interrupts import Stopped, Stopping, stopping_between_steps
@@ -51,7 +52,7 @@ def finetune(
     device: torch.device,
     folder: RunFolder,
     teacher: nn.Module | None = None,
-    about: Mapping[str, Any],
+    metadata: RunMetadata | None = None,
     journal: Journal,
     pictures: Pictures | None = None,
     resume: bool = False,
@@ -68,7 +69,7 @@ def finetune(
         device: where to compute.
         folder: receives the states, summary.csv and geometry.csv from the first process.
         teacher: the float model to distil from, on ``device``.
-        about: stored beside the best epoch's weights.
+        metadata: stored beside the best epoch's weights.
         journal: where progress is shown.
         pictures: what to calibrate on, where the recipe has stages or estimates BatchNorm anew.
         resume: go on from the folder's last state.
@@ -91,7 +92,7 @@ def finetune(
             raise ValueError("pictures is None; the recipe's progressive or reestimate_bn needs it")
         pictures = tuple
     trainer = Trainer(model, recipe, correction, device, len(fit), teacher, world)
-    sitting = _Sitting(trainer, folder, recipe, about, fit.batch_size or 1)
+    sitting = _Sitting(trainer, folder, recipe, metadata, fit.batch_size or 1)
     if resume:
         sitting.restore(world.from_first(lambda: last_state(folder, journal)))
     # Every step seeds the generator; the caller's is to stay as it is.
@@ -126,10 +127,10 @@ class _Sitting:
         trainer: Trainer,
         folder: RunFolder,
         recipe: Recipe,
-        about: Mapping[str, Any],
+        metadata: RunMetadata | None,
         batch_size: int,
     ) -> None:
-        self.trainer, self.folder, self.about = trainer, folder, about
+        self.trainer, self.folder, self.metadata = trainer, folder, metadata
         self.settings, self.world = recipe.training, trainer.world
         self.done = Progressed(batch_size=batch_size, processes=self.world.size)
         self.tally, self.history = Tally(), History()
@@ -229,7 +230,8 @@ class _Sitting:
             done.chosen_epoch, done.chosen_top1 = done.epoch, held.top1
         if self.world.is_first:
             if better:
-                chosen = {**self.about, "epoch": done.epoch, "holdout_top1": held.top1}
+                stored = self.metadata.to_dict() if self.metadata else {}
+                chosen = {**stored, "epoch": done.epoch, "holdout_top1": held.top1}
                 save_tensors(self.folder.best, self.trainer.outcome.state_dict(), chosen)
             self.history.write(self.folder)
         self.save()

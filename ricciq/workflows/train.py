@@ -82,7 +82,7 @@ def train(
         device=job.device,
         folder=folder,
         teacher=teacher if is_distilled(job) else None,
-        about=job.about,
+        metadata=job.metadata,
         journal=journal,
         pictures=images,
         resume=resume,
@@ -91,7 +91,7 @@ def train(
     if not world.is_first:
         return done
     if not folder.best.is_file():  # no epoch was asked for: what calibration gave is the best
-        save_tensors(folder.best, job.model.state_dict(), job.about)
+        save_tensors(folder.best, job.model.state_dict(), job.metadata.to_dict())
     tensors, _ = load_tensors(folder.best)
     load_model_state(job.model, tensors, folder.best)
     if done.epoch and job.plan.layers:
