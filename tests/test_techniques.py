@@ -30,7 +30,7 @@ from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
 from ricciq.training import loop as train
-from ricciq.training.loop import finetune
+from ricciq.training.loop import correction_of, finetune
 from ricciq.training.losses import feature_distance
 from ricciq.training.metrics import Tally
 from ricciq.training.optim import WithFeatures, optimizer_and_schedule
@@ -38,7 +38,7 @@ from ricciq.training.state import Progressed
 from ricciq.training.step import Trainer
 from ricciq.workflows import compare as study
 from ricciq.workflows.compare import Trial
-from ricciq.workflows.job import correction_of, prepare
+from ricciq.workflows.job import prepare
 from ricciq.workflows.saved import rebuild
 
 CPU = torch.device("cpu")

@@ -192,6 +192,19 @@ def test_training_lowers_the_loss_and_writes_its_files(finished, method):
     assert stored["holdout_top1"] <= done.best_top1
 
 
+def test_without_a_folder_nothing_stays_and_the_model_has_the_best_weights(finished, tmp_path):
+    undisturbed = finished("ste")
+    run = Run(tmp_path / "run", undisturbed.recipe)
+    loaders = run.job.loader("fit", training=True), run.job.loader("holdout")
+    done = finetune(run.model, *loaders, run.recipe, teacher=run.teacher)
+    best = load_tensors(undisturbed.folder.best)[0]
+    assert all(torch.equal(best[name], value) for name, value in run.model.state_dict().items())
+    assert done.chosen_epoch == undisturbed.done.chosen_epoch
+    assert list(run.folder.path.iterdir()) == []
+    with pytest.raises(ValueError, match="give the folder"):
+        finetune(run.model, *loaders, run.recipe, resume=True)
+
+
 def test_the_methods_train_differently(finished):
     ricci, ste = finished("ricci").model.state_dict(), finished("ste").model.state_dict()
     assert not torch.equal(ricci["conv1.weight"], ste["conv1.weight"])

@@ -30,11 +30,12 @@ from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
+from ricciq.training.loop import correction_of
 from ricciq.training.metrics import Tally
 from ricciq.training.step import Trainer
 from ricciq.workflows import quantize as pipeline
 from ricciq.workflows import saved as trained
-from ricciq.workflows.job import Job, correction_of, prepare, take_answers
+from ricciq.workflows.job import Job, prepare, take_answers
 
 CPU = torch.device("cpu")
 DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))

@@ -23,7 +23,7 @@ FORMS = (
 )
 
 
-def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> PictureData:
+def open_data(name: str, root: Path | None = None, holdout: float = HOLDOUT_SHARE) -> PictureData:
     """Open a data set by the name given to --data.
 
     Args:
@@ -31,6 +31,9 @@ def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> P
         root: --data-dir: the folder of torchvision's files or of webdataset's shards, or the cache
             of the datasets library; used by these three only.
         holdout: the share of the training pictures to hold out.
+
+    Returns:
+        The data set, whose `loader` gives batches of its splits.
 
     Raises:
         DataError: the data set is missing, unreadable or has no proper splits.

@@ -8,6 +8,8 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader
 from ricciq.data.loader import Batch, set_epoch
 from ricciq.errors import DivergedError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
+from ricciq.estimators.registry import named_estimator
 from ricciq.evaluation import Metrics, evaluate, pooled
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
@@ -28,6 +31,8 @@ from ricciq.system.interrupts import Stopped, Stopping, stopping_between_steps
 from ricciq.system.journal import Journal
 from ricciq.system.tensor_files import (
     State,
+    load_model_state,
+    load_tensors,
     restore_training_state,
     save_tensors,
     training_state,
@@ -42,51 +47,94 @@ MAX_BAD_STEPS = 20
 T = TypeVar("T")
 
 
+def correction_of(recipe: Recipe) -> Correction:
+    """The gradient correction of a recipe.
+
+    Args:
+        recipe: its ``method`` names the estimator.
+
+    Returns:
+        What happens to the gradients between backward and step.
+
+    Raises:
+        RecipeError: there is no such estimator, or a setting of it is invalid.
+    """
+    estimator = named_estimator(recipe.method.name, recipe.method.changes)
+    return Correction(estimator, recipe.method.target)
+
+
 def finetune(
     model: nn.Module,
     fit: DataLoader[Batch],
     holdout: Iterable[Batch],
     recipe: Recipe,
-    correction: Correction,
+    correction: Correction | None = None,
     *,
-    device: torch.device,
-    folder: RunFolder,
+    device: torch.device | None = None,
+    folder: RunFolder | None = None,
     teacher: nn.Module | None = None,
     metadata: RunMetadata | None = None,
-    journal: Journal,
+    journal: Journal | None = None,
     pictures: Pictures | None = None,
     resume: bool = False,
     world: World | None = None,
 ) -> Progressed:
-    """Train a converted, calibrated model in place, saving its state now and then.
+    """Train a model in place: a converted, calibrated one, or one in float.
 
     Args:
-        model: on ``device``.
+        model: on ``device``; any classifier, not only timm's.
         fit: training batches; this process's share of them.
         holdout: batches held out of the training data, to choose the best epoch with; its share.
         recipe: schedule, batch size, mixed precision, compilation and seed.
-        correction: what happens to the gradients between backward and step.
-        device: where to compute.
-        folder: receives the states, summary.csv and geometry.csv from the first process.
+        correction: what happens to the gradients between backward and step; by default what the
+            recipe's method says.
+        device: where to compute; by default where the model is.
+        folder: receives the states, summary.csv and geometry.csv from the first process. Without
+            one nothing stays on disk, and the model ends with the best epoch's weights.
         teacher: the float model to distil from, on ``device``.
         metadata: stored beside the best epoch's weights.
-        journal: where progress is shown.
+        journal: where progress is shown; by default nowhere.
         pictures: what to calibrate on, where the recipe has stages or estimates BatchNorm anew.
         resume: go on from the folder's last state.
         world: the processes that train together.
 
     Returns:
-        How far it came; ``folder.best`` holds the best epoch's weights.
+        How far it came; ``folder.best`` holds the best epoch's weights, the model the last one's.
 
     Raises:
         DivergedError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
         RecipeError: timm knows no such optimizer or schedule.
         RicciqError: there is not enough memory for a step.
         UsageError: the state is that of another number of processes.
-        ValueError: there are no pictures, and the recipe needs them.
+        ValueError: there are no pictures, and the recipe needs them; or there is no folder to
+            resume from.
         Stopped: the user asked to stop; the state is saved.
     """
-    world = world or World()
+    if folder is None:
+        if resume:
+            raise ValueError("resume is True and folder is None; give the folder of the run")
+        with TemporaryDirectory() as scratch:
+            kept = RunFolder(Path(scratch))
+            done = finetune(
+                model,
+                fit,
+                holdout,
+                recipe,
+                correction,
+                device=device,
+                folder=kept,
+                teacher=teacher,
+                metadata=metadata,
+                journal=journal,
+                pictures=pictures,
+                world=world,
+            )
+            if kept.best.is_file():
+                load_model_state(model, load_tensors(kept.best)[0], kept.best)
+        return done
+    world, journal = world or World(), journal or Journal()
+    correction = correction or correction_of(recipe)
+    device = device or next(model.parameters()).device
     if pictures is None:
         if recipe.training.progressive or recipe.training.reestimate_bn:
             raise ValueError("pictures is None; the recipe's progressive or reestimate_bn needs it")

@@ -16,7 +16,6 @@ from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import UsageError
-from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import named_estimator
 from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
@@ -201,12 +200,6 @@ def take_answers(job: Job) -> None:
         for split in splits
     }
     job.data.set_answers(job.data.num_classes, {s: a.numpy() for s, a in answers.items()})
-
-
-def correction_of(recipe: Recipe) -> Correction:
-    """What a recipe's method does to gradients."""
-    estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    return Correction(estimator, recipe.method.target)
 
 
 def is_distilled(job: Job) -> bool:

@@ -18,7 +18,6 @@ from ricciq.deploy.inspection import Inspection, inspect_onnx
 from ricciq.deploy.latency import Latency, measure_latency
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import size_with_external_data
-from ricciq.deploy.session import open_session, session_predictor
 from ricciq.errors import CheckpointError, DivergedError, InterruptedRunError
 from ricciq.evaluation import Guesses, Metrics, Predict, evaluate
 from ricciq.recipe import Recipe
@@ -38,6 +37,7 @@ from ricciq.workflows.job import (
     prepare,
     take_answers,
 )
+from ricciq.workflows.saved import onnx_predictor
 from ricciq.workflows.train import train
 
 
@@ -152,11 +152,11 @@ def _finish(
     if not job.plan.layers:  # a float run: what it trained is the float model
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
-    in_onnx = Guesses(_onnx_predictor(folder.onnx))
+    in_onnx = Guesses(onnx_predictor(folder.onnx))
     predictors: dict[str, Predict] = {
         "quantized": deployed,
         "onnx": in_onnx,
-        "unoptimized": _onnx_predictor(folder.onnx, optimize=False),
+        "unoptimized": onnx_predictor(folder.onnx, optimize=False),
     }
     metrics = evaluate(predictors, job.loader("val"))
     measured = accuracy_for_onnx(metrics["onnx"])
@@ -177,10 +177,6 @@ def _finish(
     write_pages(folder, report)
     report.save(folder.report)
     return report
-
-
-def _onnx_predictor(path: Path, *, optimize: bool = True) -> Predict:
-    return session_predictor(open_session(path, optimize=optimize), path)
 
 
 def _report(

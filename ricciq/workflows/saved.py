@@ -73,6 +73,22 @@ def _weights_of(path: Path) -> Path:
     return RunFolder(path).best if os.path.isdir(path) else path
 
 
+def onnx_predictor(path: Path, *, optimize: bool = True) -> Predict:
+    """Logits of an ONNX file, which needs no metadata for it.
+
+    Args:
+        path: of the file.
+        optimize: let onnxruntime optimize the graph.
+
+    Returns:
+        A function from (B, C, H, W) images to (B, classes) logits, both on the CPU.
+
+    Raises:
+        ModelError: the file is missing, damaged or no classifier.
+    """
+    return session_predictor(open_session(path, optimize=optimize), path)
+
+
 class Target(NamedTuple):
     """Something that can be evaluated.
 

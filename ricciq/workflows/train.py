@@ -16,13 +16,12 @@ from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
 from ricciq.training.adaround import PICTURES, reconstruct
-from ricciq.training.loop import finetune
+from ricciq.training.loop import correction_of, finetune
 from ricciq.training.memory import LARGEST_BATCH
 from ricciq.training.state import Progressed, last_state
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.job import (
     Job,
-    correction_of,
     is_distilled,
 )
 from ricciq.workflows.sizing import find_batch_size
