@@ -12,18 +12,26 @@ from ricciq._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ricciq.convert.rewrite import quantize
+    from ricciq.data.open import open_data
+    from ricciq.data.preprocessing import Preprocessing
     from ricciq.deploy.export import export_onnx
     from ricciq.errors import RicciqError
     from ricciq.estimators.ricci_flow import RicciFlow
+    from ricciq.models.factory import load_model
     from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
     from ricciq.training.loop import finetune
+    from ricciq.workflows.evaluate import evaluate
     from ricciq.workflows.quantize import run
 
 
 _HOMES = {
     "Recipe": "recipe",
     "run": "workflows.quantize",
+    "load_model": "models.factory",
+    "open_data": "data.open",
+    "Preprocessing": "data.preprocessing",
+    "evaluate": "workflows.evaluate",
     "quantize": "convert.rewrite",
     "calibrate": "quant.calibration",
     "finetune": "training.loop",
@@ -33,12 +41,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "Preprocessing",
     "Recipe",
     "RicciFlow",
     "RicciqError",
     "calibrate",
+    "evaluate",
     "export_onnx",
     "finetune",
+    "load_model",
+    "open_data",
     "quantize",
     "run",
 ]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from command import check_command
 
@@ -51,7 +52,7 @@ def in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_python_runs(in_a_shell: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script, parts = blocks("python")
+    script, parts, _ = blocks("python")
     exec(compile(script, "README.md", "exec"), {})
     said = capsys.readouterr().out
     assert re.match(r"1 bits: -?\d", said)
@@ -61,6 +62,21 @@ def test_the_python_runs(in_a_shell: Path, capsys: pytest.CaptureFixture[str]) -
     exec(compile(parts, "README.md", "exec"), {})
     assert len(list(runs.iterdir())) == before + 1
     assert "model.onnx" in capsys.readouterr().out
+
+
+def test_a_classifier_of_ones_own_is_quantized(
+    in_a_shell: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = blocks("python")[2]
+    assert len(own.splitlines()) < 20
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(own, "README.md", "exec"), {})
+    found = re.search(r"top1=([\d.]+).* agreement=([\d.]+)", capsys.readouterr().out)
+    assert found
+    assert float(found[1]) > 90
+    assert float(found[2]) > 99
+    assert [path.name for path in in_a_shell.iterdir()] == ["own.onnx"]
 
 
 def test_the_job_for_a_pipeline_runs(in_a_shell: Path) -> None:

@@ -30,7 +30,7 @@ from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
 from ricciq.training import loop as train
-from ricciq.training.loop import finetune
+from ricciq.training.loop import correction_of, finetune
 from ricciq.training.losses import feature_distance
 from ricciq.training.metrics import Tally
 from ricciq.training.optim import WithFeatures, optimizer_and_schedule
@@ -38,7 +38,7 @@ from ricciq.training.state import Progressed
 from ricciq.training.step import Trainer
 from ricciq.workflows import compare as study
 from ricciq.workflows.compare import Trial
-from ricciq.workflows.job import correction_of, prepare
+from ricciq.workflows.job import prepare
 from ricciq.workflows.saved import rebuild
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ class Run:
             device=CPU,
             folder=self.folder,
             teacher=self.teacher,
-            about=self.job.about,
+            metadata=self.job.metadata,
             journal=Journal(),
             pictures=self.pictures if pictures else None,
             resume=resume,
@@ -618,7 +618,7 @@ def test_a_model_with_norms_kept_is_rebuilt_and_exported(tmp_path):
         deployed = deploy(rebuilt.model)
         logits = deployed(images)
     assert (logits.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
-    path = export_onnx(deployed, tmp_path / "model.onnx", rebuilt.preprocessing)
+    path = export_onnx(deployed, tmp_path / "model.onnx", rebuilt.metadata.preprocessing)
     found = session_predictor(open_session(path, optimize=False, threads=1), path)(images)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
 

@@ -19,6 +19,7 @@ from ricciq.estimators.registry import METHODS
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe, TrainingSection
 from ricciq.runs.folder import RunFolder
+from ricciq.runs.metadata import RunMetadata
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors, save_tensors
@@ -82,7 +83,7 @@ class Run:
             device=CPU,
             folder=self.folder,
             teacher=self.teacher,
-            about={"about": "this run"},
+            metadata=self.job.metadata,
             journal=Journal(),
             resume=resume,
         )
@@ -185,10 +186,23 @@ def test_training_lowers_the_loss_and_writes_its_files(finished, method):
     assert (done.epoch, done.steps, done.images, done.skipped) == (2, 2 * STEPS, 400, 0)
     state = json.loads(folder.state.read_text())
     assert state == load_tensors(folder.last)[1]["progress"] == vars(done)
-    _, about = load_tensors(folder.best)
-    assert about["about"] == "this run"
-    assert about["epoch"] == done.chosen_epoch
-    assert about["holdout_top1"] <= done.best_top1
+    _, stored = load_tensors(folder.best)
+    assert RunMetadata.from_dict(stored, folder.best) == run.job.metadata
+    assert stored["epoch"] == done.chosen_epoch
+    assert stored["holdout_top1"] <= done.best_top1
+
+
+def test_without_a_folder_nothing_stays_and_the_model_has_the_best_weights(finished, tmp_path):
+    undisturbed = finished("ste")
+    run = Run(tmp_path / "run", undisturbed.recipe)
+    loaders = run.job.loader("fit", training=True), run.job.loader("holdout")
+    done = finetune(run.model, *loaders, run.recipe, teacher=run.teacher)
+    best = load_tensors(undisturbed.folder.best)[0]
+    assert all(torch.equal(best[name], value) for name, value in run.model.state_dict().items())
+    assert done.chosen_epoch == undisturbed.done.chosen_epoch
+    assert list(run.folder.path.iterdir()) == []
+    with pytest.raises(ValueError, match="give the folder"):
+        finetune(run.model, *loaders, run.recipe, resume=True)
 
 
 def test_the_methods_train_differently(finished):

@@ -30,11 +30,12 @@ from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
+from ricciq.training.loop import correction_of
 from ricciq.training.metrics import Tally
 from ricciq.training.step import Trainer
 from ricciq.workflows import quantize as pipeline
 from ricciq.workflows import saved as trained
-from ricciq.workflows.job import Job, correction_of, prepare, take_answers
+from ricciq.workflows.job import Job, prepare, take_answers
 
 CPU = torch.device("cpu")
 DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))
@@ -244,7 +245,7 @@ def test_the_head_keeps_the_classes_of_the_checkpoint(folder: Path, tmp_path: Pa
     (tmp_path / "run").mkdir()
     pipeline.train(job, RunFolder(tmp_path / "run"), resume=False, journal=Journal())
     again = trained.rebuild(tmp_path / "run")
-    assert again.about["class_names"] == [str(number) for number in range(7)]
+    assert again.metadata.class_names == [str(number) for number in range(7)]
     images, _ = drain(job.data, "val")
     with torch.no_grad():
         assert torch.equal(again.model(images), job.model.eval()(images))

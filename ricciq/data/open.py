@@ -14,7 +14,7 @@ from ricciq.data.sources.catalog import find_source, forms
 from ricciq.errors import DataError, UsageError
 
 
-def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> PictureData:
+def open_data(name: str, root: Path | None = None, holdout: float = HOLDOUT_SHARE) -> PictureData:
     """Open a data set by the name given to --data.
 
     Args:
@@ -24,6 +24,9 @@ def open_data(name: str, root: Path | None, holdout: float = HOLDOUT_SHARE) -> P
 
     Returns:
         The data set, with that share held out.
+
+    Returns:
+        The data set, whose `loader` gives batches of its splits.
 
     Raises:
         DataError: the data set is missing, unreadable or has no proper splits.

@@ -26,21 +26,6 @@ LARGEST_FILE = 2**31 - 2**24
 """Bytes of tensors in one file: protobuf's limit, less room for the graph. More go beside it."""
 
 
-def stored_in_onnx(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's description goes into its file: not the plan, which the graph shows."""
-    bits = about["recipe"]["quantization"]
-    return {
-        **{key: about[key] for key in ("ricciq", "recipe", "class_names")},
-        "labelled": about.get("labelled", True),
-        "bits": {"weights": bits["weight_bits"], "activations": bits["act_bits"]},
-    }
-
-
-def accuracy_in_onnx(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a file's metrics goes into it, once onnxruntime has been seen to reach them."""
-    return {"accuracy": {key: measured[key] for key in ("top1", "top5", "loss", "samples")}}
-
-
 def add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
     """Store more in a file `export_onnx` wrote; its graph stays as it is.
 

@@ -51,10 +51,10 @@ class LoadedModel(NamedTuple):
 def load_model(
     name: str,
     *,
-    num_classes: int | None,
-    channels: int,
-    checkpoint: Path | None,
-    pretrained: bool,
+    num_classes: int | None = None,
+    channels: int = 3,
+    checkpoint: Path | None = None,
+    pretrained: bool = True,
     input_size: int | None = None,
     seed: int | None = None,
 ) -> LoadedModel:
@@ -68,6 +68,9 @@ def load_model(
         pretrained: load the weights that timm knows under this name.
         input_size: height and width in pixels, instead of the model's own.
         seed: start of everything random; None draws from torch's global generator.
+
+    Returns:
+        The model in float, its preprocessing, and what was changed to make the weights fit.
 
     Raises:
         ModelError: the name or tag is unknown, its pretrained weights cannot be had, or it cannot

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from itertools import islice
-from typing import Any, TypeVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,15 +20,19 @@ from torch.utils.data import DataLoader
 from ricciq.data.loader import Batch, set_epoch
 from ricciq.errors import DivergedError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
+from ricciq.estimators.registry import named_estimator
 from ricciq.evaluation import Metrics, evaluate, pooled
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
+from ricciq.runs.metadata import RunMetadata
 from ricciq.system.distributed import World
 from ricciq.system.files import write_atomically
 from ricciq.system.interrupts import Stopped, Stopping, stopping_between_steps
 from ricciq.system.journal import Journal
 from ricciq.system.tensor_files import (
     State,
+    load_model_state,
+    load_tensors,
     restore_training_state,
     save_tensors,
     training_state,
@@ -41,57 +47,100 @@ MAX_BAD_STEPS = 20
 T = TypeVar("T")
 
 
+def correction_of(recipe: Recipe) -> Correction:
+    """The gradient correction of a recipe.
+
+    Args:
+        recipe: its ``method`` names the estimator.
+
+    Returns:
+        What happens to the gradients between backward and step.
+
+    Raises:
+        RecipeError: there is no such estimator, or a setting of it is invalid.
+    """
+    estimator = named_estimator(recipe.method.name, recipe.method.changes)
+    return Correction(estimator, recipe.method.target)
+
+
 def finetune(
     model: nn.Module,
     fit: DataLoader[Batch],
     holdout: Iterable[Batch],
     recipe: Recipe,
-    correction: Correction,
+    correction: Correction | None = None,
     *,
-    device: torch.device,
-    folder: RunFolder,
+    device: torch.device | None = None,
+    folder: RunFolder | None = None,
     teacher: nn.Module | None = None,
-    about: Mapping[str, Any],
-    journal: Journal,
+    metadata: RunMetadata | None = None,
+    journal: Journal | None = None,
     pictures: Pictures | None = None,
     resume: bool = False,
     world: World | None = None,
 ) -> Progressed:
-    """Train a converted, calibrated model in place, saving its state now and then.
+    """Train a model in place: a converted, calibrated one, or one in float.
 
     Args:
-        model: on ``device``.
+        model: on ``device``; any classifier, not only timm's.
         fit: training batches; this process's share of them.
         holdout: batches held out of the training data, to choose the best epoch with; its share.
         recipe: schedule, batch size, mixed precision, compilation and seed.
-        correction: what happens to the gradients between backward and step.
-        device: where to compute.
-        folder: receives the states, summary.csv and geometry.csv from the first process.
+        correction: what happens to the gradients between backward and step; by default what the
+            recipe's method says.
+        device: where to compute; by default where the model is.
+        folder: receives the states, summary.csv and geometry.csv from the first process. Without
+            one nothing stays on disk, and the model ends with the best epoch's weights.
         teacher: the float model to distil from, on ``device``.
-        about: stored beside the best epoch's weights.
-        journal: where progress is shown.
+        metadata: stored beside the best epoch's weights.
+        journal: where progress is shown; by default nowhere.
         pictures: what to calibrate on, where the recipe has stages or estimates BatchNorm anew.
         resume: go on from the folder's last state.
         world: the processes that train together.
 
     Returns:
-        How far it came; ``folder.best`` holds the best epoch's weights.
+        How far it came; ``folder.best`` holds the best epoch's weights, the model the last one's.
 
     Raises:
         DivergedError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
         RecipeError: timm knows no such optimizer or schedule.
         RicciqError: there is not enough memory for a step.
         UsageError: the state is that of another number of processes.
-        ValueError: there are no pictures, and the recipe needs them.
+        ValueError: there are no pictures, and the recipe needs them; or there is no folder to
+            resume from.
         Stopped: the user asked to stop; the state is saved.
     """
-    world = world or World()
+    if folder is None:
+        if resume:
+            raise ValueError("resume is True and folder is None; give the folder of the run")
+        with TemporaryDirectory() as scratch:
+            kept = RunFolder(Path(scratch))
+            done = finetune(
+                model,
+                fit,
+                holdout,
+                recipe,
+                correction,
+                device=device,
+                folder=kept,
+                teacher=teacher,
+                metadata=metadata,
+                journal=journal,
+                pictures=pictures,
+                world=world,
+            )
+            if kept.best.is_file():
+                load_model_state(model, load_tensors(kept.best)[0], kept.best)
+        return done
+    world, journal = world or World(), journal or Journal()
+    correction = correction or correction_of(recipe)
+    device = device or next(model.parameters()).device
     if pictures is None:
         if recipe.training.progressive or recipe.training.reestimate_bn:
             raise ValueError("pictures is None; the recipe's progressive or reestimate_bn needs it")
         pictures = tuple
     trainer = Trainer(model, recipe, correction, device, len(fit), teacher, world)
-    sitting = _Sitting(trainer, folder, recipe, about, fit.batch_size or 1)
+    sitting = _Sitting(trainer, folder, recipe, metadata, fit.batch_size or 1)
     if resume:
         sitting.restore(world.from_first(lambda: last_state(folder, journal)))
     # Every step seeds the generator; the caller's is to stay as it is.
@@ -126,10 +175,10 @@ class _Sitting:
         trainer: Trainer,
         folder: RunFolder,
         recipe: Recipe,
-        about: Mapping[str, Any],
+        metadata: RunMetadata | None,
         batch_size: int,
     ) -> None:
-        self.trainer, self.folder, self.about = trainer, folder, about
+        self.trainer, self.folder, self.metadata = trainer, folder, metadata
         self.settings, self.world = recipe.training, trainer.world
         self.done = Progressed(batch_size=batch_size, processes=self.world.size)
         self.tally, self.history = Tally(), History()
@@ -229,7 +278,8 @@ class _Sitting:
             done.chosen_epoch, done.chosen_top1 = done.epoch, held.top1
         if self.world.is_first:
             if better:
-                chosen = {**self.about, "epoch": done.epoch, "holdout_top1": held.top1}
+                stored = self.metadata.to_dict() if self.metadata else {}
+                chosen = {**stored, "epoch": done.epoch, "holdout_top1": held.top1}
                 save_tensors(self.folder.best, self.trainer.outcome.state_dict(), chosen)
             self.history.write(self.folder)
         self.save()

@@ -237,7 +237,7 @@ def _judged(
             trained = rebuild(folder.path)
             pictures = open_data(recipe.data.name, recipe.data.dir).loader(
                 "val",
-                trained.preprocessing,
+                trained.metadata.preprocessing,
                 batch_size=recipe.data.known_batch_size,
                 workers=recipe.data.workers,
                 training=False,

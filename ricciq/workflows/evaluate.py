@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ricciq.data.dataset import PictureData
 from ricciq.data.open import open_data
@@ -19,8 +22,51 @@ from ricciq.errors import (
     ModelError,
     UsageError,
 )
-from ricciq.evaluation import evaluate
-from ricciq.workflows.saved import Target, open_target
+from ricciq.evaluation import Metrics, Predict, evaluating
+from ricciq.evaluation import evaluate as compare_predictors
+from ricciq.workflows.saved import Target, onnx_predictor, open_target
+
+
+def evaluate(
+    models: Mapping[str, Path | nn.Module | Predict],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    reference: str | None = None,
+) -> dict[str, Metrics]:
+    """Show the same images to several models or files.
+
+    Args:
+        models: by name; an ONNX file, a run folder, a model on any device, or a function from
+            (B, C, H, W) to (B, classes) logits.
+        batches: images and integer targets (B,), as `PictureData.loader` gives them.
+        reference: which of them agreement is counted with; by default the first.
+
+    Returns:
+        The metrics of each.
+
+    Raises:
+        DataError: there was no image, or a target is not among the classes.
+        ModelError: a file cannot be opened, or a model does not answer with a row of logits an
+            image.
+        DivergedError: a model answers with NaN or infinite numbers.
+    """
+    with ExitStack() as modes:
+        predictors: dict[str, Predict] = {}
+        for name, model in models.items():
+            if isinstance(model, nn.Module):
+                modes.enter_context(evaluating(model))
+                predictors[name] = _on_its_device(model)
+            elif isinstance(model, Path):
+                is_onnx = model.suffix == ".onnx" and not model.is_dir()
+                predictors[name] = onnx_predictor(model) if is_onnx else open_target(model).predict
+            else:
+                predictors[name] = model
+        return compare_predictors(predictors, batches, reference)
+
+
+def _on_its_device(model: nn.Module) -> Predict:
+    tensors = chain(model.parameters(), model.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return lambda images: model(images.to(device))
 
 
 def _check_classes(target: Target, path: Path, data: PictureData) -> None:
@@ -93,7 +139,9 @@ def evaluate_target(
         data.set_answers(data.num_classes, {"val": torch.cat(answers).numpy()})
     batches = loading()
     try:
-        metrics = evaluate(predictors, batches, "target" if reference is None else "reference")
+        metrics = compare_predictors(
+            predictors, batches, "target" if reference is None else "reference"
+        )
     except DivergedError as error:
         both = path if reference is None else f"{path} with --reference {reference}"
         raise ModelError(f"{both} cannot be evaluated: {error}") from None

@@ -6,14 +6,13 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from ricciq.deploy.export import accuracy_in_onnx, export_onnx, stored_in_onnx
+from ricciq.deploy.export import export_onnx
 from ricciq.deploy.formats.catalog import DEFAULT, find_format
 from ricciq.deploy.modules import deploy
-from ricciq.errors import (
-    UsageError,
-)
+from ricciq.errors import UsageError
 from ricciq.report.schema import load_report
 from ricciq.runs.folder import RunFolder
+from ricciq.runs.metadata import accuracy_for_onnx
 from ricciq.workflows.saved import rebuild
 
 
@@ -41,9 +40,9 @@ def export_run(
     trained = rebuild(path)
     model = chosen.apply(deploy(trained.model))
     folder = RunFolder(path if path.is_dir() else path.parent)
-    stored = stored_in_onnx(trained.about)
+    stored = trained.metadata.for_onnx()
     if chosen is DEFAULT and folder.is_finished and path in (folder.path, folder.best):
-        stored |= accuracy_in_onnx(load_report(folder.report).onnx.model_dump())
+        stored |= accuracy_for_onnx(load_report(folder.report).onnx)
     if output is None and not folder.is_ours:
         raise UsageError(f"{path} lies in no folder of a run; give --output and the file to write")
     written = output or folder.path / chosen.file
@@ -52,4 +51,4 @@ def export_run(
     if dry_run:
         return written
     with nullcontext() if output else folder.locked():
-        return export_onnx(model, written, trained.preprocessing, stored)
+        return export_onnx(model, written, trained.metadata.preprocessing, stored)

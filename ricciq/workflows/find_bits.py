@@ -17,7 +17,7 @@ from ricciq.convert.allocation import Overhead, allocate, average_bits
 from ricciq.convert.plan import Plan
 from ricciq.convert.rewrite import convert
 from ricciq.convert.sensitivity import Sensitivity, measure_sensitivity, widths_of
-from ricciq.deploy.export import export_onnx, stored_in_onnx
+from ricciq.deploy.export import export_onnx
 from ricciq.deploy.modules import DeployedWeight, deploy
 from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.errors import UsageError
@@ -197,7 +197,7 @@ def _size(job: Job, deployed: nn.Module) -> int:
     """Bytes of the file, as it will be when training is over."""
     with TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
-        export_onnx(deployed, path, job.preprocessing, stored_in_onnx(job.about))
+        export_onnx(deployed, path, job.preprocessing, job.metadata.for_onnx())
         return size_with_external_data(path) + SPARE
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ricciq._version import __version__
 from ricciq.convert.plan import Plan, plan_conversion
 from ricciq.data.dataset import PictureData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import UsageError
-from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import named_estimator
 from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
+from ricciq.runs.metadata import RunMetadata
 from ricciq.system.distributed import World, local_device
 from ricciq.system.journal import Journal
 from ricciq.training.optim import WithFeatures, check_training
@@ -89,16 +87,15 @@ class Job(NamedTuple):
             yield images.to(self.device)
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What has to be known to rebuild the model without its data."""
-        return {
-            "ricciq": __version__,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "preprocessing": self.preprocessing.to_dict(),
-            "class_names": self.data.class_names,
-            "labelled": self.data.labelled,
-            "plan": asdict(self.plan),
-        }
+    def metadata(self) -> RunMetadata:
+        """What is needed to rebuild the model without its data."""
+        return RunMetadata(
+            preprocessing=self.preprocessing,
+            class_names=self.data.class_names,
+            labelled=self.data.labelled,
+            recipe=self.recipe,
+            plan=self.plan,
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -203,12 +200,6 @@ def take_answers(job: Job) -> None:
         for split in splits
     }
     job.data.set_answers(job.data.num_classes, {s: a.numpy() for s, a in answers.items()})
-
-
-def correction_of(recipe: Recipe) -> Correction:
-    """What a recipe's method does to gradients."""
-    estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    return Correction(estimator, recipe.method.target)
 
 
 def is_distilled(job: Job) -> bool:

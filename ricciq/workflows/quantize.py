@@ -13,20 +13,19 @@ from statistics import fmean
 import torch
 
 from ricciq._version import __version__
-from ricciq.deploy.export import accuracy_in_onnx, add_metadata, export_onnx, stored_in_onnx
+from ricciq.deploy.export import add_metadata, export_onnx
 from ricciq.deploy.inspection import Inspection, inspect_onnx
 from ricciq.deploy.latency import Latency, measure_latency
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import size_with_external_data
-from ricciq.deploy.session import open_session, session_predictor
 from ricciq.errors import CheckpointError, DivergedError, InterruptedRunError
 from ricciq.evaluation import Guesses, Metrics, Predict, evaluate
-from ricciq.quant.quantizer import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.report.disagreements import find_disagreements
 from ricciq.report.page import write_pages
 from ricciq.report.schema import Report
 from ricciq.runs.folder import RunFolder, choose_run_folder
+from ricciq.runs.metadata import accuracy_for_onnx
 from ricciq.system.distributed import joined
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
@@ -38,6 +37,7 @@ from ricciq.workflows.job import (
     prepare,
     take_answers,
 )
+from ricciq.workflows.saved import onnx_predictor
 from ricciq.workflows.train import train
 
 
@@ -132,8 +132,7 @@ def _check_validation(job: Job, in_float: Guesses, journal: Journal) -> Metrics:
 
 
 def _export_float(job: Job, folder: RunFolder) -> None:
-    in_float = {"bits": {"weights": FLOAT_BITS, "activations": FLOAT_BITS}}
-    stored = stored_in_onnx(job.about) | in_float
+    stored = job.metadata.for_onnx(is_float=True)
     export_onnx(copy.deepcopy(job.model).cpu(), folder.float_onnx, job.preprocessing, stored)
 
 
@@ -148,19 +147,19 @@ def _finish(
     """Export, evaluate what was written, store the outcome in it, and report."""
     journal.say("exporting")
     deployed = deploy(job.model).cpu()
-    stored = stored_in_onnx(job.about)
+    stored = job.metadata.for_onnx()
     export_onnx(deployed, folder.onnx, job.preprocessing, stored)
     if not job.plan.layers:  # a float run: what it trained is the float model
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
-    in_onnx = Guesses(_onnx_predictor(folder.onnx))
+    in_onnx = Guesses(onnx_predictor(folder.onnx))
     predictors: dict[str, Predict] = {
         "quantized": deployed,
         "onnx": in_onnx,
-        "unoptimized": _onnx_predictor(folder.onnx, optimize=False),
+        "unoptimized": onnx_predictor(folder.onnx, optimize=False),
     }
     metrics = evaluate(predictors, job.loader("val"))
-    measured = accuracy_in_onnx(asdict(metrics["onnx"]))
+    measured = accuracy_for_onnx(metrics["onnx"])
     add_metadata(folder.onnx, measured)
     if not job.plan.layers:
         reference = metrics["quantized"]
@@ -178,10 +177,6 @@ def _finish(
     write_pages(folder, report)
     report.save(folder.report)
     return report
-
-
-def _onnx_predictor(path: Path, *, optimize: bool = True) -> Predict:
-    return session_predictor(open_session(path, optimize=optimize), path)
 
 
 def _report(

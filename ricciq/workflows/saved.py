@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from ricciq.convert.plan import Plan
 from ricciq.convert.rewrite import convert
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.deploy.modules import deploy
@@ -19,13 +16,12 @@ from ricciq.deploy.session import open_session, picture_input, session_metadata,
 from ricciq.errors import (
     CheckpointError,
     ModelError,
-    RecipeError,
     on_one_line,
 )
 from ricciq.evaluation import Predict
 from ricciq.models.factory import load_model
-from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
+from ricciq.runs.metadata import ModelMetadata, RunMetadata
 from ricciq.system.tensor_files import load_model_state, load_tensors
 
 
@@ -33,9 +29,7 @@ class Rebuilt(NamedTuple):
     """A trained model rebuilt from what its run saved."""
 
     model: nn.Module
-    recipe: Recipe
-    preprocessing: Preprocessing
-    about: dict[str, Any]
+    metadata: RunMetadata
 
 
 def rebuild(path: Path) -> Rebuilt:
@@ -51,28 +45,27 @@ def rebuild(path: Path) -> Rebuilt:
         CheckpointError: the file is missing, damaged, or not one of ours.
     """
     file = _weights_of(path)
-    tensors, about = load_tensors(file)
+    tensors, stored = load_tensors(file)
     try:
-        recipe = Recipe.from_values(about["recipe"], f"the recipe in {file}")
-        preprocessing = Preprocessing.from_dict(about["preprocessing"])
-        plan = _plan(about["plan"])
+        metadata = RunMetadata.from_dict(stored, file)
+        recipe = metadata.recipe
         loaded = load_model(
             recipe.model.name,
-            num_classes=len(_class_names(about)),
-            channels=preprocessing.input_size[0],
+            num_classes=len(metadata.class_names),
+            channels=metadata.preprocessing.input_size[0],
             checkpoint=None,
             pretrained=False,
             input_size=recipe.data.input_size,
         )
-        model = convert(loaded.model, plan, recipe.quantization.kinds)
-    except (KeyError, ValueError, RecipeError, ModelError) as error:
+        model = convert(loaded.model, metadata.plan, recipe.quantization.kinds)
+    except (ValueError, ModelError) as error:
         reason = on_one_line(error)
         raise CheckpointError(
             f"{file} does not say how to rebuild its model ({reason}); give a run's "
             "best.safetensors"
         ) from None
     load_model_state(model, tensors, file)
-    return Rebuilt(model.eval(), recipe, preprocessing, about)
+    return Rebuilt(model.eval(), metadata)
 
 
 def _weights_of(path: Path) -> Path:
@@ -80,18 +73,20 @@ def _weights_of(path: Path) -> Path:
     return RunFolder(path).best if os.path.isdir(path) else path
 
 
-def _plan(values: Any) -> Plan:
-    """A plan from plain values.
+def onnx_predictor(path: Path, *, optimize: bool = True) -> Predict:
+    """Logits of an ONNX file, which needs no metadata for it.
+
+    Args:
+        path: of the file.
+        optimize: let onnxruntime optimize the graph.
+
+    Returns:
+        A function from (B, C, H, W) images to (B, classes) logits, both on the CPU.
 
     Raises:
-        ValueError: something in it is of another type.
+        ModelError: the file is missing, damaged or no classifier.
     """
-    try:
-        return TypeAdapter(Plan).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("plan", *first["loc"])))
-        raise ValueError(f"{where}: {first['msg']}") from None
+    return session_predictor(open_session(path, optimize=optimize), path)
 
 
 class Target(NamedTuple):
@@ -121,44 +116,30 @@ def open_target(path: Path) -> Target:
         raise ModelError(f"there is no {path}; give an .onnx file, a run folder or a checkpoint")
     if path.is_dir() or path.suffix != ".onnx":
         trained = rebuild(path)
-        about = trained.about
-        return Target(
-            deploy(trained.model),
-            trained.preprocessing,
-            about["class_names"],
-            about.get("labelled", True),
-        )
+        return Target(deploy(trained.model), *_described(trained.metadata))
     session = open_session(path)
-    about = session_metadata(session, path)
+    stored = session_metadata(session, path)
     predict = session_predictor(session, path)
     try:
-        preprocessing = Preprocessing.from_dict(about["preprocessing"])
-        names = _class_names(about)
+        metadata = ModelMetadata.from_dict(stored, path)
     except ValueError as error:
         raise ModelError(
             f"{path} has damaged ricciq metadata ({error}); export it again with `ricciq export`"
         ) from None
+    expected, classes = metadata.preprocessing.input_size, len(metadata.class_names)
     size, answer = picture_input(session, path).size, None
-    if size == preprocessing.input_size:
+    if size == expected:
         answer = predict(torch.zeros(1, *size))
-    if answer is None or answer.shape[1] != len(names):
+    if answer is None or answer.shape[1] != classes:
         raise ModelError(
-            f"{path} has metadata of another model, with pictures of {preprocessing.input_size} "
-            f"and {len(names)} classes; export it again with `ricciq export`"
+            f"{path} has metadata of another model, with pictures of {expected} "
+            f"and {classes} classes; export it again with `ricciq export`"
         )
-    return Target(predict, preprocessing, names, about.get("labelled", True))
+    return Target(predict, *_described(metadata))
 
 
-def _class_names(about: Mapping[str, Any]) -> list[str]:
-    """The class names in a file's metadata.
-
-    Raises:
-        ValueError: there are none.
-    """
-    names = about.get("class_names")
-    if not (names and isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError("class_names that are no list of names")
-    return names
+def _described(metadata: ModelMetadata) -> tuple[Preprocessing, list[str], bool]:
+    return metadata.preprocessing, metadata.class_names, metadata.labelled
 
 
 def float_source(path: Path) -> dict[str, Any]:
@@ -168,16 +149,20 @@ def float_source(path: Path) -> dict[str, Any]:
         CheckpointError: the run's model is discrete already.
     """
     file = _weights_of(path)
-    _, about = load_tensors(file)
+    _, stored = load_tensors(file)
     try:
-        recipe, layers = about["recipe"], about["plan"]["layers"]
-        name, size = str(recipe["model"]["name"]), recipe["data"]["input_size"]
-    except (KeyError, TypeError):
+        metadata = RunMetadata.from_dict(stored, file)
+    except ValueError:
         raise CheckpointError(
             f"{file} does not name its model; give the timm name and --checkpoint {file}"
         ) from None
-    if layers:
+    if metadata.plan.layers:
         raise CheckpointError(
             f"{path} holds a model that is discrete already; start from a float one (--bits 32)"
         )
-    return {"model.name": name, "model.checkpoint": file, "data.input_size": size}
+    recipe = metadata.recipe
+    return {
+        "model.name": recipe.model.name,
+        "model.checkpoint": file,
+        "data.input_size": recipe.data.input_size,
+    }

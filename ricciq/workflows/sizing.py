@@ -12,6 +12,7 @@ import torch
 from ricciq.convert.rewrite import convert
 from ricciq.quant.grid import count_codes
 from ricciq.system.distributed import World, process_number
+from ricciq.training.loop import correction_of
 from ricciq.training.memory import (
     StepMemory,
     free_memory,
@@ -21,7 +22,7 @@ from ricciq.training.memory import (
     step_memory,
 )
 from ricciq.training.step import Trainer
-from ricciq.workflows.job import Job, correction_of, is_distilled
+from ricciq.workflows.job import Job, is_distilled
 
 
 def describe(job: Job) -> dict[str, Any]:

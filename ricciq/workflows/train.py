@@ -16,13 +16,12 @@ from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
 from ricciq.training.adaround import PICTURES, reconstruct
-from ricciq.training.loop import finetune
+from ricciq.training.loop import correction_of, finetune
 from ricciq.training.memory import LARGEST_BATCH
 from ricciq.training.state import Progressed, last_state
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.job import (
     Job,
-    correction_of,
     is_distilled,
 )
 from ricciq.workflows.sizing import find_batch_size
@@ -82,7 +81,7 @@ def train(
         device=job.device,
         folder=folder,
         teacher=teacher if is_distilled(job) else None,
-        about=job.about,
+        metadata=job.metadata,
         journal=journal,
         pictures=images,
         resume=resume,
@@ -91,7 +90,7 @@ def train(
     if not world.is_first:
         return done
     if not folder.best.is_file():  # no epoch was asked for: what calibration gave is the best
-        save_tensors(folder.best, job.model.state_dict(), job.about)
+        save_tensors(folder.best, job.model.state_dict(), job.metadata.to_dict())
     tensors, _ = load_tensors(folder.best)
     load_model_state(job.model, tensors, folder.best)
     if done.epoch and job.plan.layers:

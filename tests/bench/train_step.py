@@ -64,9 +64,9 @@ def ours(options: argparse.Namespace, traits: Sequence[str]) -> Callable[[], Non
     from ricciq.convert.rewrite import convert
     from ricciq.quant.calibration import calibrate
     from ricciq.recipe import Recipe
+    from ricciq.training.loop import correction_of
     from ricciq.training.metrics import Tally
     from ricciq.training.step import Trainer
-    from ricciq.workflows.job import correction_of
 
     device = torch.device(options.device)
     torch.manual_seed(0)

@@ -15,9 +15,10 @@ from ricciq.data.loader import Batch
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
+from ricciq.training.loop import correction_of
 from ricciq.training.metrics import Tally
 from ricciq.training.step import Trainer
-from ricciq.workflows.job import correction_of, prepare
+from ricciq.workflows.job import prepare
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(os.environ.get("RICCIQ_GPU_DEVICE", "cpu"))
