@@ -11,6 +11,7 @@ import typer
 
 from ricciq.cli import completion
 from ricciq.errors import UsageError
+from ricciq.estimators.catalog import named
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DATA = "Folder with train/ and val/, torch/, wds/ or hfds/NAME, or digits."
@@ -31,7 +32,7 @@ GradCheckpointing = Annotated[
     bool | None,
     typer.Option("--grad-checkpointing", help="Recompute activations, to save memory."),
 ]
-METHODS = "ricci, ste, ewgs, dsq, ede, lne, project or stochastic"
+METHODS = named()
 Method = Annotated[
     str | None,
     typer.Option(help=f"{METHODS}.", autocompletion=completion.one_of(completion.method_names)),

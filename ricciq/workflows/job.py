@@ -208,7 +208,7 @@ def take_answers(job: Job) -> None:
 def correction_of(recipe: Recipe) -> Correction:
     """What a recipe's method does to gradients."""
     estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    return Correction(estimator, recipe.method.target)
+    return Correction(estimator, recipe.method.corrects)
 
 
 def is_distilled(job: Job) -> bool:
