@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from ricciq.data.augmentation import Augmentation
 from ricciq.data.preprocessing import LARGEST_SIDE
 from ricciq.errors import RecipeError, did_you_mean
+from ricciq.estimators.catalog import CATALOG, DEFAULT, Target, all_settings
 
 if TYPE_CHECKING:
     from ricciq.quant.grid import Bits
@@ -157,38 +166,59 @@ class QuantizationSection(Section):
         return Kinds(self.weight_quantizer, self.act_quantizer, self.weight_norm, self.scale_search)
 
 
-class MethodSection(Section):
-    """The gradient estimator, and values that differ from what its name stands for.
+class _MethodSection(Section):
+    """The gradient estimator, and settings that differ from what its name stands for.
 
-    ``on`` says whose gradients it corrects: by default those of activations for ``ricci``, those of
-    weights for any other.
+    The settings, those of all estimators, are added from `ricciq.estimators.catalog`; whether the
+    named one has them is checked by `ricciq.estimators.registry.named_estimator`.
     """
 
-    name: Literal["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project", "stochastic"] = "ricci"
-    coordinate: Literal["residual", "weight"] | None = None
-    block: Literal["row", "kernel"] | Annotated[int, Field(ge=1)] | None = None
-    flow: Literal["linear", "euler", "none"] | None = None
-    correction: Literal["natural", "pullback", "parallel", "project", "staircase"] | None = None
-    time: Annotated[float, Field(ge=0)] | None = None
-    rho: Annotated[float, Field(gt=0, lt=1)] | None = None
-    tau_max: Positive | None = None
-    schedule: Literal["constant", "linear", "cosine", "growing", "measured"] | None = None
-    strength: float | None = None
-    delta: float | None = None
-    alpha: float | None = None
-    max_codes: Annotated[int, Field(ge=2)] | None = None
-    trust: Positive | None = None
-    on: Literal["weights", "activations", "both"] | None = None
+    name: str = DEFAULT
+    target: Target | None = Field(
+        default=None, description="whose gradients it corrects; null leaves that to the method"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_spelling(cls, values: Any) -> Any:
+        """Read ``on``, which ``target`` was called; YAML 1.1 takes it for true without quotes."""
+        if not isinstance(values, Mapping):
+            return values
+        others = {key: value for key, value in values.items() if key is not True and key != "on"}
+        if len(others) == len(values):
+            return values
+        old = [value for key, value in values.items() if key is True or key == "on"]
+        given = [value for value in (others.get("target"), *old) if value is not None]
+        if any(value != given[0] for value in given):
+            names = " and ".join(str(value) for value in given)
+            raise ValueError(f"target and on, its old name, differ ({names}); give target alone")
+        return {**others, "target": given[0] if given else None}
 
     @property
     def changes(self) -> dict[str, Any]:
         """What differs from the estimator that the name stands for."""
-        return self.model_dump(exclude={"name", "on"}, exclude_none=True)
+        return self.model_dump(exclude={"name", "target"}, exclude_none=True)
 
     @property
-    def target(self) -> Literal["weights", "activations", "both"]:
-        """Whose gradients are corrected."""
-        return self.on or ("activations" if self.name == "ricci" else "weights")
+    def corrects(self) -> Target:
+        """Whose gradients are corrected: those of `target`, or what the method is meant for."""
+        return self.target or CATALOG[self.name].target
+
+
+if TYPE_CHECKING:
+    MethodSection = _MethodSection
+else:
+    MethodSection = create_model(
+        "MethodSection",
+        __base__=_MethodSection,
+        __doc__=_MethodSection.__doc__,
+        __module__=__name__,
+        name=(Literal[tuple(CATALOG)], Field(DEFAULT, description="the gradient estimator")),
+        **{
+            name: (annotation | None, Field(None, description=description))
+            for name, (annotation, description) in all_settings().items()
+        },
+    )
 
 
 class TrainingSection(Section):
@@ -332,7 +362,10 @@ class Recipe(Section):
     def replace(self, values_by_key: Mapping[str, Any], source: str) -> Recipe:
         """A recipe with dotted keys replaced, None being a value; `source` names them in errors."""
         values = self.model_dump()
-        for key, value in values_by_key.items():
+        for given, value in values_by_key.items():
+            key = given
+            if given == "method.on" and "method.target" not in values_by_key:
+                key = "method.target"  # its old name goes before what the recipe has, too
             *sections, field = key.split(".")
             part = values
             for section in sections:

@@ -193,6 +193,19 @@ def test_a_trial_changes_method_rate_and_seed_only():
     assert trial.name == "ricci_block=9_time=0.05_correction=natural-lr3-seed7"
 
 
+@pytest.mark.parametrize("key", ["target", "on", "method.target", "method.on"])
+def test_a_trial_takes_a_target_under_its_old_name_too(key):
+    base = RECIPE.override({"method.target": "both", "method.rho": 0.5})
+    method = Trial(f"ricci:{key}=weights:correction=pullback", 1.0, 0).recipe(base).method
+    assert method.corrects == "weights"
+    assert method.changes == {"rho": 0.5, "correction": "pullback"}
+
+
+def test_a_trial_with_two_targets_is_refused():
+    with pytest.raises(RecipeError, match="its old name, differ"):
+        Trial("ricci:on=weights:target=both", 1.0, 0).recipe(RECIPE)
+
+
 BAD = ["stee", "ste:rho=0.5", "ricci:", "ricci:rho=2", "ricci:tim=1", "ricci:block=[", "ste:name=x"]
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ricciq.cli import completion, options
+from ricciq.cli import completion
 
 ASK = """
 import sys
@@ -107,8 +107,3 @@ def test_the_script_for_a_shell_is_shown():
 
 
 SHOW = "from ricciq.cli import main; main(['--show-completion', 'bash'])"
-
-
-def test_the_help_names_the_methods_that_are_offered() -> None:
-    named = options.METHODS.replace(" or ", ", ").split(", ")
-    assert sorted(named) == sorted(completion.method_names())

@@ -7,7 +7,8 @@ import torch
 from test_ricci import close, dense, direction, flowed, off_diagonal, sample, seeds, times
 
 from ricciq.estimators import ricci
-from ricciq.estimators.ricci_flow import CACHED, Flow, RicciFlow, Rule, Schedule
+from ricciq.estimators.catalog import Flow, Rule, Schedule
+from ricciq.estimators.ricci_flow import CACHED, RicciFlow
 
 CORRECTIONS: list[Rule] = ["natural", "pullback", "parallel", "project"]
 every_correction = pytest.mark.parametrize("correction", CORRECTIONS)

@@ -231,3 +231,54 @@ def test_a_codebook_has_no_form_of_several_planes(width):
     sentence = refusal({"quantization": {"weight_quantizer": "codebook", **width}})
     assert "a codebook has no" in sentence
     assert "give 1, 2, 4, 8 or ternary" in sentence
+
+
+# The method's target, which was called `on`
+
+
+@pytest.mark.parametrize(
+    "text", ["target: weights", "on: weights", "'on': weights", "on: null\n  target: weights"]
+)
+def test_a_target_is_read_under_its_old_name_too(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"method:\n  {text}\n")
+    recipe = Recipe.load(file)
+    assert recipe.method.corrects == "weights"
+    assert recipe == Recipe().override({"method.target": "weights"})
+    saved = yaml.safe_load(recipe.to_yaml())["method"]
+    assert saved["target"] == "weights"
+    assert "on" not in saved
+    assert True not in saved
+
+
+@pytest.mark.parametrize("name", ["on", "'on'"])
+def test_two_targets_are_refused(tmp_path, name):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"method:\n  target: weights\n  {name}: both\n")
+    with pytest.raises(RecipeError, match=r"its old name, differ \(weights and both\)") as refused:
+        Recipe.load(file)
+    assert "\n" not in str(refused.value)
+    file.write_text(f"method:\n  target: both\n  {name}: both\n")
+    assert Recipe.load(file).method.corrects == "both"
+
+
+def test_a_key_of_number_one_is_no_target():
+    with pytest.raises(RecipeError, match=r"method\.1"):
+        Recipe.from_values({"method": {1: "weights"}})
+
+
+def test_an_override_by_the_old_name_replaces_the_target():
+    recipe = Recipe().override({"method.target": "weights"})
+    assert recipe.override({"method.on": "both"}).method.target == "both"
+    with pytest.raises(RecipeError, match="differ"):
+        recipe.override({"method.on": "both", "method.target": "weights"})
+
+
+def test_the_recipe_of_a_run_of_version_0_1_0_is_the_same_recipe(tmp_path):
+    keys = "coordinate block flow correction time rho tau_max schedule strength delta alpha"
+    method = dict.fromkeys([*keys.split(), "max_codes", "trust", "on"])
+    values = Recipe().model_dump(mode="json") | {"method": {"name": "ricci", **method}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert "'on': null" in file.read_text()
+    assert Recipe.load(file) == Recipe()

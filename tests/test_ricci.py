@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.func import jacfwd, vmap
 
 from ricciq.estimators import ricci
+from ricciq.estimators.catalog import Flow
 from ricciq.estimators.ricci import Metric
-from ricciq.estimators.ricci_flow import Flow, RicciFlow
+from ricciq.estimators.ricci_flow import RicciFlow
 
 SEEDS = [0, 1, 2]
 seeds = pytest.mark.parametrize("seed", SEEDS)

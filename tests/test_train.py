@@ -69,7 +69,7 @@ class Run:
         self.job = prepare(recipe, CPU, Journal())
         self.model = self.job.model
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.correction = Correction(METHODS[recipe.method.name], recipe.method.target)
+        self.correction = Correction(METHODS[recipe.method.name], recipe.method.corrects)
         convert(self.model, self.job.plan)
         calibrate(self.model, [images for images, _ in islice(self.job.loader("fit"), 2)])
 
@@ -477,7 +477,7 @@ def test_the_latest_of_epochs_that_cannot_be_told_apart_is_chosen(tmp_path, monk
 def test_activation_gradients_are_corrected_where_the_recipe_asks_for_it(tmp_path, method):
     gradients = []
     for target in ("weights", "activations"):
-        recipe = RECIPE.override({"method.name": method, "method.on": target})
+        recipe = RECIPE.override({"method.name": method, "method.target": target})
         trainer = Run(tmp_path / target, recipe).trainer()
         # Those of weights as they are before their own correction.
         trainer.correction = Correction(METHODS["ste"])

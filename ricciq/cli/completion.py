@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
 
 from ricciq._version import __version__
 from ricciq.errors import RicciqError
+from ricciq.estimators.catalog import CATALOG
 
 Completion = Callable[[str], list[str]]
 
@@ -45,9 +45,7 @@ def some_of(names: Callable[[], Iterable[str]]) -> Completion:
 
 def method_names() -> Iterable[str]:
     """What --method takes."""
-    from ricciq.recipe import MethodSection
-
-    return get_args(MethodSection.model_fields["name"].annotation)
+    return CATALOG
 
 
 def recipe_names() -> Iterable[str]:

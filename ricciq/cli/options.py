@@ -13,6 +13,7 @@ from ricciq.cli import completion
 from ricciq.data.sources.catalog import data_help, root_help
 from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError
+from ricciq.estimators.catalog import named
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[str, typer.Option(help=data_help())]
@@ -31,7 +32,7 @@ GradCheckpointing = Annotated[
     bool | None,
     typer.Option("--grad-checkpointing", help="Recompute activations, to save memory."),
 ]
-METHODS = "ricci, ste, ewgs, dsq, ede, lne, project or stochastic"
+METHODS = named()
 Method = Annotated[
     str | None,
     typer.Option(help=f"{METHODS}.", autocompletion=completion.one_of(completion.method_names)),

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ricciq.estimators.ricci_flow import Coordinate
+from ricciq.estimators.catalog import Coordinate
 
 
 class Estimator(Protocol):

@@ -10,7 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ricciq.estimators.ricci_flow import Coordinate
+from ricciq.estimators.catalog import (
+    Coordinate,
+    ElementwiseScalingSettings,
+    SoftQuantizationSettings,
+)
 
 
 class _Elementwise(ABC):
@@ -36,24 +40,17 @@ class _Elementwise(ABC):
         progress: float = 0.0,
     ) -> Tensor:
         """See `Estimator.correct`."""
-        corrected = gradient * self.factor(gradient, xi, progress)
+        corrected = (gradient * self.factor(gradient, xi, progress)).to(gradient.dtype)
         return corrected if mask is None else corrected.where(mask, gradient)
 
 
 @dataclass(frozen=True)
-class ElementwiseScaling(_Elementwise):
+class ElementwiseScaling(ElementwiseScalingSettings, _Elementwise):
     """EWGS: steps grow that lead back to the level (Lee, Kim, Ham 2021, arXiv 2104.00903, eq. 4).
 
-    Attributes:
-        delta: strength. The error x - Q(x) counts in steps; the paper counts it in ranges.
+    The error x - Q(x) counts in steps; the paper counts it in ranges. From a strength above 2 on it
+    could turn gradients around.
     """
-
-    delta: float = 0.2
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a strength that could turn gradients around."""
-        if not 0 <= self.delta <= 2:
-            raise ValueError(f"delta is {self.delta!r}; give a number from 0 to 2.")
 
     def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:  # noqa: ARG002
         """1 + delta sign(G) (x - Q(x))."""
@@ -61,19 +58,11 @@ class ElementwiseScaling(_Elementwise):
 
 
 @dataclass(frozen=True)
-class SoftQuantization(_Elementwise):
+class SoftQuantization(SoftQuantizationSettings, _Elementwise):
     """DSQ: the slope of a staircase of tanh (Gong et al. 2019, arXiv 1908.05033, eq. 4 to 8).
 
-    Attributes:
-        alpha: its distance from the true staircase: near 0 all slope is at the thresholds.
+    ``alpha`` is its distance from the true staircase: near 0 all slope is at the thresholds.
     """
-
-    alpha: float = 0.2
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for an alpha no staircase has."""
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha!r}; give a number between 0 and 1.")
 
     def factor(self, gradient: Tensor, residual: Tensor, progress: float) -> Tensor:  # noqa: ARG002
         """Largest at the thresholds, 1 in the mean over a cell."""

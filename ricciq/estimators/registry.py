@@ -1,44 +1,39 @@
-"""Gradient estimators by name."""
+"""Estimators by name, made of their entries in `ricciq.estimators.catalog`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 from ricciq.errors import RecipeError
 from ricciq.estimators.base import Estimator
-from ricciq.estimators.elementwise import ElementwiseScaling, ErrorDecay, SoftQuantization
-from ricciq.estimators.ricci_flow import RicciFlow
-from ricciq.estimators.straight_through import StochasticRounding, StraightThrough
-
-METHODS: dict[str, Estimator] = {
-    "ricci": RicciFlow(correction="staircase", time=0.25, max_codes=4, trust=0.2),
-    "ste": StraightThrough(),
-    "ewgs": ElementwiseScaling(),
-    "dsq": SoftQuantization(),
-    "ede": ErrorDecay(),
-    "lne": RicciFlow(flow="none", correction="natural"),
-    "project": RicciFlow(correction="project"),
-    "stochastic": StochasticRounding(),
-}
-"""What each method name stands for."""
+from ricciq.estimators.catalog import CATALOG
 
 
 def named_estimator(name: str, changes: Mapping[str, Any]) -> Estimator:
-    """The estimator a method name stands for, with some of its values changed.
+    """The estimator that a method name stands for, with some of its settings changed.
+
+    Args:
+        name: a key of `CATALOG`.
+        changes: settings by name.
+
+    Returns:
+        The estimator.
 
     Raises:
-        RecipeError: the values do not hold, or the method has none of that name.
+        RecipeError: a value is out of bounds, or the method has no setting of that name.
     """
-    method: Any = METHODS[name]
-    known = {field.name for field in fields(method)}
-    if unknown := [key for key in changes if key not in known]:
+    entry = CATALOG[name]
+    settings = entry.defaults
+    if unknown := [key for key in changes if key not in settings]:
         raise RecipeError(
             f"method {name} has no {', '.join(unknown)}; remove it or choose another method"
         )
     try:
-        changed: Estimator = replace(method, **changes)
+        return cast(Estimator, entry.load()(**settings | dict(changes)))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"method {name} does not hold: {error}") from None
-    return changed
+
+
+METHODS: dict[str, Estimator] = {name: named_estimator(name, {}) for name in CATALOG}
+"""Each method with its own settings."""

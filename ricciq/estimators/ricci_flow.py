@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ricciq.estimators.catalog import FlowSettings
 from ricciq.estimators.ricci import (
     Metric,
     divergence,
@@ -30,10 +31,6 @@ from ricciq.estimators.ricci import (
     tau,
 )
 
-Coordinate = Literal["residual", "weight"]
-Flow = Literal["linear", "euler", "none"]
-Schedule = Literal["constant", "linear", "cosine", "growing", "measured"]
-Rule = Literal["natural", "pullback", "parallel", "project", "staircase"]
 STAGES = 64
 """How many values a slope takes on while the flow time changes."""
 SHARPEST = 0.02
@@ -58,8 +55,10 @@ class Geometry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RicciFlow:
+class RicciFlow(FlowSettings):
     """Correct gradients by the flow of an LNE metric, after the paper.
+
+    Its settings, with types, bounds and defaults, are `FlowSettings`.
 
     Example:
         >>> residual, gradient = torch.rand(8, 36) - 0.5, torch.randn(8, 36)
@@ -67,37 +66,9 @@ class RicciFlow:
         torch.Size([8, 36])
     """
 
-    coordinate: Coordinate = "residual"  # what callers pass as xi; a weight counts in steps
-    block: Literal["row", "kernel"] | int = "row"  # who shares a metric; the last may be shorter
-    flow: Flow = "linear"
-    correction: Rule = "pullback"  # parallel and project use no flow; staircase has no block
-    time: float = 0.1  # how long the metric flows
-    schedule: Schedule = "constant"  # of the time: over the training, or by each row's residuals
-    rho: float = 0.9  # bound on sigma
-    tau_max: float = 1.0  # bound on the curvature parameter
-    strength: float = 0.9  # coefficient of project
-    max_codes: int = 256  # a staircase of activations with more has STE's slope
-    trust: float | None = None  # the most half cells a weight may move in a step, if bounded
-
     def __post_init__(self) -> None:
-        """Raise ValueError for a setting that is unknown or out of range."""
-        rules, schedules = get_args(Rule), get_args(Schedule)
-        whole = type(self.block) is int and self.block >= 1
-        for name, good, remedy in [
-            ("coordinate", self.coordinate in get_args(Coordinate), "residual or weight"),
-            ("block", self.block in ("row", "kernel") or whole, "row, kernel or an integer from 1"),
-            ("flow", self.flow in get_args(Flow), "linear, euler or none"),
-            ("correction", self.correction in rules, " or ".join(rules)),
-            ("time", 0 <= self.time < math.inf, "a finite number from 0"),
-            ("schedule", self.schedule in schedules, " or ".join(schedules)),
-            ("rho", 0 < self.rho < 1, "a number between 0 and 1, both excluded"),
-            ("tau_max", 0 < self.tau_max < math.inf, "a finite number above 0"),
-            ("strength", math.isfinite(self.strength), "a finite number"),
-            ("max_codes", type(self.max_codes) is int and self.max_codes >= 2, "an integer from 2"),
-            ("trust", self.trust is None or self.trust > 0, "a number above 0"),
-        ]:
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give {remedy}.")
+        """Raise ValueError for a setting that is out of bounds or that a staircase has not."""
+        super().__post_init__()
         if self.correction == "staircase":
             for name, value, only in [
                 ("flow", self.flow, self.flow == "linear"),

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ricciq.estimators.ricci_flow import Coordinate
+from ricciq.estimators.catalog import Coordinate
 
 
 @dataclass(frozen=True)

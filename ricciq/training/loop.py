@@ -60,7 +60,7 @@ def correction_of(recipe: Recipe) -> Correction:
         RecipeError: there is no such estimator, or a setting of it is invalid.
     """
     estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    return Correction(estimator, recipe.method.target)
+    return Correction(estimator, recipe.method.corrects)
 
 
 def finetune(

@@ -68,8 +68,6 @@ class Trial(NamedTuple):
         name, *changes = self.method.split(":")
         section: dict[str, Any] = {"name": name}
         others: dict[str, Any] = {}
-        if name == base.method.name:
-            section |= base.method.model_dump(exclude_none=True)
         for change in changes:
             key, _, value = change.partition("=")
             # What has a dot is a key of another section, as in ricci:training.ema=0.99.
@@ -80,6 +78,11 @@ class Trial(NamedTuple):
                 raise RecipeError(
                     f"--methods {self.method} has no value in {change!r}; write it as block=9"
                 ) from None
+        if name == base.method.name:
+            shared = base.method.model_dump(exclude_none=True)
+            if "on" in section:  # the old name of `target`
+                shared.pop("target", None)
+            section = shared | section
         values = base.model_dump() | {"method": section, "seed": self.seed}
         where = f"--methods {self.method}"
         recipe = Recipe.from_values(values, where).replace(others, where)
@@ -105,7 +108,7 @@ def compare(
 
     Args:
         recipe: everything but the method and the seed; its seed is the first one.
-        methods: names of `ricciq.estimators.registry.METHODS`, each with changes of its values if
+        methods: names of `ricciq.estimators.catalog.CATALOG`, each with changes of its values if
             need be, as in ``"ricci:block=9:time=0.05"``, or of the recipe's, as in
             ``"ricci:training.ema=0.99"``; differences are taken to the first.
         seeds: how many, at least 2.

@@ -48,7 +48,7 @@ class Training:
         recipe = Trial(method, 1.0, 0).recipe(Recipe())
         estimator = named_estimator(recipe.method.name, recipe.method.changes)
         self.model = copy.deepcopy(model).train()
-        self.correction = Correction(estimator, recipe.method.target)
+        self.correction = Correction(estimator, recipe.method.corrects)
         if self.correction.on != "weights":
             ActivationCorrection(self.model, estimator)
         self.weights = discrete_weights(self.model)

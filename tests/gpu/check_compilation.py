@@ -15,8 +15,8 @@ KINDS = [
     {"method.name": "ste"},
     {"quantization.weight_quantizer": "odd", "quantization.act_quantizer": "pact"},
     {"quantization.weight_quantizer": "dorefa", "quantization.act_quantizer": "fixed"},
-    {"quantization.weight_quantizer": "codebook", "method.name": "dsq", "method.on": "both"},
-    {"method.name": "stochastic", "method.on": "both"},
+    {"quantization.weight_quantizer": "codebook", "method.name": "dsq", "method.target": "both"},
+    {"method.name": "stochastic", "method.target": "both"},
 ]
 
 

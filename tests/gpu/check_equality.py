@@ -27,10 +27,10 @@ QUANTIZERS = [
 ]
 ESTIMATORS = [
     *({"method.name": name} for name in METHODS if name != "stochastic"),
-    {"method.name": "ewgs", "method.on": "both"},
-    {"method.name": "ricci", "method.on": "weights", "method.correction": "pullback"},
-    {"method.name": "ricci", "method.on": "weights", "method.correction": "natural"},
-    {"method.name": "ricci", "method.on": "weights", "method.flow": "euler"}
+    {"method.name": "ewgs", "method.target": "both"},
+    {"method.name": "ricci", "method.target": "weights", "method.correction": "pullback"},
+    {"method.name": "ricci", "method.target": "weights", "method.correction": "natural"},
+    {"method.name": "ricci", "method.target": "weights", "method.flow": "euler"}
     | {"method.correction": "natural"},
 ]
 

@@ -170,7 +170,7 @@ def train(
         model.load_state_dict(start)
     recipe = Trial("ste" if method == "brevitas" else method, 1.0, seed).recipe(Recipe())
     estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    correction = Correction(estimator, recipe.method.target)
+    correction = Correction(estimator, recipe.method.corrects)
     if method == "brevitas":
         from brevitas_net import discretize
 

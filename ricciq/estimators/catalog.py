@@ -1,0 +1,249 @@
+"""The gradient estimators by name: settings, class, reference. Free of torch.
+
+To add one, write a module with its class, and an entry here. The recipe's section ``method``, the
+help of ``--method``, completion and the table in the README are made of these entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+Target = Literal["weights", "activations", "both"]
+Coordinate = Literal["residual", "weight"]
+Flow = Literal["linear", "euler", "none"]
+Rule = Literal["natural", "pullback", "parallel", "project", "staircase"]
+Schedule = Literal["constant", "linear", "cosine", "growing", "measured"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be set of an estimator: a base for its class, with checks made of the annotations.
+
+    Raises:
+        ValueError: a value has another type or is out of bounds; one sentence says what to give.
+    """
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name, setting in self.described().items():
+            value = getattr(self, name)
+            try:
+                setting.adapter.validate_python(value)
+            except ValidationError:
+                raise ValueError(f"{name} is {value!r}; give {setting.allowed}.") from None
+
+    @classmethod
+    def described(cls) -> dict[str, Setting]:
+        """Every setting, by name."""
+        return _described(cls)  # type: ignore[arg-type]  # takes it for an instance
+
+
+class Setting(NamedTuple):
+    """A setting of estimators.
+
+    Attributes:
+        annotation: type and bounds, as pydantic takes them.
+        description: for people, in a few words.
+        allowed: its values, in words.
+        adapter: checks a value, without changing it.
+    """
+
+    annotation: Any
+    description: str
+    allowed: str
+    adapter: TypeAdapter[Any]
+
+
+@cache
+def _described(kind: type[Settings]) -> dict[str, Setting]:
+    hints = get_type_hints(kind, include_extras=True)
+    config = ConfigDict(strict=True, allow_inf_nan=False)
+    found = {}
+    for name in (one.name for one in fields(kind)):
+        described = [part.description for part in get_args(hints[name])[1:] if part.description]
+        adapter: TypeAdapter[Any] = TypeAdapter(hints[name], config=config)
+        found[name] = Setting(
+            hints[name], " ".join(described), _allowed(adapter.json_schema()), adapter
+        )
+    return found
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    """What the JSON schema of a value allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_allowed(one) for one in schema["anyOf"] if one != {"type": "null"})
+    if "enum" in schema:
+        return " or ".join(schema["enum"])
+    bounds = [
+        f"{word} {schema[key]:g}"
+        for key, word in [
+            ("minimum", "from"),
+            ("exclusiveMinimum", "above"),
+            ("maximum", "to"),
+            ("exclusiveMaximum", "and below"),
+        ]
+        if key in schema
+    ]
+    return " ".join(["an integer" if schema["type"] == "integer" else "a finite number", *bounds])
+
+
+@dataclass(frozen=True)
+class FlowSettings(Settings):
+    """Those of `ricciq.estimators.ricci_flow.RicciFlow`."""
+
+    coordinate: Annotated[
+        Coordinate, Field(description="what stands for a weight: its residual, or it in steps")
+    ] = "residual"
+    block: Annotated[
+        Literal["row", "kernel"] | Annotated[int, Field(ge=1)],
+        Field(description="neighbours that share a metric; the last block of a row may be shorter"),
+    ] = "row"
+    flow: Annotated[
+        Flow, Field(description="how the metric flows: in closed form, by steps, or not at all")
+    ] = "linear"
+    correction: Annotated[
+        Rule,
+        Field(description="how the metric corrects; parallel and project use no flow"),
+    ] = "pullback"
+    time: Annotated[float, Field(ge=0, description="how long the metric flows")] = 0.1
+    schedule: Annotated[
+        Schedule, Field(description="of the time: over the training, or by each row's residuals")
+    ] = "constant"
+    rho: Annotated[float, Field(gt=0, lt=1, description="bound on sigma")] = 0.9
+    tau_max: Annotated[float, Field(gt=0, description="bound on the curvature parameter")] = 1.0
+    strength: Annotated[float, Field(description="coefficient of the correction project")] = 0.9
+    max_codes: Annotated[
+        int, Field(ge=2, description="a staircase of activations with more has STE's slope")
+    ] = 256
+    trust: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Field(description="the most half cells that a weight may move in an optimizer step"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ElementwiseScalingSettings(Settings):
+    """Those of `ricciq.estimators.elementwise.ElementwiseScaling`."""
+
+    delta: Annotated[
+        float, Field(ge=0, le=2, description="strength of ewgs, where w − ŵ counts in steps")
+    ] = 0.2
+
+
+@dataclass(frozen=True)
+class SoftQuantizationSettings(Settings):
+    """Those of `ricciq.estimators.elementwise.SoftQuantization`."""
+
+    alpha: Annotated[
+        float,
+        Field(gt=0, lt=1, description="near 0 the staircase of dsq has its slope at thresholds"),
+    ] = 0.2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An estimator.
+
+    Attributes:
+        path: "module:Class", the module inside `ricciq.estimators`.
+        line: what it makes of a gradient G at discrete values, for people.
+        reference: the paper, as an arXiv number.
+        target: whose gradients it corrects where a recipe does not say.
+        settings: what can be set of it; its class has the same.
+        values: those that this name stands for where they are not the class's own defaults.
+    """
+
+    path: str
+    line: str
+    reference: str | None = None
+    target: Target = "weights"
+    settings: type[Settings] = Settings
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every setting, with the value that the name stands for."""
+        return {**vars(self.settings()), **self.values}
+
+    def load(self) -> type[Any]:
+        """The estimator's class; imports its module, and torch with it."""
+        module, name = self.path.split(":")
+        return cast(type[Any], getattr(import_module(f"ricciq.estimators.{module}"), name))
+
+
+CATALOG: dict[str, Entry] = {
+    "ricci": Entry(
+        "ricci_flow:RicciFlow",
+        "G times the slope of the staircase of levels under the flow; see How it works",
+        target="activations",
+        settings=FlowSettings,
+        values={"correction": "staircase", "time": 0.25, "max_codes": 4, "trust": 0.2},
+    ),
+    "ste": Entry(
+        "straight_through:StraightThrough", "G: the straight-through estimator", "1308.3432"
+    ),
+    "ewgs": Entry(
+        "elementwise:ElementwiseScaling",
+        "G (1 + δ sign(G) (w − ŵ))",
+        "2104.00903",
+        settings=ElementwiseScalingSettings,
+    ),
+    "dsq": Entry(
+        "elementwise:SoftQuantization",
+        "G times the slope of a staircase of tanh",
+        "1908.05033",
+        settings=SoftQuantizationSettings,
+    ),
+    "ede": Entry(
+        "elementwise:ErrorDecay",
+        "G times a slope that sharpens while training goes on",
+        "1909.10788",
+    ),
+    "lne": Entry(
+        "ricci_flow:RicciFlow",
+        "g(0)⁻¹ G with the LNE metric, without a flow",
+        settings=FlowSettings,
+        values={"flow": "none", "correction": "natural"},
+    ),
+    "project": Entry(
+        "ricci_flow:RicciFlow",
+        "G without nine tenths of its part along the residual: what the LNE flow does to long rows",
+        settings=FlowSettings,
+        values={"correction": "project"},
+    ),
+    "stochastic": Entry(
+        "straight_through:StochasticRounding",
+        "G, where training rounds up or down by chance, right on average",
+        "1502.02551",
+    ),
+}
+"""Every estimator, in the order in which they are shown; the first is the default."""
+DEFAULT = next(iter(CATALOG))
+
+
+def all_settings() -> dict[str, tuple[Any, str]]:
+    """Annotation and description of the settings of all estimators together, by name.
+
+    Where estimators have different settings of one name, either holds.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for kind in dict.fromkeys(entry.settings for entry in CATALOG.values()):
+        for name, setting in kind.described().items():
+            annotation, description = setting.annotation, setting.description
+            if name in found:
+                annotation = found[name][0] | annotation
+                description = f"{found[name][1]}; {description}"
+            found[name] = annotation, description
+    return found
+
+
+def named() -> str:
+    """All names, as a sentence lists them."""
+    *names, last = CATALOG
+    return f"{', '.join(names)} or {last}"
