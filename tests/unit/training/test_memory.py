@@ -49,8 +49,9 @@ def test_a_teacher_and_fewer_moments_are_counted():
 
 MEASURE = """
 import timm, torch
-from ricciq.convert import convert, plan_conversion
-from ricciq.memory import step_memory
+from ricciq.convert.plan import plan_conversion
+from ricciq.convert.rewrite import convert
+from ricciq.training.memory import step_memory
 
 torch.set_num_threads(1)
 model = timm.create_model("resnet18", num_classes=10)
@@ -104,7 +105,7 @@ def test_auto_takes_what_fits(monkeypatch):
     job = prepare(RECIPE.override({"data.batch_size": "auto"}), CPU, Journal())
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     assert find_batch_size(job) == 256
-    monkeypatch.setattr("ricciq.workflows.job.free_memory", lambda _: 10_000_000)
+    monkeypatch.setattr("ricciq.workflows.sizing.free_memory", lambda _: 10_000_000)
     small = find_batch_size(job)
     assert small < 256
     assert describe(job)["batch_size"] == small
