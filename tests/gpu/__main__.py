@@ -11,7 +11,7 @@ Python and the platform of the GPU machine, and Brevitas beside them to be compa
         --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 -d wheels \
         timm pydantic pydantic-core annotated-types typing-inspection brevitas dependencies unfoldNd
 
-Fashion-MNIST is optional: `python tests/fashion.py fashion` lays out the four files.
+Fashion-MNIST is optional: `python tests/support/fashion.py fashion` lays out the four files.
 
 Parts run one after the other, the most telling first, each in a process of its own with a limit,
 eight minutes in all (`--minutes`); `--only correct step` runs those whose names begin so. The table
@@ -34,7 +34,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tests" / "bench")]
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tests" / "benchmarks")]
 
 from parts import (  # noqa: E402
     Context,
@@ -103,7 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("gpu"), help="folder of the report")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to use for this run")
-    parser.add_argument("--fashion", type=Path, help="folder that tests/fashion.py made")
+    parser.add_argument("--fashion", type=Path, help="folder that tests/support/fashion.py made")
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is a GPU")
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names of parts")

@@ -28,7 +28,7 @@ def outcome(model, images):
     return answer.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.skipif(TINY, reason="tests/test_compile.py does it on a CPU")
+@pytest.mark.skipif(TINY, reason="tests/compatibility/test_compile.py does it on a CPU")
 @pytest.mark.parametrize("flags", KINDS, ids=str)
 def test_no_graph_breaks(flags):
     torch._dynamo.reset()

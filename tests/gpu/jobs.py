@@ -76,7 +76,7 @@ def fashion(context: Context, tell: Tell) -> None:
 
 def _fashion(context: Context) -> Path:
     if context.fashion is None:
-        raise MissingError("Fashion-MNIST: lay out its files with tests/fashion.py, give --fashion")
+        raise MissingError("Fashion-MNIST: give --fashion what tests/support/fashion.py laid out")
     return context.fashion
 
 
@@ -131,7 +131,7 @@ def split(context: Context, tell: Tell) -> None:
 def cifar(context: Context, tell: Tell) -> None:
     """cifar_resnet20 on Fashion-MNIST: the float start, W2 A2, W1 A2, as many epochs as fit."""
     folder, end = _fashion(context), time.monotonic() + context.seconds
-    recipe = Path(__file__).resolve().parent.parent / "study" / "resnet20.yaml"
+    recipe = Path(__file__).resolve().parent.parent / "studies" / "resnet20.yaml"
     if context.tiny:
         few = Recipe.load(recipe).override({"data.train_samples": 256, "training.epochs": 1})
         recipe = context.folder / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""The time of a training step, of every variant that `tests/bench/train_step.py` knows."""
+"""The time of a training step, of every variant that `tests/benchmarks/train_step.py` knows."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import ricciq.models.factory  # noqa: F401  registers the bundled nets with timm
 from ricciq.errors import RecipeError
 from ricciq.recipe import MAX_BYTES, Recipe, find_recipe, shipped_recipes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import typer
 from ricciq.cli.app import app, main
 from ricciq.recipe import shipped_recipes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Answer(NamedTuple):

@@ -1,6 +1,6 @@
 """Fashion-MNIST from Debian's package dataset-fashion-mnist, laid out as torchvision expects it.
 
-Run as a script, `python tests/fashion.py DIR` prints the folder to give to --data-dir.
+Run as a script, `python tests/support/fashion.py DIR` prints the folder to give to --data-dir.
 """
 
 import gzip
@@ -36,7 +36,7 @@ def lay_out_fashion_mnist(target: Path) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/fashion.py DIR")
+        sys.exit("usage: python tests/support/fashion.py DIR")
     if not FASHION_AVAILABLE:
         sys.exit(f"{PACKAGE} is missing: apt-get install dataset-fashion-mnist")
     print(lay_out_fashion_mnist(Path(sys.argv[1])))

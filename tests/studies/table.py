@@ -1,10 +1,10 @@
 """What rows of a study say: a line for each setting and method, paired by seed with the first.
 
-python tests/study/table.py tests/study/confirmed.csv
-python tests/study/table.py tests/study/ablations.csv --across    # a column a setting
-python tests/study/table.py tests/study/techniques.csv --across --first ricci
-python tests/study/table.py tests/study/bits.csv --across --first METHOD,METHOD    # to their mean
-python tests/study/table.py ROWS --recipes --first "brevitas, without a teacher"    # to another's
+python tests/studies/table.py tests/studies/confirmed.csv
+python tests/studies/table.py tests/studies/ablations.csv --across    # a column a setting
+python tests/studies/table.py tests/studies/techniques.csv --across --first ricci
+python tests/studies/table.py tests/studies/bits.csv --across --first METHOD,METHOD  # to their mean
+python tests/studies/table.py ROWS --recipes --first "brevitas, without a teacher"    # to another's
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ EXAMPLES = [
 COLOUR = re.compile(r"\x1b\[[\d;]*[34]\dm")
 BAR = """
 from rich.console import Console
-from ricciq.journal import Journal
+from ricciq.system.journal import Journal
 with Journal(Console(stderr=True)).bar("epoch 1/3", 50) as advance:
     for _ in range(50):
         advance(lambda: "loss 1.234")

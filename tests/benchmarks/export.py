@@ -1,6 +1,6 @@
 """Size, fusion, speed and memory of exported timm models against their float ONNX: only prints.
 
-    python tests/bench/export.py resnet18 --bits 2
+    python tests/benchmarks/export.py resnet18 --bits 2
 
 Weights are random: neither size nor speed depends on them. Latencies come from one interleaved run.
 """

@@ -1,6 +1,6 @@
 """What the correction of gradients costs in a training step of a timm model: only prints.
 
-    python tests/bench/correction.py resnet50 --batch 32 --methods ricci,project
+    python tests/benchmarks/correction.py resnet50 --batch 32 --methods ricci,project
 
 Whole steps (forward, backward, correction, optimizer) under the straight-through estimator and
 under each method take turns in one run, each with a copy of the model of its own; the share is what

@@ -282,7 +282,7 @@ def test_what_is_replaced_can_be_kept(tmp_path):
 FILL_THE_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from ricciq.checkpoint import save_tensors
+from ricciq.system.tensor_files import save_tensors
 from ricciq.errors import RicciqError
 
 path, previous = Path(sys.argv[1], "last"), Path(sys.argv[1], "previous")

@@ -91,7 +91,7 @@ MODELS: dict[str, tuple[Any, int | str, int]] = {
 }
 
 
-# tests/test_export.py looks at the form of every width.
+# tests/unit/deploy/test_export.py looks at the form of every width.
 UNLIKE_RESNETS = ["mobilenet W4 A8", "vit W4 A8"]
 
 

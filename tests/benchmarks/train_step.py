@@ -1,7 +1,7 @@
 """A training step of float, of ours and of Brevitas: time, images a second, peak memory.
 
-    python tests/bench/train_step.py resnet18 --batch 32
-    python tests/bench/train_step.py resnet50 --batch 256 --device cuda --amp --steps 10 --profile
+    python tests/benchmarks/train_step.py resnet18 --batch 32
+    python tests/benchmarks/train_step.py resnet50 --batch 256 --device cuda --amp --profile
 
 Every variant is a process of its own, so that its peak memory is its own; in every round each takes
 a turn of so many steps while the others wait. A ratio is the median over rounds of two times of the

@@ -163,7 +163,7 @@ def test_a_kill_while_writing_changes_nothing(recipe, undisturbed, tmp_path, whe
 
 SLOWLY = """
 import time
-from ricciq.trainer import Trainer
+from ricciq.training.step import Trainer
 
 step = Trainer.step
 def slow(*arguments, **options):
@@ -174,7 +174,7 @@ Trainer.step = slow
 NOTE_FIRST_STEP = """
 from pathlib import Path
 from typing import Any
-from ricciq.trainer import Trainer
+from ricciq.training.step import Trainer
 
 step = Trainer.step
 def noting(trainer, batches, tally, update, measure):

@@ -1,9 +1,9 @@
 """The study: settings, methods, seeds, and a row of a CSV file for every run.
 
-    python tests/fashion.py FASHION                               # lays the data out
-    python tests/study/study.py FASHION FLOATS                    # trains float starts, once
-    python tests/study/study.py FASHION FLOATS rows.csv w1a1 ste,ricci:time=0.1
-    python tests/study/study.py FASHION FLOATS confirmed.csv w1a1 ste,ricci --seeds 100-119 --test
+    python tests/support/fashion.py FASHION                               # lays the data out
+    python tests/studies/study.py FASHION FLOATS                    # trains float starts, once
+    python tests/studies/study.py FASHION FLOATS rows.csv w1a1 ste,ricci:time=0.1
+    python tests/studies/study.py FASHION FLOATS confirmed.csv w1a1 ste,ricci --seeds 100-119 --test
 
 Fashion-MNIST's 60,000 training pictures are shuffled once: the first 45,000 train float starts and
 give every run its subset, the last 15,000 judge. With `--test` the 10,000 test pictures judge: for
@@ -215,7 +215,7 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("fashion", type=Path, help="what tests/fashion.py laid out")
+    parser.add_argument("fashion", type=Path, help="what tests/support/fashion.py laid out")
     parser.add_argument("floats", type=Path, help="folder of the float starts")
     parser.add_argument("rows", type=Path, nargs="?", help="CSV to add to; none: train the starts")
     parser.add_argument("settings", nargs="?", default="w1a2", help=", ".join(SETTINGS))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-STUDY = Path(__file__).parent / "study"
+STUDY = Path(__file__).parent.parent / "studies"
 UNIFORM = "ricci:quantization.weight_bits=2,ricci:quantization.weight_bits=3"
 PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
 

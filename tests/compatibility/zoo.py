@@ -1,9 +1,9 @@
 """Coverage of timm's model zoo: the smallest model of every timm module goes the whole path.
 
-    python tests/zoo.py --output zoo                      # all modules; again: only what is missing
-    python tests/zoo.py --output zoo --again-failed       # those that failed once more
-    python tests/zoo.py --output zoo --shard 1/2          # the first half, for one of two machines
-    python tests/zoo.py --output zoo --table              # only print what is there
+    python tests/compatibility/zoo.py --output zoo                 # all; again: what is missing
+    python tests/compatibility/zoo.py --output zoo --again-failed  # those that failed once more
+    python tests/compatibility/zoo.py --output zoo --shard 1/2     # the first half, of two machines
+    python tests/compatibility/zoo.py --output zoo --table         # only print what is there
 
 The path is a user's: load a checkpoint, plan, convert, calibrate, train an epoch, export, evaluate
 the files with onnxruntime's optimizations off and on, time them, report. A model that fails, hangs

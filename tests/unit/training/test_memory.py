@@ -49,8 +49,9 @@ def test_a_teacher_and_fewer_moments_are_counted():
 
 MEASURE = """
 import timm, torch
-from ricciq.convert import convert, plan_conversion
-from ricciq.memory import step_memory
+from ricciq.convert.plan import plan_conversion
+from ricciq.convert.rewrite import convert
+from ricciq.training.memory import step_memory
 
 torch.set_num_threads(1)
 model = timm.create_model("resnet18", num_classes=10)

@@ -181,7 +181,7 @@ def test_a_budget_below_the_least_is_refused_and_the_least_itself_is_not() -> No
 
 NOISE = """
 import ctypes
-from ricciq.allocation import _silent
+from ricciq.convert.allocation import _silent
 library = ctypes.CDLL(None)
 library.puts(b"before")
 try:
@@ -193,8 +193,8 @@ except ValueError:
 """
 SOLVED = """
 import random
-from ricciq.allocation import allocate
-from ricciq.sensitivity import WIDTHS, Sensitivity
+from ricciq.convert.allocation import allocate
+from ricciq.convert.sensitivity import WIDTHS, Sensitivity
 rng, layers = random.Random(14), []
 for n in range(20):
     size = rng.choice([432, 2304, 4608, 9216])

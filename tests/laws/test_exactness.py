@@ -2,7 +2,7 @@
 
 The networks are drawn at random, the same ones every time. To hunt with more and fresh ones:
 
-    RICCIQ_NETWORKS=150 RICCIQ_LAYERS=5000 pytest tests/test_exactness.py --hypothesis-seed=1
+    RICCIQ_NETWORKS=150 RICCIQ_LAYERS=5000 pytest tests/laws/test_exactness.py --hypothesis-seed=1
 """
 
 import copy

@@ -15,7 +15,7 @@ import torch
 import yaml
 from command import check_command
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
