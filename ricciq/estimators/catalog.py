@@ -98,32 +98,41 @@ class FlowSettings(Settings):
     """Those of `ricciq.estimators.ricci_flow.RicciFlow`."""
 
     coordinate: Annotated[
-        Coordinate, Field(description="what stands for a weight: its residual, or it in steps")
+        Coordinate,
+        Field(description="Coordinate of a weight: its residual, or its value in scales."),
     ] = "residual"
     block: Annotated[
         Literal["row", "kernel"] | Annotated[int, Field(ge=1)],
-        Field(description="neighbours that share a metric; the last block of a row may be shorter"),
+        Field(description="Weights that share a metric: the row, a kernel, or so many neighbours."),
     ] = "row"
     flow: Annotated[
-        Flow, Field(description="how the metric flows: in closed form, by steps, or not at all")
+        Flow, Field(description="How the metric flows: in closed form, by one Euler step, or not.")
     ] = "linear"
     correction: Annotated[
         Rule,
-        Field(description="how the metric corrects; parallel and project use no flow"),
+        Field(description="Rule of the correction; parallel and project use no flow."),
     ] = "pullback"
-    time: Annotated[float, Field(ge=0, description="how long the metric flows")] = 0.1
+    time: Annotated[float, Field(ge=0, description="Time of the flow.")] = 0.1
     schedule: Annotated[
-        Schedule, Field(description="of the time: over the training, or by each row's residuals")
+        Schedule,
+        Field(description="How the time changes during training, or with a row's residuals."),
     ] = "constant"
-    rho: Annotated[float, Field(gt=0, lt=1, description="bound on sigma")] = 0.9
-    tau_max: Annotated[float, Field(gt=0, description="bound on the curvature parameter")] = 1.0
-    strength: Annotated[float, Field(description="coefficient of the correction project")] = 0.9
+    rho: Annotated[
+        float,
+        Field(
+            gt=0, lt=1, description="Bound on sigma, the squared norm of tanh(tau r) over a block."
+        ),
+    ] = 0.9
+    tau_max: Annotated[float, Field(gt=0, description="Bound on the curvature parameter tau.")] = (
+        1.0
+    )
+    strength: Annotated[float, Field(description="Coefficient of the correction project.")] = 0.9
     max_codes: Annotated[
-        int, Field(ge=2, description="a staircase of activations with more has STE's slope")
+        int, Field(ge=2, description="Levels of activations up to which staircase corrects.")
     ] = 256
     trust: Annotated[
         Annotated[float, Field(gt=0)] | None,
-        Field(description="the most half cells that a weight may move in an optimizer step"),
+        Field(description="Half cells that a weight may move at most in an optimizer step."),
     ] = None
 
 
@@ -132,7 +141,7 @@ class ElementwiseScalingSettings(Settings):
     """Those of `ricciq.estimators.elementwise.ElementwiseScaling`."""
 
     delta: Annotated[
-        float, Field(ge=0, le=2, description="strength of ewgs, where w − ŵ counts in steps")
+        float, Field(ge=0, le=2, description="Strength of ewgs, where w − ŵ is counted in scales.")
     ] = 0.2
 
 
@@ -142,7 +151,11 @@ class SoftQuantizationSettings(Settings):
 
     alpha: Annotated[
         float,
-        Field(gt=0, lt=1, description="near 0 the staircase of dsq has its slope at thresholds"),
+        Field(
+            gt=0,
+            lt=1,
+            description="Shape of dsq's staircase: near 0, all slope is at the thresholds.",
+        ),
     ] = 0.2
 
 

@@ -1,6 +1,6 @@
 """Write the README's tables of methods and of their settings, from the catalogue of estimators.
 
-python tests/methods_table.py
+python tests/support/methods_table.py
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ricciq.estimators.catalog import CATALOG, Entry, all_settings
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent.parent.parent / "README.md"
 METHODS = "| `--method` | a gradient G at discrete values becomes | of |"
 SETTINGS = "| setting under `method:` | values | default | what it is |"
 

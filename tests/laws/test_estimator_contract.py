@@ -203,7 +203,7 @@ def test_help_and_completion_name_every_method():
 
 def test_the_tables_of_the_readme_are_those_of_the_catalogue():
     page = README.read_text(encoding="utf-8")
-    assert with_tables(page) == page, "run python tests/methods_table.py"
+    assert with_tables(page) == page, "run python tests/support/methods_table.py"
 
 
 def test_the_catalogue_does_not_import_torch():

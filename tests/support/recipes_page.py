@@ -9,7 +9,7 @@ from typing import Any
 
 from ricciq.cli.keys import recipe_keys
 
-FILE = Path(__file__).parent.parent / "recipes" / "README.md"
+FILE = Path(__file__).parent.parent.parent / "recipes" / "README.md"
 HEAD = """# Recipes
 
 A recipe is a YAML file of the values that differ from the defaults, in sections: `lr: 0.004` below
@@ -17,7 +17,8 @@ A recipe is a YAML file of the values that differ from the defaults, in sections
 `--recipe NAME` takes by name; `ricciq recipes cp NAME mine.yaml` copies one to change. A run saves
 its whole recipe as `recipe.yaml`.
 
-The keys, as `ricciq recipes keys` prints them (this page is made by `python tests/reference.py`):
+The keys, as `ricciq recipes keys` prints them; `python tests/support/recipes_page.py` makes this
+page:
 """
 
 
