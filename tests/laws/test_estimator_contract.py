@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
-from methods_table import README, with_tables
+from methods_table import README, with_methods
 from torch import Tensor
 
 from ricciq.cli import completion, options
@@ -203,7 +203,7 @@ def test_help_and_completion_name_every_method():
 
 def test_the_tables_of_the_readme_are_those_of_the_catalogue():
     page = README.read_text(encoding="utf-8")
-    assert with_tables(page) == page, "run python tests/support/methods_table.py"
+    assert with_methods(page) == page, "run python tests/support/methods_table.py"
 
 
 def test_the_catalogue_does_not_import_torch():

@@ -1,4 +1,6 @@
-"""Write the README's tables of methods and of their settings, from the catalogue of estimators.
+"""The tables of methods and their settings, from the catalogue of estimators.
+
+Run as a script, it writes the README's:
 
 python tests/support/methods_table.py
 """
@@ -46,15 +48,13 @@ def _defaults(name: str, owners: dict[str, Entry]) -> str:
     return "; ".join(f"{value} ({', '.join(keys)})" for value, keys in methods.items())
 
 
-def with_tables(page: str) -> str:
-    """A README with the tables that begin with these headers made anew."""
-    for header, table in ((METHODS, methods()), (SETTINGS, settings())):
-        before, found, rest = page.partition(header)
-        if not found:
-            raise ValueError(f"the README has no table that begins with {header}")
-        page = before + table + "\n\n" + rest.partition("\n\n")[2]
-    return page
+def with_methods(page: str) -> str:
+    """A README with the table of methods made anew."""
+    before, found, rest = page.partition(METHODS)
+    if not found:
+        raise ValueError(f"the README has no table that begins with {METHODS}")
+    return before + methods() + "\n\n" + rest.partition("\n\n")[2]
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(with_methods(README.read_text(encoding="utf-8")), encoding="utf-8")

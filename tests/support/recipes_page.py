@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from methods_table import settings
+
 from ricciq.cli.keys import recipe_keys
 
 FILE = Path(__file__).parent.parent.parent / "recipes" / "README.md"
@@ -26,7 +28,12 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for section, rows in groupby(recipe_keys(), key=lambda row: row["key"].rpartition(".")[0]):
-        parts.append(f"\n**{section or 'at the top'}**\n\n" + "\n".join(_table(list(rows))) + "\n")
+        keys = list(rows)
+        if section == "method":  # defaults of settings depend on the method
+            keys = [row for row in keys if row["key"] in ("method.name", "method.target")]
+        parts.append(f"\n**{section or 'at the top'}**\n\n" + "\n".join(_table(keys)) + "\n")
+        if section == "method":
+            parts.append(f"\n{settings()}\n")
     return "".join(parts)
 
 
