@@ -24,6 +24,7 @@ from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import reconstruct
 from ricciq.workflows import quantize as pipeline
+from ricciq.workflows import train as training
 from ricciq.workflows.job import Job, prepare
 
 CPU = torch.device("cpu")
@@ -370,14 +371,14 @@ def test_two_bits_without_training_lose_little(tmp_path: Path, act_bits: int) ->
 def test_training_starts_from_the_nearest_levels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "reconstruct", None)
+    monkeypatch.setattr(training, "reconstruct", None)
     changes = {"training.epochs": 1, "data.train_samples": 64}
     trained(tmp_path / "run", prepare(RECIPE.override(changes), CPU, Journal()))
 
 
 def test_labels_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few pictures are chosen so that each class is among them: all leave nothing to choose.
-    monkeypatch.setattr(pipeline, "PICTURES", 10_000)
+    monkeypatch.setattr(training, "PICTURES", 10_000)
     changes = {"data.calibration_batches": 30, "quantization.reconstruction": 5}
     models = []
     for name in ("right", "wrong"):
