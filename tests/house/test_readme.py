@@ -50,6 +50,7 @@ def in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_python_runs(in_a_shell: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, parts = blocks("python")
     exec(compile(script, "README.md", "exec"), {})
@@ -63,6 +64,7 @@ def test_the_python_runs(in_a_shell: Path, capsys: pytest.CaptureFixture[str]) -
     assert "model.onnx" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_job_for_a_pipeline_runs(in_a_shell: Path) -> None:
     (job,) = blocks("yaml")
     steps = yaml.safe_load(job)["jobs"]["quantize"]["steps"]
