@@ -278,6 +278,7 @@ def test_calibration_sees_every_class_of_a_sorted_folder(picture_folder: Path) -
     assert brightness[-1] - brightness[0] > 0.5  # the two classes lie 100 of 255 apart
 
 
+@pytest.mark.slow
 def test_a_run_does_not_overwrite_the_weights_it_starts_from(
     ricciq: Callable[..., Answer], tmp_path: Path
 ) -> None:

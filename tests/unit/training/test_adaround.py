@@ -183,6 +183,7 @@ def test_what_takes_no_part_stays_as_it_was(learned: Learned) -> None:
     assert changed == expected
 
 
+@pytest.mark.slow
 def test_more_steps_come_nearer() -> None:
     last = []
     for steps in (5, STEPS):
@@ -212,6 +213,7 @@ def test_other_weights_stay_and_their_biases_are_put_right(changes: dict[str, An
         assert channel_means(error).abs().max() < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -335,6 +337,7 @@ def test_modes_and_what_is_trained_are_as_before() -> None:
     assert all(module.training for module in teacher.modules())
 
 
+@pytest.mark.slow
 def test_the_same_pictures_give_the_same_bits() -> None:
     models = []
     for seed in (0, 1):  # of what else is random
@@ -356,6 +359,7 @@ def accuracy(job: Job) -> float:
     return evaluate({"model": job.model}, job.loader("val"))["model"].top1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_bits", [2, 4])
 def test_two_bits_without_training_lose_little(tmp_path: Path, act_bits: int) -> None:
     found = {}
@@ -376,6 +380,7 @@ def test_training_starts_from_the_nearest_levels(
     trained(tmp_path / "run", prepare(RECIPE.override(changes), CPU, Journal()))
 
 
+@pytest.mark.slow
 def test_labels_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few pictures are chosen so that each class is among them: all leave nothing to choose.
     monkeypatch.setattr(training, "PICTURES", 10_000)
