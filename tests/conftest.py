@@ -1,12 +1,18 @@
-"""A small residual network with every awkward layer, and its exports, each made once a session."""
+"""What many tests start from, each made once a session.
 
-from collections.abc import Callable
+A small residual network with every awkward layer, its exports, and a finished run.
+"""
+
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
+from command import MAIN_JOB, ricciq
+from filelock import FileLock
 from torch import Tensor, nn
 
 from ricciq.convert.plan import Plan
@@ -143,3 +149,44 @@ def exported(
         return Export(plan, model, deployed, path, inspect_onnx(path))
 
     return export
+
+
+@pytest.fixture(scope="session")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Makes the run of a command line once a session, in whichever of its processes needs it first.
+
+    The folder is for reading only, which is checked at the end: to change something, copy it. What
+    the command printed with --json is in `printed.json` beside it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    made: dict[Path, dict[str, tuple[int, int]]] = {}
+
+    def run(name: str, *line: str | Path) -> Path:
+        place = shared / f"run once {name}"
+        place.mkdir(exist_ok=True)
+        folder, printed = place / "run", place / "printed.json"
+        with FileLock(place / "lock"):
+            if not printed.exists():
+                answer = ricciq(*line, "--output", folder, "--json")
+                assert answer.code == 0, answer.err
+                printed.write_text(answer.out)
+        made.setdefault(folder, contents(folder))
+        return folder
+
+    yield run
+    for folder, before in made.items():
+        assert contents(folder) == before, "a test has changed a run that others read"
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file, but for the one that is locked while a command reads."""
+    found = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+@pytest.fixture(scope="session")
+def finished_run(run_once: Callable[..., Path]) -> Path:
+    """The folder of a finished run with two bits, for tests that only read one."""
+    return run_once("finished", *MAIN_JOB, "--epochs", "2")

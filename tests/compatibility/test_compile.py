@@ -14,6 +14,8 @@ from ricciq.estimators.registry import named_estimator
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.quantizer import Kinds
 
+pytestmark = pytest.mark.slow
+
 # Capture and differentiation happen as in every compilation; only code is not generated.
 BACKEND = "aot_eager"
 

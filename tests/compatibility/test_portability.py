@@ -32,6 +32,8 @@ from ricciq.deploy.session import open_session, session_predictor
 from ricciq.models.factory import load_model
 from ricciq.quant.calibration import calibrate
 
+pytestmark = pytest.mark.slow
+
 ASKED = "RICCIQ_PORTABILITY"
 REQUIREMENTS = {"onnxruntime 1.20.1": ["onnxruntime==1.20.1", "numpy"], "openvino": ["openvino"]}
 LEAST_AGREEMENT = {"onnxruntime": 100.0, "openvino": 98.0}

@@ -4,6 +4,8 @@ import pytest
 import torch
 from zoo import try_model
 
+pytestmark = pytest.mark.slow
+
 AGREEMENT = 95.0  # percent of 20 pictures: one may fall the other way in a random network
 
 

@@ -29,6 +29,8 @@ from ricciq.system.tensor_files import METADATA_KEY, State, load_tensors
 from ricciq.training.state import Progressed
 from ricciq.workflows.saved import rebuild
 
+pytestmark = [pytest.mark.hostile, pytest.mark.slow]
+
 quickly = settings(
     max_examples=150,
     deadline=10_000,

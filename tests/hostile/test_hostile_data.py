@@ -25,6 +25,8 @@ from mutations_of_data import (
     tar_of,
 )
 
+pytestmark = [pytest.mark.hostile, pytest.mark.slow]
+
 pytest_plugins = ["hostility"]
 
 # Recipes

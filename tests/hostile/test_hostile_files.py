@@ -35,7 +35,9 @@ from safetensors.torch import load_file
 from ricciq.errors import UsageError
 from ricciq.models.bundled import BUNDLED
 from ricciq.workflows import quantize as pipeline
-from ricciq.workflows import train
+from ricciq.workflows import train as training
+
+pytestmark = [pytest.mark.hostile, pytest.mark.slow]
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +53,7 @@ def far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
         raise UsageError("far enough; start again")
 
     monkeypatch.setattr(pipeline, "_export_float", lambda *_: None)
-    monkeypatch.setattr(train, "reconstruct", end)
+    monkeypatch.setattr(training, "reconstruct", end)
     monkeypatch.setattr(pipeline, "_finish", end)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import onnx
 import onnx_ir
@@ -19,8 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 from timm.models import register_model
 from torch import Tensor, nn
 
-from ricciq import cli
 from ricciq.deploy.session import METADATA_KEY
+
+pytestmark = [pytest.mark.hostile, pytest.mark.slow]
 
 CLASSES = [str(number) for number in range(10)]
 PREPROCESSING = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5]}
@@ -82,11 +84,8 @@ def save(
     return model
 
 
-class Answer:
+class Answer(command.Answer):
     """What a command line answered, down to what C++ wrote to its streams."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
 
     def refuses(self, *words: str) -> None:
         """Exit code 3 and one sentence with these words, with a remedy behind its semicolon."""
@@ -117,10 +116,9 @@ def ricciq(capfd: pytest.CaptureFixture[str], tmp_path: Path, good: Path) -> Cal
 
     def call(line: str, *more: str) -> Answer:
         file = tmp_path / "folder" / "model.onnx"
-        with pytest.raises(SystemExit) as stop:
-            cli.main([*line.format(file=file, good=good).split(), *more])
+        answer = command.ricciq(*line.format(file=file, good=good).split(), *more)
         out, err = capfd.readouterr()
-        return Answer(int(stop.value.code or 0), out, err)
+        return Answer(answer.code, answer.out + out, answer.err + err)
 
     return call
 

@@ -51,6 +51,7 @@ def in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_python_runs(in_a_shell: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, parts, _ = blocks("python")
     exec(compile(script, "README.md", "exec"), {})
@@ -64,6 +65,7 @@ def test_the_python_runs(in_a_shell: Path, capsys: pytest.CaptureFixture[str]) -
     assert "model.onnx" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_classifier_of_ones_own_is_quantized(
     in_a_shell: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +81,7 @@ def test_a_classifier_of_ones_own_is_quantized(
     assert [path.name for path in in_a_shell.iterdir()] == ["own.onnx"]
 
 
+@pytest.mark.slow
 def test_the_job_for_a_pipeline_runs(in_a_shell: Path) -> None:
     (job,) = blocks("yaml")
     steps = yaml.safe_load(job)["jobs"]["quantize"]["steps"]

@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from command import json_of, ricciq
 from scipy import stats
 
-from ricciq.cli import main
 from ricciq.errors import (
     DivergedError,
     InterruptedRunError,
@@ -23,6 +23,8 @@ from ricciq.runs.folder import StudyFolder, choose_run_folder
 from ricciq.system.tables import read_csv
 from ricciq.workflows import compare as study
 from ricciq.workflows.compare import Trial, compare
+
+pytestmark = pytest.mark.slow
 
 RECIPE = Recipe.from_values(
     {
@@ -267,21 +269,13 @@ def test_a_study_is_no_run_and_a_run_no_study(finished, monkeypatch):
     assert found.path == folder
 
 
-def test_the_command_shows_a_table_or_json(finished, tmp_path, capsys):
+def test_the_command_shows_a_table_or_json(finished, tmp_path):
     _, folder = finished
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.to_yaml())
     arguments = ["compare", "digits_resnet8", "--recipe", str(recipe), "--methods", "ste,ricci"]
     arguments += ["--seeds", "2", "--output", str(folder), "--resume"]
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--json"])
-    assert not stop.value.code
-    printed = json.loads(capsys.readouterr().out)
-    assert [r["method"] for r in printed["results"]] == METHODS
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "minus ste" in capsys.readouterr().out
+    assert [r["method"] for r in json_of(*arguments)["results"]] == METHODS
+    assert "minus ste" in ricciq(*arguments).out
     for wrong, code in [(["--split", "test"], 2), (["--lr-scales", "much"], 2)]:
-        with pytest.raises(SystemExit) as stop:
-            main([*arguments, *wrong])
-        assert stop.value.code == code
+        assert ricciq(*arguments, *wrong).code == code

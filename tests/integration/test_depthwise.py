@@ -9,6 +9,8 @@ from fashion import lay_out_fashion_mnist, needs_fashion
 
 from ricciq import Recipe, run
 
+pytestmark = pytest.mark.slow
+
 
 def leave_few_to_validate_on(raw: Path, count: int) -> None:
     """Ten thousand pictures take onnxruntime longer than the training does."""

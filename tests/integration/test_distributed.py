@@ -18,6 +18,8 @@ from ricciq.errors import UsageError
 from ricciq.system.distributed import World, joined, local_device
 from ricciq.system.tables import read_csv
 
+pytestmark = pytest.mark.slow
+
 # Few steps at a low rate: a code that falls to the other side of a threshold for a last bit changes
 # what follows, and the two drift apart.
 RECIPE = """

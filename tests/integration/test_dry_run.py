@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from command import json_of
 from PIL import Image
 
-from ricciq.cli import main
 from ricciq.recipe import Recipe, shipped_recipes
 from ricciq.training.optim import check_training
 
@@ -32,15 +28,6 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)
     return folder
-
-
-def plan(*arguments: str | Path) -> dict[str, Any]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        main(["quantize", *map(str, arguments), "--dry-run", "--json"])
-    assert not stop.value.code, err.getvalue()
-    values: dict[str, Any] = json.loads(out.getvalue())
-    return values
 
 
 def test_there_is_a_recipe_for_every_model_and_width():
@@ -69,7 +56,8 @@ def test_a_recipe_is_what_its_name_says(name):
 def test_a_dry_run_shows_the_plan(imagenet, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load(name)
-    values = plan(recipe.model.name, "--recipe", name, "--data", imagenet, "--batch-size", "2")
+    line = ["quantize", recipe.model.name, "--recipe", name, "--data", imagenet]
+    values = json_of(*line, "--batch-size", "2", "--dry-run")
     bits = [layer["weight_bits"] for layer in values["layers"]]
     assert bits[0] == bits[-1] == 8
     assert bits.count(2) >= 18

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,14 @@ import onnx
 import pytest
 import timm
 import torch
+from command import MAIN_JOB
+from command import json_of as ricciq
 from fashion import lay_out_fashion_mnist, needs_fashion
 from safetensors.torch import load_file, save_file
 
-from ricciq.cli import main
 from ricciq.deploy.inspection import inspect_onnx
+
+pytestmark = pytest.mark.slow
 
 FILES = {
     "recipe.yaml",
@@ -42,7 +44,6 @@ FILES = {
     "decay.csv",
     "log.txt",
 }
-MAIN_JOB = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "2"]
 SHORT = [*MAIN_JOB, "--epochs", "3"]
 
 
@@ -57,27 +58,16 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def ricciq(*arguments: str | Path, expect: int = 0) -> dict[str, Any]:
-    """Run a command with --json; its stdout must be one JSON object and nothing else."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        main([*map(str, arguments), "--json"])
-    assert (stop.value.code or 0) == expect, err.getvalue()
-    assert "Traceback" not in err.getvalue()
-    values: dict[str, Any] = json.loads(out.getvalue()) if out.getvalue() else {}
-    return values
-
-
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The README's main job, and its report."""
-    folder = tmp_path_factory.mktemp("main") / "run"
-    return folder, ricciq(*MAIN_JOB, "--output", folder)
+def run(run_once: Callable[..., Path]) -> tuple[Path, dict[str, Any]]:
+    """The README's main job, and what it printed."""
+    folder = run_once("main job", *MAIN_JOB)
+    return folder, json.loads((folder.parent / "printed.json").read_text())
 
 
 def test_the_main_job_keeps_the_accuracy(run: tuple[Path, dict[str, Any]]) -> None:

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 from command import ROOT
+
+pytestmark = pytest.mark.slow
 
 GPU = ROOT / "tests" / "gpu"
 

@@ -20,6 +20,8 @@ from ricciq.models import factory as models
 from ricciq.models.factory import load_model
 from ricciq.system.offline import SWITCH, forbid_network, is_network_forbidden
 
+pytestmark = pytest.mark.slow
+
 BY_ADDRESS = "gcvit_xxtiny.in1k"
 """A model whose weights timm knows by a plain address only."""
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from command import ricciq
 from ricciq.report.schema import load_report
 from ricciq.runs.folder import RunFolder
 from ricciq.system.tables import read_csv, write_csv
+
+pytestmark = pytest.mark.slow
 
 JOB = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "auto:2.5", "--epochs", "2"]
 SECTIONS = {
@@ -30,12 +33,9 @@ SECTIONS = {
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def run(run_once: Callable[..., Path]) -> RunFolder:
     """A run that has everything a page can show."""
-    folder = tmp_path_factory.mktemp("page") / "run"
-    answer = ricciq(*JOB, "--lr", "0.05", "--output", folder)  # bad enough to disagree
-    assert answer.code == 0, answer.err
-    return RunFolder(folder)
+    return RunFolder(run_once("page", *JOB, "--lr", "0.05"))  # bad enough to disagree
 
 
 @pytest.fixture
@@ -284,6 +284,7 @@ def look(page: Path, width: int, scratch: Path, *flags: str) -> dict[str, object
     return values
 
 
+@pytest.mark.browser
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_a_whole_page_without_overlapping_text(
@@ -297,6 +298,7 @@ def test_a_browser_shows_a_whole_page_without_overlapping_text(
     assert found["broken"] == found["small"] == 0
 
 
+@pytest.mark.browser
 @needs_browser
 def test_the_check_for_overlaps_finds_them(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
@@ -304,6 +306,7 @@ def test_the_check_for_overlaps_finds_them(tmp_path: Path) -> None:
     assert look(page, 390, tmp_path)["overlaps"] == [["one", "two"]]
 
 
+@pytest.mark.browser
 @needs_browser
 def test_a_page_is_dark_where_the_reader_wants_it_so(run: RunFolder, tmp_path: Path) -> None:
     light = look(run.page, 390, tmp_path)
@@ -312,6 +315,7 @@ def test_a_page_is_dark_where_the_reader_wants_it_so(run: RunFolder, tmp_path: P
     assert light["ink"] != dark["ink"]
 
 
+@pytest.mark.browser
 @needs_browser
 def test_a_page_prints(run: RunFolder, tmp_path: Path) -> None:
     assert BROWSER

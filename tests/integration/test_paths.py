@@ -12,6 +12,8 @@ from mutations_of_data import picture
 
 from ricciq.models.bundled import BUNDLED
 
+pytestmark = pytest.mark.slow
+
 STRANGE = ["with spaces", "ünï çødé 日本", "new\nline", "-- [bold]{quoted} 'x' %s", "a" * 200]
 
 

@@ -21,6 +21,8 @@ from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
 from ricciq.training.state import last_state
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 RECIPE = """
 model: {name: digits_resnet8}

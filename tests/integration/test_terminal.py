@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,7 @@ def test_a_column_that_must_not_wrap_does_not():
     assert "name" in drawn(table, 40)
 
 
+@pytest.mark.slow
 def test_a_quiet_run_says_nothing_but_its_json(tmp_path):
     (tmp_path / "short.yaml").write_text("quantization: {reconstruction: 0}\n")
     run = [sys.executable, "-m", "ricciq", *QUANTIZE, "--recipe", "short.yaml"]
@@ -205,9 +207,8 @@ def test_a_planned_study_says_what_it_would_do_and_writes_nothing(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_planned_export_opens_the_run_and_writes_nothing(tmp_path):
-    folder = tmp_path / "run"
-    assert ricciq(*QUANTIZE, "--epochs", "0", "--output", folder, "--quiet").code == 0
+def test_a_planned_export_opens_the_run_and_writes_nothing(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     plan = json.loads(ricciq("export", folder, "--dry-run", "--json").out)
     assert plan == {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from command import Answer, ricciq
+from command import Answer, json_of, ricciq
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
@@ -36,6 +36,8 @@ from ricciq.training.step import Trainer
 from ricciq.workflows import quantize as pipeline
 from ricciq.workflows import saved as trained
 from ricciq.workflows.job import Job, prepare, take_answers
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))
@@ -331,10 +333,7 @@ def test_agreement_while_training_is_with_the_float_model(run: Run) -> None:
 
 
 def eval_(*arguments: str | Path) -> dict[str, Any]:
-    answer = ricciq("eval", *arguments, "--json")
-    assert answer.code == 0, answer.err
-    values: dict[str, Any] = json.loads(answer.out)
-    return values
+    return json_of("eval", *arguments)
 
 
 def test_evaluation_needs_a_reference_and_counts_agreement_with_it(run: Run, folder: Path) -> None:

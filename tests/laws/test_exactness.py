@@ -34,6 +34,8 @@ from ricciq.layers.conv import QuantConv2d
 from ricciq.layers.linear import QuantLinear
 from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, np.ndarray]
 FLOAT_NOISE = 1e-5
 """Float32 sums in another order differ by less than this share of what was summed."""

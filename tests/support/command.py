@@ -1,6 +1,7 @@
 """The command line, run in this process, also where a module makes its runs once."""
 
 import io
+import json
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -13,6 +14,8 @@ from ricciq.cli.app import app, main
 from ricciq.recipe import shipped_recipes
 
 ROOT = Path(__file__).parent.parent.parent
+MAIN_JOB = ["quantize", "digits_resnet8", "--data", "digits", "--bits", "2"]
+"""What the README begins with."""
 
 
 class Answer(NamedTuple):
@@ -27,6 +30,15 @@ def ricciq(*arguments: str | Path) -> Answer:
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
         main([str(a) for a in arguments])
     return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def json_of(*arguments: str | Path, expect: int = 0) -> dict[str, Any]:
+    """Run a command line with --json; its stdout must be one JSON object and nothing else."""
+    answer = ricciq(*arguments, "--json")
+    assert answer.code == expect, answer.err
+    assert "Traceback" not in answer.err
+    values: dict[str, Any] = json.loads(answer.out) if answer.out else {}
+    return values
 
 
 def verbs() -> Iterator[Any]:

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import command
 import numpy as np
 import pytest
 import torch
+from command import Answer
 from PIL import Image
 
-from ricciq import __version__, cli
+from ricciq import __version__
 from ricciq.deploy.session import open_session, session_metadata
 from ricciq.recipe import Recipe
 from ricciq.system.journal import Journal
@@ -25,26 +27,11 @@ from ricciq.workflows import quantize as pipeline
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 
 
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def ricciq(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Answer]:
+def ricciq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
     """Run a command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path) -> Answer:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return Answer(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
+    return command.ricciq
 
 
 def check_refusal(answer: Answer, code: int, *words: str) -> None:
@@ -291,34 +278,25 @@ def test_calibration_sees_every_class_of_a_sorted_folder(picture_folder: Path) -
     assert brightness[-1] - brightness[0] > 0.5  # the two classes lie 100 of 255 apart
 
 
+@pytest.mark.slow
 def test_a_run_does_not_overwrite_the_weights_it_starts_from(
     ricciq: Callable[..., Answer], tmp_path: Path
 ) -> None:
     float_run = ["--bits", "32", "--epochs", "0", "--output", "base"]
     assert ricciq(*QUANTIZE, *float_run).code == 0
     before = (tmp_path / "base" / "best.safetensors").read_bytes()
-    command = ["quantize", "base", "--data", "digits", "--output", "base", "--overwrite"]
-    check_refusal(ricciq(*command), 2, "base")
+    words = ["quantize", "base", "--data", "digits", "--output", "base", "--overwrite"]
+    check_refusal(ricciq(*words), 2, "base")
     assert (tmp_path / "base" / "best.safetensors").read_bytes() == before
-
-
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two bits without training."""
-    folder = tmp_path_factory.mktemp("calibrated") / "run"
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*QUANTIZE, "--bits", "2", "--epochs", "0", "--output", str(folder)])
-    assert not stop.value.code
-    return folder
 
 
 def stored_in(path: Path) -> dict[str, Any]:
     return session_metadata(open_session(path), path)
 
 
-def test_a_file_says_all_that_a_deployer_needs(calibrated: Path) -> None:
-    report = json.loads((calibrated / "report.json").read_text())
-    stored = stored_in(calibrated / "model.onnx")
+def test_a_file_says_all_that_a_deployer_needs(finished_run: Path) -> None:
+    report = json.loads((finished_run / "report.json").read_text())
+    stored = stored_in(finished_run / "model.onnx")
     assert stored["ricciq"] == __version__
     assert stored["bits"] == {"weights": 2, "activations": 2}
     assert stored["class_names"] == [str(number) for number in range(10)]
@@ -330,54 +308,54 @@ def test_a_file_says_all_that_a_deployer_needs(calibrated: Path) -> None:
         key: report["onnx"][key] for key in ("top1", "top5", "loss", "samples")
     }
     assert stored["accuracy"]["samples"] == 360
-    assert report["size"]["onnx_bytes"] == (calibrated / "model.onnx").stat().st_size
-    assert report["size"]["float_bytes"] == (calibrated / "float.onnx").stat().st_size
-    of_float = stored_in(calibrated / "float.onnx")
+    assert report["size"]["onnx_bytes"] == (finished_run / "model.onnx").stat().st_size
+    assert report["size"]["float_bytes"] == (finished_run / "float.onnx").stat().st_size
+    of_float = stored_in(finished_run / "float.onnx")
     assert of_float["bits"] == {"weights": 32, "activations": 32}
     assert "accuracy" not in of_float  # onnxruntime has not measured it
 
 
 def test_export_carries_the_accuracy_along(
-    ricciq: Callable[..., Answer], calibrated: Path, tmp_path: Path
+    ricciq: Callable[..., Answer], finished_run: Path, tmp_path: Path
 ) -> None:
-    assert ricciq("export", calibrated / "best.safetensors", "--output", "again.onnx").code == 0
-    assert (tmp_path / "again.onnx").read_bytes() == (calibrated / "model.onnx").read_bytes()
-    (tmp_path / "alone.safetensors").write_bytes((calibrated / "best.safetensors").read_bytes())
+    assert ricciq("export", finished_run / "best.safetensors", "--output", "again.onnx").code == 0
+    assert (tmp_path / "again.onnx").read_bytes() == (finished_run / "model.onnx").read_bytes()
+    (tmp_path / "alone.safetensors").write_bytes((finished_run / "best.safetensors").read_bytes())
     check_refusal(ricciq("export", "alone.safetensors"), 2, "in no folder of a run; give --output")
     assert ricciq("export", "alone.safetensors", "--output", "alone.onnx").code == 0
     assert "accuracy" not in stored_in(tmp_path / "alone.onnx")
-    shutil.copytree(calibrated, tmp_path / "copy")
+    shutil.copytree(finished_run, tmp_path / "copy")
     (tmp_path / "copy" / "report.json").write_text("{}")
     check_refusal(ricciq("export", "copy", "--output", "x.onnx"), 3, "report.json")
     assert not (tmp_path / "x.onnx").exists()
 
 
 def test_inspect_shows_what_the_file_says_of_itself(
-    ricciq: Callable[..., Answer], calibrated: Path
+    ricciq: Callable[..., Answer], finished_run: Path
 ) -> None:
-    shown = json.loads(ricciq("inspect", calibrated / "model.onnx", "--json").out)
-    assert shown["metadata"] == stored_in(calibrated / "model.onnx")
-    answer = ricciq("inspect", calibrated / "model.onnx")
+    shown = json.loads(ricciq("inspect", finished_run / "model.onnx", "--json").out)
+    assert shown["metadata"] == stored_in(finished_run / "model.onnx")
+    answer = ricciq("inspect", finished_run / "model.onnx")
     top1 = shown["metadata"]["accuracy"]["top1"]
     for words in (__version__, "weights 2; activations 2", f"top1 {top1:.4g}", "input_size 1, 8"):
         assert words in answer.out
 
 
 def test_a_recipe_that_does_not_hold_removes_nothing(
-    ricciq: Callable[..., Answer], calibrated: Path, tmp_path: Path
+    ricciq: Callable[..., Answer], finished_run: Path, tmp_path: Path
 ) -> None:
-    copied = shutil.copytree(calibrated, tmp_path / "copy")
+    copied = shutil.copytree(finished_run, tmp_path / "copy")
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text("method: {name: dsq, rho: 0.5}")
     arguments = ["quantize", "digits_resnet8", "--data", "digits", "--recipe", recipe]
     refused = ricciq(*arguments, "--output", copied, "--overwrite")
     check_refusal(refused, 2, "method dsq has no rho")
-    assert (copied / "model.onnx").read_bytes() == (calibrated / "model.onnx").read_bytes()
+    assert (copied / "model.onnx").read_bytes() == (finished_run / "model.onnx").read_bytes()
     # The values of a recipe's method are not those of another.
     assert ricciq(*arguments, "--method", "ste", "--dry-run").code == 0
 
 
 @pytest.mark.parametrize("gate", ["nan", "inf"])
-def test_a_gate_is_a_number(ricciq: Callable[..., Answer], calibrated: Path, gate: str) -> None:
-    answer = ricciq("eval", calibrated / "model.onnx", "--data", "digits", f"--min-top1={gate}")
+def test_a_gate_is_a_number(ricciq: Callable[..., Answer], finished_run: Path, gate: str) -> None:
+    answer = ricciq("eval", finished_run / "model.onnx", "--data", "digits", f"--min-top1={gate}")
     check_refusal(answer, 2, "--min-top1", "is no gate")

@@ -23,7 +23,7 @@ from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import reconstruct
-from ricciq.workflows import train
+from ricciq.workflows import train as training
 from ricciq.workflows.job import Job, prepare
 
 CPU = torch.device("cpu")
@@ -182,6 +182,7 @@ def test_what_takes_no_part_stays_as_it_was(learned: Learned) -> None:
     assert changed == expected
 
 
+@pytest.mark.slow
 def test_more_steps_come_nearer() -> None:
     last = []
     for steps in (5, STEPS):
@@ -211,6 +212,7 @@ def test_other_weights_stay_and_their_biases_are_put_right(changes: dict[str, An
         assert channel_means(error).abs().max() < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -334,6 +336,7 @@ def test_modes_and_what_is_trained_are_as_before() -> None:
     assert all(module.training for module in teacher.modules())
 
 
+@pytest.mark.slow
 def test_the_same_pictures_give_the_same_bits() -> None:
     models = []
     for seed in (0, 1):  # of what else is random
@@ -355,6 +358,7 @@ def accuracy(job: Job) -> float:
     return evaluate({"model": job.model}, job.loader("val"))["model"].top1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_bits", [2, 4])
 def test_two_bits_without_training_lose_little(tmp_path: Path, act_bits: int) -> None:
     found = {}
@@ -370,14 +374,15 @@ def test_two_bits_without_training_lose_little(tmp_path: Path, act_bits: int) ->
 def test_training_starts_from_the_nearest_levels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "reconstruct", None)
+    monkeypatch.setattr(training, "reconstruct", None)
     changes = {"training.epochs": 1, "data.train_samples": 64}
     trained(tmp_path / "run", prepare(RECIPE.override(changes), CPU, Journal()))
 
 
+@pytest.mark.slow
 def test_labels_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few pictures are chosen so that each class is among them: all leave nothing to choose.
-    monkeypatch.setattr(train, "PICTURES", 10_000)
+    monkeypatch.setattr(training, "PICTURES", 10_000)
     changes = {"data.calibration_batches": 30, "quantization.reconstruction": 5}
     models = []
     for name in ("right", "wrong"):

@@ -244,6 +244,7 @@ def stop_while_saving(monkeypatch) -> None:
     monkeypatch.setattr(train, "save_tensors", save_tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "stop"),
     [

@@ -68,6 +68,7 @@ print((peak(40) - small) / 32 / counted)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_count_is_what_a_process_grows_by():
     shown = subprocess.run(
@@ -113,6 +114,7 @@ def test_auto_takes_what_fits(monkeypatch):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_too_little_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatch):
     forward = train.Trainer._loss
 
@@ -133,6 +135,7 @@ def test_too_little_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatc
     assert found == 16
 
 
+@pytest.mark.slow
 def test_models_that_recompute_their_activations_keep_less():
     model = timm.create_model("resnet18", num_classes=10)
     images = torch.zeros(4, 3, 64, 64)

@@ -215,6 +215,7 @@ def test_the_average_is_what_is_judged_and_saved(tmp_path):
     assert held.loss == pytest.approx(float(row["holdout_loss"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_average_that_stopped_within_an_epoch_ends_as_an_undisturbed_one(tmp_path):
     changes = {"training.ema": 0.75, "training.epochs": 2}
     whole = Run(tmp_path / "whole", changes)
@@ -382,6 +383,7 @@ def undisturbed(tmp_path_factory) -> Run:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop",
     [

@@ -269,6 +269,7 @@ def by_hand(job: Job, name: str, bits: int, kind: WeightKind, pictures: list[Ten
     return lost / sum(map(len, pictures))
 
 
+@pytest.mark.slow
 def test_every_layer_but_the_first_and_the_last_is_measured_at_every_width(
     job: Job, measured: list[Sensitivity]
 ) -> None:
@@ -278,6 +279,7 @@ def test_every_layer_but_the_first_and_the_last_is_measured_at_every_width(
         assert list(layer.divergence) == list(WIDTHS)
 
 
+@pytest.mark.slow
 def test_more_bits_never_lose_more_and_eight_lose_next_to_nothing(
     measured: list[Sensitivity],
 ) -> None:
@@ -297,6 +299,7 @@ def check_against_hand(
         assert lost == pytest.approx(least, rel=0.01, abs=1e-7), (found.name, bits)
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_rounding_that_layer_alone_loses(
     job: Job, measured: list[Sensitivity], pictures: list[Tensor]
 ) -> None:
@@ -305,6 +308,7 @@ def test_what_is_measured_is_what_rounding_that_layer_alone_loses(
             check_against_hand(job, layer, "lsq", pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["odd", "dorefa", "codebook"])
 def test_other_quantizers_are_measured_as_they_round(
     job: Job, pictures: list[Tensor], kind: WeightKind
@@ -316,6 +320,7 @@ def test_other_quantizers_are_measured_as_they_round(
         check_against_hand(job, layer, kind, pictures)
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_float_model_as_it_is(pictures: list[Tensor]) -> None:
     job = job_of()
     job.model.train()
@@ -349,6 +354,7 @@ def test_a_recipe_with_a_width_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert with_chosen_bits(job, None, Journal()) is job
 
 
+@pytest.mark.slow
 def test_only_the_widths_of_weights_between_the_ends_are_replaced(job: Job) -> None:
     chosen = with_chosen_bits(job, find_budget(job), Journal())
     assert widths_of(job) == [8] * 10
@@ -359,6 +365,7 @@ def test_only_the_widths_of_weights_between_the_ends_are_replaced(job: Job) -> N
     assert chosen._replace(plan=job.plan) == job
 
 
+@pytest.mark.slow
 def test_a_codebook_gets_widths_that_it_has() -> None:
     job = job_of({"quantization.weight_quantizer": "codebook"})
     found = with_chosen_bits(job, find_budget(job), Journal())
@@ -372,6 +379,7 @@ def test_a_network_of_two_layers_has_nothing_to_find_bits_for(job: Job) -> None:
         find_budget(short)
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_bits_that_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,6 +539,7 @@ def check_folder(folder: Path) -> list[int]:
     return bits
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_the_bits_that_were_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -596,6 +605,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> Sized:
     return Sized(place / "run", tried)
 
 
+@pytest.mark.slow
 def test_a_file_is_no_larger_than_asked_for_and_uses_the_room(sized: Sized) -> None:
     size = (sized.folder / "model.onnx").stat().st_size
     assert 0.93 * LARGEST < size <= LARGEST
@@ -605,6 +615,7 @@ def test_a_file_is_no_larger_than_asked_for_and_uses_the_room(sized: Sized) -> N
     assert Recipe.load(sized.folder / "recipe.yaml").quantization.max_bytes == LARGEST
 
 
+@pytest.mark.slow
 def test_what_was_weighed_beforehand_is_what_the_file_takes(sized: Sized) -> None:
     written = (sized.folder / "model.onnx").stat().st_size
     assert written <= sized.tried[-1] <= written + autobits.SPARE
@@ -650,6 +661,7 @@ def test_a_budget_between_the_smallest_file_and_one_bit_for_all_is_enough() -> N
     assert set(budget.smallest.values()) == {1, 8}
 
 
+@pytest.mark.slow
 def test_a_file_too_small_for_any_widths_is_refused(
     sized: Sized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
