@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Group
@@ -28,10 +28,7 @@ from ricciq.report.terminal import (
     shortened,
     show,
 )
-from ricciq.system.offline import forbid_network
-
-if TYPE_CHECKING:
-    pass
+from ricciq.system.offline import forbid_network, forbid_telemetry, is_network_forbidden
 
 app = typer.Typer(
     name="ricciq",
@@ -371,6 +368,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with the code `ricciq.errors` lists."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments[:1]
+    if is_network_forbidden():  # by the environment; --offline says so later
+        forbid_telemetry()
     try:
         sys.exit(app(arguments, standalone_mode=False))
     except RicciqError as error:

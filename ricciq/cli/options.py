@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ricciq.cli import completion
+from ricciq.cli.start import hushed
 from ricciq.data.sources.catalog import data_help, root_help
 from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError
@@ -98,7 +99,7 @@ Offline = Annotated[
     bool, typer.Option("--offline", help="Use what is on this machine, never the network.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", callback=hushed, help="Say nothing but errors.")]
 Format = Annotated[
     str,
     typer.Option(

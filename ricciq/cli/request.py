@@ -38,7 +38,7 @@ def requested_recipe(
     from ricciq.recipe import Recipe
 
     messages: list[str] = []
-    source = _model_and_weights(model, checkpoint)
+    source = _model_and_weights(model, checkpoint, messages)
     loaded = Recipe.load(name) if name else Recipe()
     asked = options.widths(*widths, messages)
     bits = {"quantization": loaded.quantization.model_dump() | asked} if asked else {}
@@ -51,13 +51,31 @@ def requested_recipe(
     return merged, messages
 
 
-def _model_and_weights(model: str, checkpoint: Path | None) -> dict[str, Any]:
+def _model_and_weights(model: str, checkpoint: Path | None, messages: list[str]) -> dict[str, Any]:
     """What MODEL and --checkpoint put into the recipe."""
     path = Path(model)
+    named = {"model.name": model, "model.checkpoint": checkpoint}
     if not os.path.exists(path):  # Path.exists raises where a name is too long
-        return {"model.name": model, "model.checkpoint": checkpoint}
+        return named
+    if _is_model_name(model):
+        messages.append(
+            f"{model} is taken as the name of the model, not of what lies here; give ./{model} to "
+            "start from that"
+        )
+        return named
     if checkpoint is not None:
         raise UsageError(f"{model} has weights of its own; give either it or --checkpoint")
     from ricciq.workflows.saved import float_source
 
     return float_source(path)
+
+
+def _is_model_name(model: str) -> bool:
+    """Whether timm, or this package, has a model of this name, with or without a tag."""
+    if os.path.basename(model) != model:
+        return False
+    from timm import is_model
+
+    import ricciq.models.bundled  # noqa: F401  registers its models
+
+    return is_model(model.partition(".")[0])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from ricciq.system.offline import forbid_telemetry
 
 if TYPE_CHECKING:
     from ricciq.system.journal import Journal
@@ -16,6 +20,23 @@ def is_first() -> bool:
     from ricciq.system.distributed import process_number
 
     return process_number()[0] == 0
+
+
+def hushed(quiet: bool) -> bool:
+    """Keep the warnings of libraries from stderr where nothing but errors is to be said.
+
+    Args:
+        quiet: whether that is asked for.
+
+    Returns:
+        The same.
+    """
+    if quiet:
+        warnings.simplefilter("ignore")
+        # Where there is no handler at all, Python shows what libraries log.
+        logging.getLogger().addHandler(logging.NullHandler())
+        forbid_telemetry()  # or onnxruntime tells where it cannot keep its identifier
+    return quiet
 
 
 def begin(messages: list[str], quiet: bool) -> Journal:

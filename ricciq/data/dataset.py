@@ -39,7 +39,8 @@ class PictureData:
     ) -> None:
         """Set the usual hold-out aside."""
         self.name = name
-        self.class_names = list(class_names)
+        # Of a folder whose name is no UTF-8 as others, since JSON and pages hold nothing else.
+        self.class_names = [name.encode(errors="backslashreplace").decode() for name in class_names]
         self.grey = grey
         self.labelled = bool(class_names)
         self._train, self._val = train, val

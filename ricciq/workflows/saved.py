@@ -114,7 +114,7 @@ def open_target(path: Path) -> Target:
     """
     if not os.path.exists(path):  # Path.exists raises where a name is too long
         raise ModelError(f"there is no {path}; give an .onnx file, a run folder or a checkpoint")
-    if path.is_dir() or path.suffix != ".onnx":
+    if path.is_dir() or path.suffix.lower() != ".onnx":
         trained = rebuild(path)
         return Target(deploy(trained.model), *_described(trained.metadata))
     session = open_session(path)

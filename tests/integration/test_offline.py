@@ -22,13 +22,14 @@ from ricciq.system.offline import SWITCH, forbid_network, is_network_forbidden
 
 pytestmark = pytest.mark.slow
 
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
 BY_ADDRESS = "gcvit_xxtiny.in1k"
 """A model whose weights timm knows by a plain address only."""
 
 
 @pytest.fixture(autouse=True)
 def _switches_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    for switch in (SWITCH, "HF_DATASETS_OFFLINE"):
+    for switch in (SWITCH, "HF_DATASETS_OFFLINE", TELEMETRY):
         monkeypatch.setenv(switch, "0")
 
 
@@ -168,3 +169,13 @@ def test_the_switch_is_that_of_hugging_face(
 ) -> None:
     monkeypatch.setenv(SWITCH, value)
     assert is_network_forbidden() is forbidden
+
+
+def test_onnxruntime_does_not_report_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    ricciq("recipes", "ls")
+    assert os.environ[TELEMETRY] == "0"
+    forbid_network()
+    assert os.environ[TELEMETRY] == "1"
+    monkeypatch.setenv(TELEMETRY, "0")
+    ricciq("recipes", "ls")  # where the environment forbids it
+    assert os.environ[TELEMETRY] == "1"

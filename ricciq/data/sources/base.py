@@ -19,8 +19,21 @@ from ricciq.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 GREY_PROBES = 32
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Others are programs that PIL has run, as PostScript, or what no data set is made of."""
+EXTENSIONS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+}
+"""Of files that hold images, by PIL's name of the format.
+
+Other formats are programs that PIL has run, as PostScript, or what no data set is made of.
+"""
+IMAGE_SUFFIXES = tuple(suffix for suffixes in EXTENSIONS.values() for suffix in suffixes)
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
@@ -76,9 +89,12 @@ class EncodedPictures(ABC):
         """Decode the picture of an index in full.
 
         Raises:
-            DataError: it is missing, damaged, or so large that PIL suspects an attack.
+            DataError: it is missing, damaged, of floating-point pixels, or so large that PIL
+                suspects an attack.
         """
         with self._opened(index) as picture:
+            if picture.mode == "F":  # of what range nobody knows
+                raise ValueError("its pixels are floating-point numbers")
             if picture.mode.startswith("I"):
                 # PIL would clip 16-bit grey at 255, which turns most of it white.
                 high = np.clip(np.asarray(picture), 0, 65535) >> 8
@@ -100,7 +116,7 @@ class EncodedPictures(ABC):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.source(index), formats=FORMATS) as picture:
+                with Image.open(self.source(index), formats=[*EXTENSIONS]) as picture:
                     yield picture
         except Exception as error:  # decoders raise nearly anything on damaged files
             reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__

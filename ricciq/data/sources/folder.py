@@ -10,10 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from timm.data.readers.img_extensions import IMG_EXTENSIONS
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from ricciq.data.sources.base import EncodedPictures, Parts, PictureFiles, natural_order
+from ricciq.data.sources.base import (
+    IMAGE_SUFFIXES,
+    EncodedPictures,
+    Parts,
+    PictureFiles,
+    natural_order,
+)
 from ricciq.data.sources.tar import (
     COMPRESSED_SUFFIXES,
     Member,
@@ -69,7 +74,7 @@ def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
 def _pictures_in(folder: Path) -> list[str]:
     """The pictures that lie in a folder itself, in natural order."""
     visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    found = [e for e in visible if e.suffix.lower() in IMG_EXTENSIONS and e.is_file()]
+    found = [e for e in visible if e.suffix.lower() in IMAGE_SUFFIXES and e.is_file()]
     return sorted(map(str, found), key=natural_order)
 
 
@@ -118,7 +123,7 @@ def _read_split(place: Path) -> Split:
             f"{place} has no class folders in it, nor tars: put the pictures in one a class"
         )
     for entry in visible:
-        if entry.suffix.lower() in IMG_EXTENSIONS and entry.is_file():
+        if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
             raise DataError(f"picture {entry} lies beside the class folders: move it into one")
     if class_names and tars:
         raise DataError(f"{place} holds class folders and tars, such as {tars[0]}: keep one kind")
@@ -128,12 +133,12 @@ def _read_split(place: Path) -> Split:
     targets: list[int] = []
     for target, class_name in enumerate(class_names):
         folder = str(place / class_name)
-        files, _ = find_images_and_targets(folder, types=IMG_EXTENSIONS)
+        files, _ = find_images_and_targets(folder, types=IMAGE_SUFFIXES)
         found = [path for path, _ in files if f"{os.sep}." not in path[len(folder) :]]
         if not found:
             raise DataError(
                 f"class folder {folder} holds no pictures "
-                f"({', '.join(IMG_EXTENSIONS)}): fill or remove it"
+                f"({', '.join(IMAGE_SUFFIXES)}): fill or remove it"
             )
         paths += sorted(found, key=natural_order)
         targets += [target] * len(found)
@@ -165,7 +170,7 @@ def _labelled(
             if isinstance(tar, Member):
                 raise DataError(f"tar {file} lies in a tar within a tar: unpack {tar.archive}")
             labelled += _labelled(file, files_in_inner_tar(file), path.stem)
-        elif path.suffix.lower() in IMG_EXTENSIONS:
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
             folder = path.parent.name or class_name
             if folder is None:
                 raise DataError(f"picture {file} lies in no class folder: put it in one and repack")
@@ -174,7 +179,7 @@ def _labelled(
             refuse_compressed(file)
     if not labelled:
         raise DataError(
-            f"tar {tar} holds no pictures ({', '.join(IMG_EXTENSIONS)}): fill or remove it"
+            f"tar {tar} holds no pictures ({', '.join(IMAGE_SUFFIXES)}): fill or remove it"
         )
     return labelled
 

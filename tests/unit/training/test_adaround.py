@@ -350,7 +350,7 @@ def test_the_same_pictures_give_the_same_bits() -> None:
 
 def trained(path: Path, job: Job) -> nn.Module:
     path.mkdir()
-    train.train(job, RunFolder(path), resume=False, journal=Journal())
+    training.train(job, RunFolder(path), resume=False, journal=Journal())
     return job.model.eval()
 
 
