@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ricciq.estimators.base import Displacing, Estimator
 from ricciq.estimators.ricci_flow import STAGES, Geometry, RicciFlow
@@ -126,15 +127,55 @@ class Correction:
         return RicciFlow(time=self.estimator.time) if single else self.estimator
 
 
-def override_forward(model: nn.Module, correction: Correction) -> None:
-    """Let an estimator that is `Displacing` say what a converted model rounds in training."""
+def override_forward(model: nn.Module, correction: Correction) -> list[nn.Module]:
+    """Let an estimator that is `Displacing` say what a converted model rounds in training.
+
+    Returns:
+        The quantizers that were given a `place`.
+    """
     estimator = correction.estimator
     if not isinstance(estimator, Displacing):
-        return
+        return []
+    chosen = []
     for module in model.modules():
         weights = isinstance(module, WeightQuantizer) and correction.on != "activations"
         if weights or (isinstance(module, ActivationQuantizer) and correction.on != "weights"):
             setattr(module, "place", estimator.place)  # noqa: B010  mypy takes it for a tensor
+            chosen.append(module)
+    return chosen
+
+
+class Attachment:
+    """An estimator on a converted model, for the length of training.
+
+    Attributes:
+        activations: what corrects the gradients of activations, if the correction is for them.
+    """
+
+    def __init__(
+        self, model: nn.Module, correction: Correction, average: nn.Module | None = None
+    ) -> None:
+        """Give the quantizers what the estimator needs there: hooks, slopes, what is rounded.
+
+        Args:
+            model: the one whose gradients are corrected.
+            correction: what is done to them.
+            average: a copy of it that only goes forward.
+        """
+        networks = [model] if average is None or average is model else [model, average]
+        self._displaced = [
+            module for network in networks for module in override_forward(network, correction)
+        ]
+        self.activations: ActivationCorrection | None = None
+        if correction.on != "weights":
+            self.activations = ActivationCorrection(model, correction.estimator)
+
+    def detach(self) -> None:
+        """Leave the quantizers as they were; once is enough, and more does no harm."""
+        for module in self._displaced:
+            vars(module).pop("place", None)  # that of the class is None
+        if self.activations is not None:
+            self.activations.detach()
 
 
 class ActivationCorrection:
@@ -152,9 +193,16 @@ class ActivationCorrection:
         self.progress = -1.0
         self.has_slope = estimator.slope(2, SLOPE_SAMPLES, 0.0) is not None
         self.advance(0.0)
+        self._handles: list[RemovableHandle] = []
         if not self.has_slope:
-            for quantizer in self.quantizers:
-                quantizer.register_forward_pre_hook(self._watch)
+            self._handles = [q.register_forward_pre_hook(self._watch) for q in self.quantizers]
+
+    def detach(self) -> None:
+        """Take hooks and slopes off the quantizers again."""
+        for handle in self._handles:
+            handle.remove()
+        for quantizer in self.quantizers:
+            vars(quantizer).pop("slope", None)  # that of the class is None
 
     def advance(self, progress: float) -> None:
         """Tell what share of the training is done, from 0 to 1, before each step."""

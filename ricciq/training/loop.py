@@ -81,6 +81,8 @@ def finetune(
 ) -> Progressed:
     """Train a model in place: a converted, calibrated one, or one in float.
 
+    Whatever ends it, the estimator leaves no hook, slope or other function on the model.
+
     Args:
         model: on ``device``; any classifier, not only timm's.
         fit: training batches; this process's share of them.
@@ -139,31 +141,29 @@ def finetune(
         if recipe.training.progressive or recipe.training.reestimate_bn:
             raise ValueError("pictures is None; the recipe's progressive or reestimate_bn needs it")
         pictures = tuple
-    trainer = Trainer(model, recipe, correction, device, len(fit), teacher, world)
-    sitting = _Sitting(trainer, folder, recipe, metadata, fit.batch_size or 1)
-    if resume:
-        sitting.restore(world.from_first(lambda: last_state(folder, journal)))
-    # Every step seeds the generator; the caller's is to stay as it is.
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        stopping_between_steps(world) as stopping,
-    ):
-        try:
-            while sitting.done.epoch < recipe.training.epochs:
-                trainer.enter(sitting.done.epoch, pictures)
-                sitting.train(fit, stopping, journal)
-                trainer.reestimate(pictures)
-                trainer.share_averages()
-                batches = stopping.watch(holdout, alike=False)
-                held = evaluate({"holdout": trainer.predict}, batches)["holdout"]
-                sitting.end_epoch(pooled(world.gather(held)))
-                journal.say(sitting.history.describe(recipe.training.epochs))
-                stopping.check()
-        except Stopped:
-            sitting.save()
-            raise
-        finally:
-            trainer.end()
+    with Trainer(model, recipe, correction, device, len(fit), teacher, world) as trainer:
+        sitting = _Sitting(trainer, folder, recipe, metadata, fit.batch_size or 1)
+        if resume:
+            sitting.restore(world.from_first(lambda: last_state(folder, journal)))
+        # Every step seeds the generator; the caller's is to stay as it is.
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            stopping_between_steps(world) as stopping,
+        ):
+            try:
+                while sitting.done.epoch < recipe.training.epochs:
+                    trainer.enter(sitting.done.epoch, pictures)
+                    sitting.train(fit, stopping, journal)
+                    trainer.reestimate(pictures)
+                    trainer.share_averages()
+                    batches = stopping.watch(holdout, alike=False)
+                    held = evaluate({"holdout": trainer.predict}, batches)["holdout"]
+                    sitting.end_epoch(pooled(world.gather(held)))
+                    journal.say(sitting.history.describe(recipe.training.epochs))
+                    stopping.check()
+            except Stopped:
+                sitting.save()
+                raise
     return sitting.done
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Self, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -18,12 +18,7 @@ from torch.profiler import record_function
 from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.loader import Batch
 from ricciq.errors import RecipeError
-from ricciq.estimators.apply import (
-    ActivationCorrection,
-    Correction,
-    DiscreteWeight,
-    override_forward,
-)
+from ricciq.estimators.apply import Attachment, Correction, DiscreteWeight
 from ricciq.estimators.ricci_flow import Geometry
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
@@ -55,6 +50,8 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 class Trainer:
     """Takes batches and changes a converted, calibrated model.
+
+    The estimator is attached to the model until `end`, which also ends a block ``with Trainer(…)``.
 
     A profiler of torch's sees the phases of a step by name: ``forward``, ``backward``,
     ``correction`` and ``optimizer``.
@@ -90,10 +87,6 @@ class Trainer:
         self.updates = self.updates_per_epoch * self.settings.epochs
         self.damping = Damping(self.settings.damping, self.settings.damping_form)
         self.weights = discrete_weights(model)
-        override_forward(model, correction)
-        self.activations: ActivationCorrection | None = None
-        if correction.on != "weights":
-            self.activations = ActivationCorrection(model, correction.estimator)
         self.freezing = Freezing(self.weights, self.settings.freezing)
         self.codes = Codes(self.weights)
         # Everything with tensors that a step changes, but for the optimizer.
@@ -132,6 +125,9 @@ class Trainer:
         self.averages = list(model.buffers())
         self.saved_averages = [torch.empty_like(buffer) for buffer in self.averages]
         self.geometry: dict[str, Geometry] = {}
+        # At last, so that a trainer that cannot be made leaves nothing on the model.
+        self.attachment = Attachment(model, correction, self.outcome)
+        self.activations = self.attachment.activations
 
     def begin_epoch(self) -> None:
         """Put the model into training; with ``freeze_bn``, its BatchNorms into evaluation."""
@@ -269,8 +265,17 @@ class Trainer:
         for buffer in dict.fromkeys([*self.averages, *self.outcome.buffers()]):
             self.world.share(buffer)
 
+    def __enter__(self) -> Self:
+        """The trainer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Call `end`, whatever ended the block."""
+        self.end()
+
     def end(self) -> None:
-        """Leave the model as others use it."""
+        """Leave the model as others use it: without the estimator, with its activations kept."""
+        self.attachment.detach()
         if self.settings.grad_checkpointing:
             recompute_activations(self.model, False)
 
