@@ -16,10 +16,11 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.deploy.session import open_session, session_metadata
 from ricciq.errors import ModelError, on_one_line
+from ricciq.layers.registry import layer_kinds
 from ricciq.quant.quantizer import FLOAT_BITS
 
-_WEIGHTED = {"Conv", "Gemm", "MatMul"}
-_INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"}
+_WEIGHTED = {operator for kind in layer_kinds() for operator in kind.operators}
+_INTEGER = {kernel for kind in layer_kinds() for kernel in kind.kernels}
 _PER_BYTE_BITS = {8: 1, 4: 2, 2: 4, 1: 8}
 _TERNARY_PER_BYTE = 5
 
