@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import Field
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ricciq.convert.trace import Call, Recording, Value, record, value_of
 from ricciq.errors import ModelError
-from ricciq.layers.conv import CONVOLUTIONS
-from ricciq.layers.linear import LINEARS
+from ricciq.layers.registry import kind_of, norm_classes, why_not
 from ricciq.quant.grid import Bits
 from ricciq.quant.quantizer import FLOAT_BITS
 
@@ -31,7 +29,7 @@ class LayerPlan:
     """One layer to convert: its dotted name, its widths and the BatchNorm it takes in.
 
     Attributes:
-        parent: the module that hands the layer's weight to `F.linear` instead of calling it.
+        parent: the module that uses the layer's weight itself instead of calling the layer.
     """
 
     name: str
@@ -122,6 +120,10 @@ def plan_conversion(
     if act_bits != FLOAT_BITS:
         points, unquantized = _place_points(layers, recording, modules)
         floats += unquantized
+    for name in names:
+        kind = kind_of(modules[name])
+        if kind is not None and kind.float_kernel is not None:
+            floats.append(Kept(name, "kernel", kind.float_kernel))
     kept = [*_kept_modules(layers, recording, modules), *_kept_products(recording, lent), *floats]
     return Plan(layers, points, kept)
 
@@ -133,37 +135,35 @@ def _widest(bits: Bits) -> int:
 def _called_layer(call: Call, recording: Recording, modules: dict[str, nn.Module]) -> str | None:
     """The layer that a call runs, if it can be converted and its input depends on the picture."""
     constant = recording.constants.issuperset(call.inputs)
-    if not call.is_module or constant or _why_not(modules[call.name]):
+    if not call.is_module or constant or _why_not(modules[call.name], modules):
         return None
     return call.name
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """Why a layer with weights has no discrete counterpart, or None if it has one."""
-    if type(module) in LINEARS:
-        return None
-    if type(module) in CONVOLUTIONS:
-        assert isinstance(module, nn.Conv2d)
-        if module.padding_mode != "zeros":
-            return f"{module.padding_mode} padding has no integer kernel"
-        return None
-    return f"{type(module).__name__} has no discrete counterpart"
+def _why_not(module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """Why a module has no discrete counterpart in this model, or None if it has one."""
+    kind = kind_of(module)
+    if kind is not None and kind.copies_weight:
+        others = (m for m in modules.values() if m is not module)
+        if any(p is module.weight for m in others for p in m.parameters(recurse=False)):
+            return "another module has its weight, too"
+    return why_not(module)
 
 
 def _lent_weights(recording: Recording, modules: dict[str, nn.Module]) -> dict[Call, str]:
-    """Calls of `F.linear` on the weight of a linear layer that itself never runs, to its name."""
+    """Calls of a function on the weight of a layer that itself never runs, to its name."""
     weights = {
-        value_of(module.weight): name
+        (kind.lent_to, value_of(cast(Tensor, module.weight))): name
         for name, module in modules.items()
-        if type(module) in LINEARS and isinstance(module, nn.Linear) and not recording.times[name]
+        if (kind := kind_of(module, lent=True)) and not recording.times[name]
     }
     lent = {}
     for call in recording.calls:
-        if call.is_module or call.kind != "linear" or recording.times[call.name] != 1:
+        if call.is_module or recording.times[call.name] != 1:
             continue
         for value in call.inputs:
-            if value in weights:
-                lent[call] = weights[value]
+            if (call.kind, value) in weights:
+                lent[call] = weights[call.kind, value]
     return lent
 
 
@@ -177,7 +177,7 @@ def _alone_reads_argument(parent: str, lent: dict[Call, str], recording: Recordi
 def _norms_behind(
     calls: list[Call], recording: Recording, modules: dict[str, nn.Module]
 ) -> dict[str, str]:
-    """The BatchNorm that each convolution can take in: it alone reads the convolution's output."""
+    """The BatchNorm that each layer can take in: it alone reads the layer's output."""
     norms = {}
     for call in calls:
         readers = recording.readers[call.outputs[0]]
@@ -187,13 +187,8 @@ def _norms_behind(
         if readers[0].kind not in (type(norm).__name__, "batch_norm"):
             continue
         once = recording.times[call.name] == recording.times[readers[0].name] == 1
-        is_conv = isinstance(modules[call.name], nn.Conv2d)
-        if (
-            once
-            and is_conv
-            and type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
-            and _has_statistics(norm)
-        ):
+        kind = kind_of(modules[call.name])
+        if once and kind and type(norm) in kind.norms and _has_statistics(norm):
             norms[call.name] = readers[0].name
     return norms
 
@@ -229,7 +224,8 @@ def _place_points(
             else:
                 why = "an operand is not the output of a module that runs once"
                 kept.append(Kept(call.name, "addition", why))
-        if call.is_module and call.name in discrete and isinstance(modules[call.name], nn.Conv2d):
+        kind = kind_of(modules[call.name]) if call.is_module and call.name in discrete else None
+        if kind is not None and kind.quantized_output:
             ends = _ends(call, layers, recording)
             integer.update(ends)
             if settled(ends[0]) or ends[0] in recording.result:
@@ -286,16 +282,16 @@ def _kept_modules(
         has_own = next(module.parameters(recurse=False), None) is not None
         if name in taken or not has_own:
             continue
-        kind = type(module).__name__
         if not recording.times[name]:
             why = "its forward did not run in the recorded pass"
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, norm_classes()):
             why = "it does not directly follow one convolution that it could be folded into"
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            why = _why_not(module) or "it works on constants, so the runtime computes it once"
         else:
-            why = f"{kind} has no discrete counterpart"
-        yield Kept(name, kind, why)
+            why = (
+                _why_not(module, modules)
+                or "it works on constants, so the runtime computes it once"
+            )
+        yield Kept(name, type(module).__name__, why)
 
 
 def _kept_products(recording: Recording, lent: dict[Call, str]) -> Iterator[Kept]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ricciq.convert.plan import POINT_BITS, Plan, plan_conversion
 from ricciq.layers.base import QuantLayer, names_of
-from ricciq.layers.conv import QuantConv2d, turn_negative_rows
-from ricciq.layers.linear import QuantLinear, QuantLinearWeight
+from ricciq.layers.norm import BatchNorm, plain, rest_of
 from ricciq.layers.points import quantize_input, quantize_output
+from ricciq.layers.registry import kind_of
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.grid import Bits
 from ricciq.quant.quantizer import LSQ, Kinds
@@ -21,15 +20,16 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
     """Refuse a plan, which may come from a file, that names what a model does not have."""
     modules = dict(model.named_modules())
     layers = {layer.name for layer in plan.layers}
-    named: list[tuple[str | None, tuple[type[nn.Module], ...]]] = [
-        *((name, (nn.Module,)) for name in (*plan.points, *plan.points.values())),
-        *((layer.parent, (nn.Module,)) for layer in plan.layers),
-        *((layer.norm, (nn.BatchNorm2d,)) for layer in plan.layers),
-        *((name, (nn.Conv2d, nn.Linear)) for name in layers),
-    ]
-    for name, kinds in named:
-        if name is not None and not isinstance(modules.get(name), kinds):
-            raise ValueError(f"its plan has {name!r}, which is no {kinds[0].__name__} of the model")
+    named = [*plan.points, *plan.points.values(), *(layer.parent for layer in plan.layers)]
+    for name in named:
+        if name is not None and name not in modules:
+            raise ValueError(f"its plan has {name!r}, which is no Module of the model")
+    for layer in plan.layers:
+        kind = kind_of(modules.get(layer.name), lent=layer.parent is not None)
+        if kind is None:
+            raise ValueError(f"its plan has {layer.name!r}, which is no layer that it can quantize")
+        if layer.norm is not None and not isinstance(modules.get(layer.norm), kind.norms):
+            raise ValueError(f"its plan has {layer.norm!r}, which is no BatchNorm of {layer.name}")
     if len(layers) < len(plan.layers):
         raise ValueError("its plan has a layer twice")
 
@@ -52,25 +52,24 @@ def convert(model: nn.Module, plan: Plan, kinds: Kinds = LSQ) -> nn.Module:
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
-        quantized: QuantLayer
-        if isinstance(module, nn.Conv2d):
-            norm = model.get_submodule(layer.norm) if layer.norm else None
-            assert norm is None or isinstance(norm, nn.BatchNorm2d)
-            if norm is not None and owners[id(module.weight)] == 1:
-                turn_negative_rows(module, norm)
-            quantized = QuantConv2d.from_float(
-                module, layer.weight_bits, layer.act_bits, _plain(norm), kinds
-            )
-        else:
-            assert isinstance(module, nn.Linear)
-            kind = QuantLinear if layer.parent is None else QuantLinearWeight
-            quantized = kind.from_float(module, layer.weight_bits, layer.act_bits, kinds)
-            if layer.parent is not None and quantized.input_quantizer is not None:
-                quantize_input(model.get_submodule(layer.parent), quantized.input_quantizer)
+        kind = kind_of(module, lent=layer.parent is not None)
+        assert kind is not None
+        norm = model.get_submodule(layer.norm) if layer.norm else None
+        assert norm is None or isinstance(norm, BatchNorm)
+        quantized = kind.from_float(
+            module,
+            layer.weight_bits,
+            layer.act_bits,
+            plain(norm),
+            kinds,
+            turn=owners[id(module.weight)] == 1,
+        )
+        if layer.parent is not None and quantized.input_quantizer is not None:
+            quantize_input(model.get_submodule(layer.parent), quantized.input_quantizer)
         for name in names_of(module, model):
             model.set_submodule(name, quantized)
-        if layer.norm:
-            model.set_submodule(layer.norm, _rest_of(model.get_submodule(layer.norm)))
+        if layer.norm and norm is not None:
+            model.set_submodule(layer.norm, rest_of(norm))
     device = next(model.parameters()).device
     quantizers: dict[str, ActivationQuantizer] = {}
     for name, source in plan.points.items():
@@ -97,24 +96,6 @@ def quantize(
     plan = plan_conversion(model, example, weight_bits, act_bits, edge_bits)
     convert(model, plan, kinds)
     return plan
-
-
-def _plain(norm: nn.BatchNorm2d | None) -> nn.BatchNorm2d | None:
-    """The normalization alone, without the activation timm's BatchNormAct2d carries."""
-    if not isinstance(norm, BatchNormAct2d):
-        return norm
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, device="meta")
-    plain.weight, plain.bias = norm.weight, norm.bias
-    for name, buffer in norm.named_buffers(recurse=False):
-        setattr(plain, name, buffer)
-    return plain.train(norm.training)
-
-
-def _rest_of(norm: nn.Module) -> nn.Module:
-    """What remains where a normalization was taken out: nothing, or its activation."""
-    if isinstance(norm, BatchNormAct2d):
-        return nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
-    return nn.Identity()
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.deploy.modules import OPSET, deploy
+from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import read_model_file
 from ricciq.deploy.passes import tidy
 from ricciq.deploy.session import METADATA_KEY
 from ricciq.errors import RicciqError
 from ricciq.layers.base import QuantLayer
+from ricciq.layers.operators import OPSET
 from ricciq.system.files import replacing
 
 LARGEST_FILE = 2**31 - 2**24

@@ -7,36 +7,17 @@ exporter as standard ONNX operators.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ricciq.deploy.packing import Plane, pack, unpack
 from ricciq.layers.base import IntegerWeights, QuantLayer, names_of
-from ricciq.layers.conv import QuantConv2d
-from ricciq.layers.linear import QuantLinear, QuantLinearWeight
+from ricciq.layers.operators import onnx_operator
 from ricciq.layers.points import quantize_output
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.weight import WeightQuantizer
-
-OPSET = 18
-
-
-def _node(
-    operator: str,
-    inputs: list[Tensor],
-    dtype: torch.dtype,
-    shape: Any,
-    attributes: dict[str, Any] | None = None,
-) -> Tensor:
-    result: Tensor = torch.onnx.ops.symbolic(
-        operator, inputs, attributes or {}, dtype=dtype, shape=list(shape), version=OPSET
-    )
-    return result
 
 
 def in_float(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -78,10 +59,10 @@ class DeployedActivation(nn.Module):
         if not torch.onnx.is_in_onnx_export():
             return in_float(x, self.scale, self.zero_point, self.lowest, self.highest)
         quantized = [self.scale, self.zero_point]
-        codes = _node("QuantizeLinear", [x, *quantized], torch.uint8, x.shape)
+        codes = onnx_operator("QuantizeLinear", [x, *quantized], torch.uint8, x.shape)
         if self.bits < 8:  # between the two: a Clip in front would keep the kernels float
-            codes = _node("Clip", [codes, self.lowest, self.highest], torch.uint8, x.shape)
-        return _node("DequantizeLinear", [codes, *quantized], torch.float32, x.shape)
+            codes = onnx_operator("Clip", [codes, self.lowest, self.highest], torch.uint8, x.shape)
+        return onnx_operator("DequantizeLinear", [codes, *quantized], torch.float32, x.shape)
 
 
 class DeployedWeight(nn.Module):
@@ -92,7 +73,7 @@ class DeployedWeight(nn.Module):
     Args:
         weights: what to hold.
         quantizer: whose grid and width its codes are of.
-        axis: which axis output channels take: 0, or 1 for the transpose of a linear layer's weight.
+        axis: which axis output channels take: 0, or 1 to swap the first two.
         zero_points: whether to spell out that they are zero, as onnxruntime wants for a Gemm.
     """
 
@@ -113,7 +94,7 @@ class DeployedWeight(nn.Module):
         if grid.symmetric:  # a row that a negative BatchNorm weight turns around
             codes, flip = torch.where(flip, -codes, codes), torch.zeros_like(flip)
         if axis == 1:
-            codes, flip = codes.t().contiguous(), flip.t()
+            codes, flip = codes.transpose(0, 1).contiguous(), flip.transpose(0, 1)
         self.axis, self.shape = axis, list(codes.shape)
         self.register_buffer("scale", weights.scale)
         zeros = torch.zeros_like(weights.scale, dtype=torch.int8) if zero_points else None
@@ -138,7 +119,7 @@ class DeployedWeight(nn.Module):
             if self.zero_point is not None:
                 operands.append(self.zero_point)
             axis = {"axis": self.axis}
-            return _node("DequantizeLinear", operands, torch.float32, self.shape, axis)
+            return onnx_operator("DequantizeLinear", operands, torch.float32, self.shape, axis)
         behind = len(self.shape) - 1 - self.axis
         return self.integer_codes() * self.scale.view(-1, *[1] * behind)
 
@@ -164,21 +145,23 @@ class DeployedWeight(nn.Module):
             kind, per_byte = plane.table.dtype, plane.table.shape[1]
             size = [len(plane.data), per_byte]
             int32 = {"to": ir.DataType.INT32.value}
-            index = _node("Cast", [plane.data], torch.int32, plane.data.shape, int32)
-            part = _node("Gather", [plane.table, index], kind, size, {"axis": 0})
+            index = onnx_operator("Cast", [plane.data], torch.int32, plane.data.shape, int32)
+            part = onnx_operator("Gather", [plane.table, index], kind, size, {"axis": 0})
             if size[0] * per_byte != count:  # the last byte is not full
                 flat = torch.tensor([-1])
-                part = _node("Reshape", [part, flat], kind, [size[0] * per_byte])
+                part = onnx_operator("Reshape", [part, flat], kind, [size[0] * per_byte])
                 ends = [torch.tensor([0]), torch.tensor([count])]
-                part = _node("Slice", [part, *ends], kind, [count])
-            part = _node("Reshape", [part, torch.tensor(self.shape)], kind, self.shape)
-            total = part if total is None else _node("Add", [total, part], kind, self.shape)
+                part = onnx_operator("Slice", [part, *ends], kind, [count])
+            part = onnx_operator("Reshape", [part, torch.tensor(self.shape)], kind, self.shape)
+            total = part if total is None else onnx_operator("Add", [total, part], kind, self.shape)
         assert total is not None
         if self.sign is not None:
-            total = _node("Mul", [total, self.sign], torch.int32, self.shape)
+            total = onnx_operator("Mul", [total, self.sign], torch.int32, self.shape)
         if total.dtype == torch.int8:
             return total
-        return _node("Cast", [total], torch.int8, self.shape, {"to": ir.DataType.INT8.value})
+        return onnx_operator(
+            "Cast", [total], torch.int8, self.shape, {"to": ir.DataType.INT8.value}
+        )
 
 
 def _count(shape: list[int]) -> int:
@@ -186,18 +169,21 @@ def _count(shape: list[int]) -> int:
 
 
 class DeployedLayer(nn.Module):
-    """What deployed layers share: quantized input, packed weight, integer bias."""
+    """A layer of any kind: quantized input, packed weight, integer bias, BatchNorm folded in."""
 
     bias: Tensor
 
-    def __init__(self, layer: QuantLayer, axis: int = 0, zero_points: bool = False) -> None:
+    def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
-        self.axis = axis
+        self.axis = layer.weight_axis
+        self.function = None if layer.lent_to else layer.function()
+        for name in layer.seen:
+            setattr(self, name, getattr(layer, name))
         weights = layer.integer_weights()
         quantizer = layer.input_quantizer
         self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
         self.weight_quantizer: nn.Module = DeployedWeight(
-            weights, layer.weight_quantizer, axis, zero_points
+            weights, layer.weight_quantizer, layer.weight_axis, layer.zero_points
         )
         self.register_buffer("bias", weights.bias)
 
@@ -205,12 +191,14 @@ class DeployedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized weight, (rows, ...): some models read it, if only for its device."""
         weight: Tensor = self.weight_quantizer()
-        return weight.t() if self.axis == 1 else weight
+        return weight.transpose(0, 1) if self.axis == 1 else weight
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer's kind computes."""
+        assert self.function is not None, "a parent uses the weight"
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return x, self.weight_quantizer(), self.float_bias()
+        return self.function(x, self.weight_quantizer(), self.float_bias())
 
     def float_bias(self) -> Tensor:
         """(rows,) float32: the integer bias times the steps of input and weight."""
@@ -223,72 +211,10 @@ class DeployedLayer(nn.Module):
         if not torch.onnx.is_in_onnx_export():
             return bias * (steps[0] * steps[1])
         # onnxruntime multiplies the steps once, when it loads the file, which is smaller for it.
-        step = _node("Mul", steps, torch.float32, bias.shape)
-        return _node("DequantizeLinear", [bias, step], torch.float32, bias.shape, {"axis": 0})
-
-
-class DeployedConv2d(DeployedLayer):
-    """A QuantConv2d with its BatchNorm folded into packed weights and an integer bias."""
-
-    def __init__(self, layer: QuantConv2d) -> None:
-        super().__init__(layer)
-        self.window, self.groups = layer.window, layer.groups
-        # Some models look at these when they run.
-        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.kernel_size, self.stride = layer.kernel_size, layer.stride
-        self.padding, self.dilation = layer.padding, layer.dilation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, rows, H', W')."""
-        x, weight, bias = self._operands(x)
-        window = self.window
-        left, right, top, bottom = edges = window.edges(x.shape[2:])
-        if not torch.onnx.is_in_onnx_export():
-            padded = F.pad(x, edges)
-            return F.conv2d(padded, weight, bias, window.stride, 0, window.dilation, self.groups)
-        # As one operator: a Pad in front of it would keep the kernel float.
-        attributes = {
-            "pads": [top, left, bottom, right],
-            "strides": list(window.stride),
-            "dilations": list(window.dilation),
-            "group": self.groups,
-        }
-        shape = [x.shape[0], len(weight), *window.output_size(x.shape[2:])]
-        return _node("Conv", [x, weight, bias], torch.float32, shape, attributes)
-
-
-class DeployedLinear(DeployedLayer):
-    """A QuantLinear with packed weights, stored as (in_features, out_features), and biases."""
-
-    def __init__(self, layer: QuantLinear) -> None:
-        # Transposed already: onnxruntime would do it in float, and hold on to that memory.
-        super().__init__(layer, axis=1, zero_points=True)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        x, weight, bias = self._operands(x)
-        shape = [*x.shape[:-1], len(bias)]
-        if not torch.onnx.is_in_onnx_export():
-            return F.linear(x, weight.t(), bias)
-        if x.dim() == 2:
-            return _node("Gemm", [x, weight, bias], torch.float32, shape)
-        product = _node("MatMul", [x, weight], torch.float32, shape)
-        return product + bias
-
-
-class DeployedLinearWeight(DeployedLayer):
-    """A QuantLinearWeight with packed weights, read by the parent's forward."""
-
-    def __init__(self, layer: QuantLinearWeight) -> None:
-        super().__init__(layer, zero_points=True)
-
-
-_DEPLOYED: dict[type[QuantLayer], Callable[[Any], nn.Module]] = {
-    QuantConv2d: DeployedConv2d,
-    QuantLinear: DeployedLinear,
-    QuantLinearWeight: DeployedLinearWeight,
-}
+        step = onnx_operator("Mul", steps, torch.float32, bias.shape)
+        return onnx_operator(
+            "DequantizeLinear", [bias, step], torch.float32, bias.shape, {"axis": 0}
+        )
 
 
 def deploy(model: nn.Module) -> nn.Module:
@@ -296,9 +222,8 @@ def deploy(model: nn.Module) -> nn.Module:
     deployed = copy.deepcopy(model).eval()
     made: dict[nn.Module, nn.Module] = {}
     for module in list(deployed.modules()):
-        for kind, deployed_kind in _DEPLOYED.items():
-            if isinstance(module, kind):
-                made[module] = deployed_kind(module)
+        if isinstance(module, QuantLayer):
+            made[module] = DeployedLayer(module)
         if isinstance(module, ActivationQuantizer):
             made[module] = DeployedActivation(module)
     for old, new in made.items():

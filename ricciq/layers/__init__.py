@@ -1,1 +1,5 @@
-"""Discrete counterparts of float layers, a module a kind."""
+"""Discrete counterparts of float layers, a module a kind; those imported here are registered."""
+
+from ricciq.layers import conv as conv
+from ricciq.layers import conv1d as conv1d
+from ricciq.layers import linear as linear

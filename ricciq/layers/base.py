@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from ricciq.layers.norm import BatchNorm, affine, turn_negative_rows
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.fake_quantize import MIN_SCALE
 from ricciq.quant.grid import LARGEST_CODE, Bits
@@ -64,30 +65,121 @@ class KeptNorm(nn.Module):
         return kept
 
 
+class Function(Protocol):
+    """A layer's real-valued function, given its weight in the order that the kernels read."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Compute it; while torch exports, add its ONNX operators to the graph instead.
+
+        Args:
+            x: input of the layer.
+            weight: (rows, ...), or with the first two axes swapped where `weight_axis` is 1.
+            bias: (rows,).
+        """
+
+
 class QuantLayer(nn.Module):
     """What the discrete layers share: quantizers for weight and input, and the BatchNorm behind.
 
     Keeping the BatchNorm inside lets training use it as it is and the export fold it, without the
     rest of the model taking part.
+
+    The class variables are the traits of a kind of layer. The plan, the conversion and the
+    deployment know of a kind what these say, and `quantizes` tells which float classes it stands
+    in for.
+
+    Attributes:
+        norms: the classes of BatchNorm behind it that it takes in.
+        channel_axis: of the output channels in its output.
+        weight_axis: of the output channels in the weight that the kernels read: 0, or 1 where
+            they want the first two axes swapped. Training has them first in any case.
+        operators: the ONNX operators that compute it.
+        kernels: the integer kernels that onnxruntime makes of them.
+        quantized_output: whether the kernel is an integer one only if its output, perhaps behind
+            a ReLU, is quantized at one place.
+        float_kernel: why its kernel is a float one although its codes are discrete, or None.
+        zero_points: whether the file must spell out that the weight's zero points are 0.
+        copies_weight: whether its weight is another parameter than the float layer's, which no
+            other module may have then.
+        seen: names of attributes of the float layer that models look at when they run.
+        lent_to: see `quantizes`.
     """
+
+    norms: ClassVar[tuple[type[nn.Module], ...]] = ()
+    channel_axis: ClassVar[int] = 1
+    weight_axis: int = 0
+    operators: ClassVar[tuple[str, ...]] = ()
+    kernels: ClassVar[tuple[str, ...]] = ()
+    quantized_output: ClassVar[bool] = False
+    float_kernel: ClassVar[str | None] = None
+    zero_points: ClassVar[bool] = False
+    copies_weight: ClassVar[bool] = False
+    seen: ClassVar[tuple[str, ...]] = ()
+    lent_to: ClassVar[str | None] = None
 
     bias: Tensor | None
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
-    norm: nn.BatchNorm2d | None
+    norm: BatchNorm | None
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:  # noqa: ARG003
+        """Why a layer of a class that this one stands in for stays float, or None."""
+        return None
+
+    @classmethod
+    def take_over(cls, module: nn.Module) -> Self:
+        """A layer with a float one's parameters and settings, its quantizers still missing."""
+        raise NotImplementedError
+
+    @classmethod
+    def standardization(cls, module: nn.Module) -> nn.Module | None:  # noqa: ARG003
+        """What the float layer does to its weight before using it: (rows, ...) to the same."""
+        return None
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        weight_bits: Bits,
+        act_bits: int,
+        norm: BatchNorm | None = None,
+        kinds: Kinds = LSQ,
+        turn: bool = False,
+    ) -> Self:
+        """Take over a float layer's parameters.
+
+        Args:
+            module: the float layer, for which `why_not` has no reason.
+            weight_bits: 1 to 8 or ``"ternary"``.
+            act_bits: 1 to 8, or 32 to leave the input float.
+            norm: the BatchNorm that alone reads the layer's output.
+            kinds: which quantizers.
+            turn: whether rows may change their sign, as `turn_negative_rows` does. No other layer
+                may use the weight then.
+        """
+        layer = cls.take_over(module)
+        if norm is not None and turn:
+            turn_negative_rows(layer.latent, layer.bias, norm)
+        layer._discretize(weight_bits, act_bits, norm, cls.standardization(module), kinds)
+        return layer.train(module.training)
 
     @property
     def latent(self) -> Tensor:
         """The float weight that training changes, (rows, ...)."""
         return cast(Tensor, self.weight)
 
+    def function(self) -> Function:
+        """What the layer computes from quantized inputs, a weight and a bias."""
+        raise NotImplementedError
+
     def _discretize(
         self,
         weight_bits: Bits,
         act_bits: int,
-        norm: nn.BatchNorm2d | None = None,
-        standardize: nn.Module | None = None,
-        kinds: Kinds = LSQ,
+        norm: BatchNorm | None,
+        standardize: nn.Module | None,
+        kinds: Kinds,
     ) -> None:
         weight = self.latent
         if kinds.normalize:
@@ -121,7 +213,7 @@ class QuantLayer(nn.Module):
         bias = scale.new_zeros(len(scale)) if self.bias is None else self.bias.double()
         flip = torch.zeros_like(scale, dtype=torch.bool)
         if self.norm is not None:
-            factor, shift = _affine(self.norm)
+            factor, shift = affine(self.norm)
             flip = factor < 0
             scale = scale * factor.abs()
             bias = bias * factor + shift
@@ -137,17 +229,6 @@ class QuantLayer(nn.Module):
         bias_scale = weight_scale * self.input_quantizer.scale
         bias_codes = (bias / bias_scale.double()).round().to(torch.int32)
         return IntegerWeights(codes, stretch, flip, weight_scale, bias_codes, bias_scale)
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in evaluation as ``factor * x + shift``, both (channels,) in float64."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() * factor
-    return factor, shift if norm.bias is None else shift + norm.bias.double()
 
 
 def names_of(module: nn.Module, model: nn.Module) -> list[str]:

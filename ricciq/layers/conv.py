@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 from timm.layers import (
+    BatchNormAct2d,
     Conv2dSame,
     ScaledStdConv2d,
     ScaledStdConv2dSame,
@@ -19,12 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.layers.base import QuantLayer
-from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import LSQ, Kinds
+from ricciq.layers.operators import onnx_operator
+from ricciq.layers.registry import quantizes
 
 STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
-CONVOLUTIONS = (nn.Conv2d, Conv2dSame, *STANDARDIZED)
-"""The classes that `QuantConv2d` stands in for; a subclass may do anything, so it is kept."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Window:
     """How a convolution's kernel moves over its input; pairs are (vertical, horizontal).
 
     Attributes:
-        padding: zeros left, right, above and below.
+        padding: zeros before and after each axis, last axis first: left, right, above, below.
         same: whether instead the input's size decides, as in TensorFlow's "SAME".
     """
 
@@ -43,11 +42,11 @@ class Window:
     same: bool
 
     def edges(self, size: Sequence[int]) -> list[int]:
-        """Zeros left, right, above and below an input of (height, width)."""
+        """Zeros before and after each axis of an input of this size, last axis first."""
         if not self.same:
             return list(self.padding)
         edges: list[int] = []
-        for axis in (1, 0):
+        for axis in reversed(range(len(size))):
             total = get_same_padding(
                 size[axis], self.kernel_size[axis], self.stride[axis], self.dilation[axis]
             )
@@ -55,11 +54,37 @@ class Window:
         return edges
 
     def output_size(self, size: Sequence[int]) -> list[int]:
-        """The output's (height, width)."""
-        left, right, top, bottom = self.edges(size)
-        padded = (size[0] + top + bottom, size[1] + left + right)
+        """The size of the output, an axis an entry."""
+        edges = self.edges(size)
+        both = [before + after for before, after in zip(edges[::2], edges[1::2], strict=True)]
+        padded = [length + added for length, added in zip(size, reversed(both), strict=True)]
         moves = zip(padded, self.kernel_size, self.stride, self.dilation, strict=True)
         return [(length - d * (k - 1) - 1) // s + 1 for length, k, s, d in moves]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The function of a convolution: see `Function`."""
+
+    window: Window
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(B, C, *size) -> (B, rows, *size)."""
+        window, edges = self.window, self.window.edges(x.shape[2:])
+        if not torch.onnx.is_in_onnx_export():
+            convolve = {1: F.conv1d, 2: F.conv2d}[len(window.stride)]
+            padded = F.pad(x, edges)
+            return convolve(padded, weight, bias, window.stride, 0, window.dilation, self.groups)
+        # As one operator: a Pad in front of it would keep the kernel float.
+        attributes = {
+            "pads": [*reversed(edges[::2]), *reversed(edges[1::2])],
+            "strides": list(window.stride),
+            "dilations": list(window.dilation),
+            "group": self.groups,
+        }
+        shape = [x.shape[0], len(weight), *window.output_size(x.shape[2:])]
+        return onnx_operator("Conv", [x, weight, bias], torch.float32, shape, attributes)
 
 
 class Standardization(nn.Module):
@@ -87,82 +112,87 @@ class Standardization(nn.Module):
         return rows.view_as(weight)
 
 
-class QuantConv2d(nn.Conv2d, QuantLayer):
-    """A convolution with discrete weights and inputs, followed by the BatchNorm it came with.
+class QuantConv(QuantLayer):
+    """What convolutions share, whatever the number of their axes.
 
     Attributes:
         same: whether zeros are added around the input as its size demands, as TensorFlow does.
     """
 
+    operators = ("Conv",)
+    kernels = ("QLinearConv", "ConvInteger")
+    quantized_output = True
+    seen = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    )
+
     same = False
 
     @classmethod
-    def from_float(
-        cls,
-        conv: nn.Conv2d,
-        weight_bits: Bits,
-        act_bits: int,
-        norm: nn.BatchNorm2d | None = None,
-        kinds: Kinds = LSQ,
-    ) -> Self:
-        """Take over a float convolution's parameters.
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Padding other than with zeros, as a convolution's kernel has no other."""
+        if module.padding_mode != "zeros":
+            return f"{module.padding_mode} padding has no integer kernel"
+        return None
 
-        Args:
-            conv: the float layer, one of `CONVOLUTIONS`, with zero padding.
-            weight_bits: 1 to 8 or ``"ternary"``.
-            act_bits: 1 to 8, or 32 to leave the input float.
-            norm: the BatchNorm that alone reads the convolution's output.
-            kinds: which quantizers.
-        """
+    @classmethod
+    def take_over(cls, module: nn.Module) -> Self:
+        """A convolution with a float one's parameters."""
         layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            conv.bias is not None,
+            **{name: getattr(module, name) for name in cls.seen},
+            bias=module.bias is not None,
             device="meta",
         )
-        layer.weight, layer.bias = conv.weight, conv.bias
-        layer.same = isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False) is True
-        standardize = Standardization(conv) if type(conv) in STANDARDIZED else None
-        layer._discretize(weight_bits, act_bits, norm, standardize, kinds)
-        return layer.train(conv.training)
+        layer.weight, layer.bias = module.weight, cast("nn.Parameter | None", module.bias)
+        return layer
 
     @property
     def window(self) -> Window:
         """How the kernel moves over the input."""
+        conv = cast(nn.Conv2d, self)
         return Window(
-            tuple(self.kernel_size),
-            tuple(self.stride),
-            tuple(self.dilation),
-            tuple(self._reversed_padding_repeated_twice),
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            tuple(conv.dilation),
+            tuple(conv._reversed_padding_repeated_twice),
             self.same,
         )
 
+    def function(self) -> Convolution:
+        """The convolution itself."""
+        return Convolution(self.window, cast(int, self.groups))
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, rows, H', W')."""
+        """(B, C, *size) -> (B, rows, *size)."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         if self.same:
-            x = F.pad(x, self.window.edges(x.shape[-2:]))
-        y: Tensor = self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+            x = F.pad(x, self.window.edges(x.shape[2:]))
+        conv = cast(nn.Conv2d, self)
+        y: Tensor = conv._conv_forward(x, self.weight_quantizer(self.latent), self.bias)
         return y if self.norm is None else self.norm(y)
 
 
-@torch.no_grad()
-def turn_negative_rows(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Negate the rows that a negative BatchNorm weight would negate; what comes out is the same.
+@quantizes(nn.Conv2d, Conv2dSame, *STANDARDIZED)
+class QuantConv2d(QuantConv, nn.Conv2d):
+    """A convolution with discrete weights and inputs, followed by the BatchNorm it came with."""
 
-    Folding such a weight turns codes around, which a two's complement grid cannot hold: the file
-    would need a sign for each row.
-    """
-    if norm.weight is None or norm.running_mean is None:
-        return
-    sign = torch.where(norm.weight < 0, -1.0, 1.0)
-    conv.weight.mul_(sign.view(-1, 1, 1, 1))
-    for vector in (conv.bias, norm.weight, norm.running_mean):
-        if vector is not None:
-            vector.mul_(sign)
+    norms = (nn.BatchNorm2d, BatchNormAct2d)
+
+    @classmethod
+    def take_over(cls, module: nn.Module) -> Self:
+        """A convolution with a float one's parameters and its way of padding."""
+        layer = super().take_over(module)
+        layer.same = isinstance(module, Conv2dSame) or getattr(module, "same_pad", False) is True
+        return layer
+
+    @classmethod
+    def standardization(cls, module: nn.Module) -> nn.Module | None:
+        """Of timm's StdConv2d and its relatives."""
+        return Standardization(cast(nn.Conv2d, module)) if type(module) in STANDARDIZED else None

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, cast
 
+import torch
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.layers.base import QuantLayer
-from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import LSQ, Kinds
-
-LINEARS = (nn.Linear, TimmLinear)
-"""The classes that `QuantLinear` stands in for."""
+from ricciq.layers.base import Function, QuantLayer
+from ricciq.layers.operators import onnx_operator
+from ricciq.layers.registry import quantizes
 
 
-class QuantLinear(nn.Linear, QuantLayer):  # type: ignore[misc]
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The function of a linear layer: (..., in_features) -> (..., out_features).
+
+    Args:
+        x: (..., in_features).
+        weight: (in_features, out_features).
+        bias: (out_features,).
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return F.linear(x, weight.t(), bias)
+    shape = [*x.shape[:-1], len(bias)]
+    if x.dim() == 2:
+        return onnx_operator("Gemm", [x, weight, bias], torch.float32, shape)
+    return onnx_operator("MatMul", [x, weight], torch.float32, shape) + bias
+
+
+@quantizes(nn.Linear, TimmLinear)
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     """A linear layer with discrete weights and inputs."""
 
+    channel_axis = -1
+    # Transposed already: onnxruntime would do it in float, and hold on to that memory.
+    weight_axis = 1
+    operators = ("Gemm", "MatMul")
+    kernels = ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
+    zero_points = True
+    seen = ("in_features", "out_features")
+
     @classmethod
-    def from_float(
-        cls, linear: nn.Linear, weight_bits: Bits, act_bits: int, kinds: Kinds = LSQ
-    ) -> Self:
-        """Take over a float layer's parameters; arguments as for `QuantConv2d.from_float`."""
+    def take_over(cls, module: nn.Module) -> Self:
+        """A linear layer with a float one's parameters."""
+        linear = cast(nn.Linear, module)
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer._discretize(weight_bits, act_bits, kinds=kinds)
-        return layer.train(linear.training)
+        return layer
+
+    def function(self) -> Function:
+        """The product with the weight."""
+        return product
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -36,26 +61,29 @@ class QuantLinear(nn.Linear, QuantLayer):  # type: ignore[misc]
         return F.linear(x, self.weight_quantizer(self.weight), self.bias)
 
 
+@quantizes(nn.Linear, TimmLinear, lent_to="linear")
 class QuantLinearWeight(QuantLayer):
     """A linear layer that is never called: its parent hands ``weight`` to `F.linear` itself.
 
     Reading ``weight`` gives the discrete one; the parent's input passes through the quantizer.
     """
 
+    operators = ("Gemm", "MatMul")
+    kernels = QuantLinear.kernels
+    zero_points = True
+    seen = QuantLinear.seen
+
     latent_weight: Tensor
     in_features: int
     out_features: int
 
     @classmethod
-    def from_float(
-        cls, linear: nn.Linear, weight_bits: Bits, act_bits: int, kinds: Kinds = LSQ
-    ) -> Self:
-        """Take over a float layer's parameters; arguments as for `QuantConv2d.from_float`."""
-        layer = cls()
+    def take_over(cls, module: nn.Module) -> Self:
+        """A layer with a float one's parameters."""
+        linear, layer = cast(nn.Linear, module), cls()
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.latent_weight, layer.bias = linear.weight, linear.bias
-        layer._discretize(weight_bits, act_bits, kinds=kinds)
-        return layer.train(linear.training)
+        return layer
 
     @property
     def latent(self) -> Tensor:

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
-from ricciq.layers.conv import QuantConv2d
-from ricciq.layers.linear import QuantLinear
 from ricciq.quant.grid import Grid
 from ricciq.system.journal import Journal
 
@@ -59,7 +57,7 @@ def reconstruct(
     layers = {
         name: layer
         for name in names
-        if isinstance(layer := model.get_submodule(name), QuantConv2d | QuantLinear)
+        if isinstance(layer := model.get_submodule(name), QuantLayer) and layer.lent_to is None
     }
     shown = list(batches)
     with evaluating(model), evaluating(teacher), journal.bar("rounding", len(layers)) as advance:
@@ -98,7 +96,7 @@ def _inputs(model: nn.Module, name: str, batches: Sequence[Tensor]) -> list[Tens
     return seen
 
 
-def _in_float(layer: QuantConv2d | QuantLinear) -> nn.Module:
+def _in_float(layer: QuantLayer) -> nn.Module:
     """The layer with its weights and inputs as they are, and without hooks such as a point's."""
     plain = copy.copy(layer)
     plain._modules, plain._forward_hooks = dict(layer._modules), OrderedDict()
@@ -144,9 +142,7 @@ class _Rounding(nn.Module):
         return (self.floor + (self.share >= 0.5)).clamp(self.low, self.high) * self.scale
 
 
-def _learn_rounding(
-    layer: QuantConv2d | QuantLinear, given: Tensor, wanted: Tensor, steps: int
-) -> None:
+def _learn_rounding(layer: QuantLayer, given: Tensor, wanted: Tensor, steps: int) -> None:
     """Minimize the squared distance of the layer's output from the wanted one."""
     rounding = _Rounding(layer)
     optimizer = torch.optim.Adam([rounding.logit], lr=LEARNING_RATE)
@@ -183,13 +179,12 @@ def _weight_through(layer: QuantLayer, rounding: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _correct_bias(layer: QuantConv2d | QuantLinear, given: Tensor, wanted: Tensor) -> None:
+def _correct_bias(layer: QuantLayer, given: Tensor, wanted: Tensor) -> None:
     """Take the mean error of each channel out of its bias, if it has one."""
-    norm = layer.norm if isinstance(layer, QuantConv2d) else None
-    bias = layer.bias if norm is None else norm.bias
+    bias = layer.bias if layer.norm is None else layer.norm.bias
     if bias is None:
         return
     answered = torch.cat([layer(part) for part in torch.split(given, BATCH)])
-    channel = 1 if isinstance(layer, QuantConv2d) else answered.dim() - 1
+    channel = layer.channel_axis % answered.dim()
     others = [axis for axis in range(answered.dim()) if axis != channel]
     bias -= (answered - wanted).mean(others)

@@ -30,8 +30,8 @@ from ricciq.data.preprocessing import Preprocessing
 from ricciq.deploy.modules import DeployedActivation, deploy
 from ricciq.deploy.passes import tidy
 from ricciq.layers.base import BIAS_LIMIT, QuantLayer
-from ricciq.layers.conv import QuantConv2d
 from ricciq.layers.linear import QuantLinear
+from ricciq.layers.registry import kind_of
 from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds
 
 pytestmark = pytest.mark.slow
@@ -92,6 +92,17 @@ def convolutions(draw, channels: int, size: tuple[int, int]) -> nn.Conv2d:
 
 
 @st.composite
+def sequence_convolutions(draw, channels: int, size: tuple[int]) -> nn.Conv1d:
+    """A one-dimensional convolution of any shape that (channels, length) can pass."""
+    flat = draw(convolutions(channels, (1, *size)).filter(lambda conv: type(conv) is nn.Conv2d))
+    kept = ("kernel_size", "stride", "dilation", "padding")
+    options = {name: getattr(flat, name) for name in kept}
+    along = {name: o if isinstance(o, str) else o[1] for name, o in options.items()}
+    rows = flat.out_channels
+    return nn.Conv1d(channels, rows, **along, groups=flat.groups, bias=flat.bias is not None)
+
+
+@st.composite
 def stages(draw, channels: int, size: tuple[int, int]) -> nn.Sequential:
     """A convolution, perhaps a BatchNorm, perhaps an activation."""
     convolution = draw(convolutions(channels, size))
@@ -121,11 +132,11 @@ def trunks(draw, channels: int, size: tuple[int, int]) -> nn.Module:
 def randomize(model: nn.Module) -> None:
     """Rows of all magnitudes, one in ten of them zero, and BatchNorms of every kind."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
             rows = 10 ** torch.empty(len(module.weight)).uniform_(-2, 1)
             rows[1:][torch.rand(len(rows) - 1) < 0.1] = 0
             module.weight *= rows.view(-1, *[1] * (module.weight.dim() - 1))
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             kinds = torch.tensor([0.6, 4.0, -0.7, -3.0, 0.0, 1e-12, -1e-12, 1e-3, 30.0])
             module.weight *= kinds[torch.randint(len(kinds), module.weight.shape)]
             module.bias.normal_()
@@ -157,7 +168,13 @@ def cases(draw) -> tuple[nn.Module, Tensor, tuple[Any, int, Any, Kinds], bool]:
             if draw(st.booleans()):
                 parts.append(nn.MaxPool2d(3, 2, 1))
             shape = shape_behind(nn.Sequential(*parts), channels, *size)
-        parts += [nn.Flatten(2), Permute([0, 2, 1])]  # tokens, as in a transformer
+        parts.append(nn.Flatten(2))
+        if draw(st.booleans()):
+            convolution = draw(sequence_convolutions(shape[0], (shape[1] * shape[2],)))
+            norms = [nn.BatchNorm1d(convolution.out_channels)] if draw(st.booleans()) else []
+            parts += [convolution, *norms, draw(activations)()]
+            shape = (convolution.out_channels,)
+        parts.append(Permute([0, 2, 1]))  # tokens, as in a transformer
         if draw(st.booleans()):
             width = draw(st.integers(1, MOST_CHANNELS))
             parts += [nn.Linear(shape[0], width, bias=draw(st.booleans())), draw(activations)()]
@@ -292,6 +309,12 @@ def test_a_clip_of_numbers_chooses_the_codes_of_a_clip_of_codes(low, high, log_s
     assert np.array_equal(look_inside(tidied, x)["logits"], look_inside(model, x)["logits"])
 
 
+convolution_kinds = [
+    (convolutions, 2, nn.BatchNorm2d),
+    (sequence_convolutions, 1, nn.BatchNorm1d),
+]
+
+
 @st.composite
 def layers(draw) -> tuple[QuantLayer, Tensor]:
     """A calibrated discrete layer and its inputs, without an export: thousands of them."""
@@ -305,11 +328,13 @@ def layers(draw) -> tuple[QuantLayer, Tensor]:
             randomize(linear)
             layer: QuantLayer = QuantLinear.from_float(linear, weight_bits, act_bits)
         else:
-            x = torch.randn(2, channels, *size)
-            convolution = draw(convolutions(channels, size))
-            norm = nn.BatchNorm2d(convolution.out_channels) if draw(st.booleans()) else None
+            drawn, axes, norms = draw(st.sampled_from(convolution_kinds))
+            x = torch.randn(2, channels, *size[:axes])
+            convolution = draw(drawn(channels, size[:axes]))
+            norm = norms(convolution.out_channels) if draw(st.booleans()) else None
             randomize(nn.ModuleList([convolution, norm or nn.Identity()]))
-            layer = QuantConv2d.from_float(convolution, weight_bits, act_bits, norm)
+            kind = kind_of(convolution)
+            layer = kind.from_float(convolution, weight_bits, act_bits, norm)
     x = 10.0 ** draw(st.integers(-4, 3)) * (x.abs() if draw(st.booleans()) else x)
     calibrate(layer, [x])
     train(layer)

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from ricciq.deploy.modules import deploy
 from ricciq.layers.base import BIAS_LIMIT, QuantLayer
-from ricciq.layers.conv import QuantConv2d, turn_negative_rows
+from ricciq.layers.conv import QuantConv2d
 from ricciq.layers.linear import QuantLinear, QuantLinearWeight
+from ricciq.layers.norm import turn_negative_rows
 from ricciq.layers.points import quantize_output
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.grid import LARGEST_CODE
@@ -261,7 +262,7 @@ def test_conversion_turns_rows_around_where_the_norm_is_negative(bias):
     norm = norm_with(NORM_WEIGHTS)
     x = torch.randn(2, 4, 7, 7)
     before, held, rows = norm(conv(x)), norm.weight, conv.weight.clone()
-    turn_negative_rows(conv, norm)
+    turn_negative_rows(conv.weight, conv.bias, norm)
     layer = QuantConv2d.from_float(conv, 2, 32, norm)
     torch.testing.assert_close(norm(conv(x)), before)
     assert layer.norm.weight is held
