@@ -17,8 +17,8 @@ from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.deploy.session import open_session, session_metadata
 from ricciq.errors import ModelError, on_one_line
 
-_WEIGHTED = {"Conv", "Gemm", "MatMul"}
-_INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"}
+WEIGHTED = {"Conv", "Gemm", "MatMul"}
+INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"}
 _PER_BYTE_BITS = {8: 1, 4: 2, 2: 4, 1: 8}
 _TERNARY_PER_BYTE = 5
 _FLOAT_BITS = 32
@@ -109,7 +109,7 @@ def inspect_onnx(path: Path) -> Inspection:
         metadata = session_metadata(session, path)
     except ModelError:  # a file from elsewhere is inspected all the same
         metadata = None
-    integer = {_original(name) for name, operator in runs if operator in _INTEGER}
+    integer = {_original(name) for name, operator in runs if operator in INTEGER}
     model = _load(path)
     layers = [(node, found) for node in model.graph if (found := _layer_constants(node))]
     users = Counter(value for _, constants in layers for value in constants)
@@ -157,7 +157,7 @@ def _bytes(constant: ir.Value) -> int:
 
 def _layer_constants(node: ir.Node) -> set[ir.Value]:
     """The constants a layer computes with; none if its weight is no constant."""
-    if node.op_type not in _WEIGHTED or len(node.inputs) < 2 or node.inputs[0] is None:
+    if node.op_type not in WEIGHTED or len(node.inputs) < 2 or node.inputs[0] is None:
         return set()
     _, weight, *bias = node.inputs
     constants = _constants(weight)

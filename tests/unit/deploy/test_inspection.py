@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ricciq.deploy.export import add_metadata
-from ricciq.deploy.inspection import Inspection, inspect_onnx
+from ricciq.deploy.inspection import INTEGER, WEIGHTED, Inspection, inspect_onnx
+from ricciq.layers.registry import layer_kinds
 
 WIDTHS = [(2, 2), (3, 4), (7, 2), (8, 4), ("ternary", 2), (4, 32), (32, 32)]
 
@@ -98,3 +99,10 @@ def test_more_metadata_leave_the_graph_as_it_is(exported: Any, tmp_path: Path) -
     assert after.SerializeToString() == before.SerializeToString()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
     assert inspect_onnx(path).to_dict()["metadata"]["accuracy"] == {"top1": 97.5}
+
+
+def test_the_operators_of_every_kind_of_layer_are_known():
+    # Named once more in the inspection, which must not import torch.
+    for kind in layer_kinds():
+        assert set(kind.operators) <= WEIGHTED, kind
+        assert set(kind.kernels) <= INTEGER, kind
