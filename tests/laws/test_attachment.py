@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_train import RECIPE, Run
+from digits_run import RECIPE, Run
 
 from ricciq.errors import CheckpointError, RecipeError
 from ricciq.estimators.apply import Attachment, Correction

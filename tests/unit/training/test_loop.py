@@ -4,21 +4,17 @@ import copy
 import json
 import math
 import random
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from digits_run import CPU, RECIPE, STEPS, Run
 
-from ricciq.convert.rewrite import convert, quantized_layers
+from ricciq.convert.rewrite import quantized_layers
 from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import METHODS
-from ricciq.quant.calibration import calibrate
-from ricciq.recipe import Recipe, TrainingSection
-from ricciq.runs.folder import RunFolder
+from ricciq.recipe import TrainingSection
 from ricciq.runs.metadata import RunMetadata
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
@@ -32,22 +28,6 @@ from ricciq.training.state import Progressed
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
 
-CPU = torch.device("cpu")
-RECIPE = Recipe().override(
-    {
-        "model.name": "digits_resnet8",
-        "data.name": "digits",
-        "data.batch_size": 40,
-        "data.train_samples": 200,
-        "data.augmentation": {"pad_crop": 1, "hflip": 0.0},
-        "quantization.weight_bits": 2,
-        "quantization.act_bits": 2,
-        "training.epochs": 2,
-        "training.lr": 5e-3,
-        "device": "cpu",
-    }
-)
-STEPS = 5  # an epoch
 SUMMARY = [
     "epoch",
     "train_loss",
@@ -58,41 +38,6 @@ SUMMARY = [
     "images_per_second",
     "skipped_steps",
 ]
-
-
-class Run:
-    """A converted, calibrated digits net and what is needed to train it in a folder."""
-
-    def __init__(self, path: Path, recipe: Recipe = RECIPE) -> None:
-        path.mkdir(exist_ok=True)
-        self.folder, self.recipe = RunFolder(path), recipe
-        self.job = prepare(recipe, CPU, Journal())
-        self.model = self.job.model
-        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.correction = Correction(METHODS[recipe.method.name], recipe.method.corrects)
-        convert(self.model, self.job.plan)
-        calibrate(self.model, [images for images, _ in islice(self.job.loader("fit"), 2)])
-
-    def train(self, resume: bool = False) -> Progressed:
-        return finetune(
-            self.model,
-            self.job.loader("fit", training=True),
-            self.job.loader("holdout"),
-            self.recipe,
-            self.correction,
-            device=CPU,
-            folder=self.folder,
-            teacher=self.teacher,
-            metadata=self.job.metadata,
-            journal=Journal(),
-            resume=resume,
-        )
-
-    def trainer(self) -> Trainer:
-        return Trainer(self.model, self.recipe, self.correction, CPU, STEPS, self.teacher)
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        return next(iter(self.job.loader("fit")))
 
 
 @pytest.fixture(scope="module")
