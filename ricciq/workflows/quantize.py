@@ -35,6 +35,7 @@ from ricciq.workflows.find_bits import find_budget, with_chosen_bits
 from ricciq.workflows.job import (
     Job,
     choose_device,
+    correction_of,
     prepare,
     take_answers,
 )
@@ -244,7 +245,7 @@ def _report(
             },
             "layers": layers,
             "kept": [asdict(kept) for kept in job.plan.kept],
-            "geometry": _geometry(folder, done.epoch),
+            "geometry": _geometry(folder, done.epoch, correction_of(recipe).applies_flow),
             "training": {
                 "epochs": done.epoch,
                 "steps": done.steps,
@@ -261,8 +262,10 @@ def _report(
     )
 
 
-def _geometry(folder: RunFolder, epoch: int) -> dict[str, float]:
-    """Means over the layers at the last epoch, from geometry.csv."""
+def _geometry(folder: RunFolder, epoch: int, applied: bool) -> dict[str, float | bool]:
+    """Means over the layers at the last epoch, from geometry.csv, and whether the flow acted."""
     rows = [row for row in read_csv(folder.geometry, {"epoch": int}) if row["epoch"] == epoch]
     names = ("perturbation_start", "perturbation_end", "decay", "mismatch_cosine")
-    return {name: fmean(float(row[name]) for row in rows) for name in names} if rows else {}
+    if not rows:
+        return {}
+    return {name: fmean(float(row[name]) for row in rows) for name in names} | {"applied": applied}
