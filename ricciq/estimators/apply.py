@@ -119,6 +119,22 @@ class Correction:
         }
 
     @property
+    def applies_flow(self) -> bool:
+        """Whether the flow that `measure` and `decay` describe acts on gradients in training.
+
+        Otherwise it is a probe: what the flow of rows of weights would do.
+        """
+        flow = self.estimator
+        return (
+            self.on != "activations"
+            and isinstance(flow, RicciFlow)
+            and flow.correction in ("natural", "pullback")
+            and flow.flow != "none"
+            and flow.time > 0
+            and flow.block != 1
+        )
+
+    @property
     def _flow(self) -> RicciFlow:
         """The estimator's own; those without a metric of several weights have rows measured."""
         if not isinstance(self.estimator, RicciFlow):

@@ -81,7 +81,7 @@ def to_html(folder: RunFolder, report: Report) -> str:
             r=report,
             float=report.float_,
             training=_training_drawings(folder, report),
-            geometry=_geometry_drawings(folder),
+            geometry=_geometry_drawings(folder, report),
             sensitivity=[_sensitivity_row(row) for row in read_csv(folder.sensitivity)],
             disagreements=Disagreements.load(folder.disagreements),
             thumbnail=THUMBNAIL,
@@ -123,10 +123,12 @@ def _training_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
     ]
 
 
-def _geometry_drawings(folder: RunFolder) -> list[Drawing]:
+def _geometry_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
     drawings = []
     if decay := read_csv(folder.decay):
         caption = "The perturbation of the LNE metric as the linear flow goes on, a line a layer"
+        if report.geometry.applied is False:
+            caption += "; a probe, not applied in training"
         drawings.append(_drawing(draw_decay(decay), caption))
     if rows := read_csv(folder.geometry):
         for column, label, caption in (

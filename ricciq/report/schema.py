@@ -84,16 +84,21 @@ class KeptReport(_Part):
 
 
 class GeometryReport(_Part):
-    """Means over the layers at the last step of the last epoch; None without training."""
+    """Means over the layers at the last step of the last epoch; None without training.
+
+    Where the flow is not ``applied`` it is a probe: what the flow of rows of weights would do. None
+    is a report of a version that did not say so.
+    """
 
     perturbation_start: float | None = None
     perturbation_end: float | None = None
     decay: float | None = None
     mismatch_cosine: float | None = None
+    applied: bool | None = None
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
-        if len({value is None for _, value in self}) > 1:
+        if len({value is None for name, value in self if name != "applied"}) > 1:
             raise ValueError("some numbers of the geometry are missing")
         return self
 

@@ -29,6 +29,7 @@ from ricciq.runs.metadata import accuracy_for_onnx
 from ricciq.system.distributed import joined
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
+from ricciq.training.loop import correction_of
 from ricciq.training.state import Progressed
 from ricciq.workflows.find_bits import find_budget, with_chosen_bits
 from ricciq.workflows.job import (
@@ -239,7 +240,7 @@ def _report(
             },
             "layers": layers,
             "kept": [asdict(kept) for kept in job.plan.kept],
-            "geometry": _geometry(folder, done.epoch),
+            "geometry": _geometry(folder, done.epoch, correction_of(recipe).applies_flow),
             "training": {
                 "epochs": done.epoch,
                 "steps": done.steps,
@@ -256,8 +257,10 @@ def _report(
     )
 
 
-def _geometry(folder: RunFolder, epoch: int) -> dict[str, float]:
-    """Means over the layers at the last epoch, from geometry.csv."""
+def _geometry(folder: RunFolder, epoch: int, applied: bool) -> dict[str, float | bool]:
+    """Means over the layers at the last epoch, from geometry.csv, and whether the flow acted."""
     rows = [row for row in read_csv(folder.geometry, {"epoch": int}) if row["epoch"] == epoch]
     names = ("perturbation_start", "perturbation_end", "decay", "mismatch_cosine")
-    return {name: fmean(float(row[name]) for row in rows) for name in names} if rows else {}
+    if not rows:
+        return {}
+    return {name: fmean(float(row[name]) for row in rows) for name in names} | {"applied": applied}

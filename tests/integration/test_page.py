@@ -326,3 +326,10 @@ def test_a_page_prints(run: RunFolder, tmp_path: Path) -> None:
     assert target.read_bytes().startswith(b"%PDF")
     pages = len(re.findall(rb"/Type\s*/Page\b", target.read_bytes()))
     assert 2 <= pages <= 12
+
+
+def test_the_page_calls_a_flow_that_did_not_act_a_probe(run: RunFolder) -> None:
+    assert load_report(run.report).geometry.applied is False  # the default corrects activations
+    page = run.page.read_text(encoding="utf-8")
+    assert "Geometry: a probe" in page
+    assert "a probe, not applied in training" in page

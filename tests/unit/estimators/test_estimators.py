@@ -353,3 +353,24 @@ def test_other_methods_leave_the_forward_pass_alone():
     for name in set(METHODS) - {"stochastic"}:
         override_forward(model, Correction(METHODS[name], "both"))
     assert [module.place for module in model] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("method", "on", "changes", "applied"),
+    [
+        ("ricci", "activations", {}, False),
+        ("ricci", "weights", {}, False),  # a staircase has no metric of several weights
+        ("ricci", "weights", {"correction": "pullback"}, True),
+        ("ricci", "both", {"correction": "natural", "flow": "euler", "block": 9}, True),
+        ("ricci", "activations", {"correction": "pullback"}, False),
+        ("ricci", "weights", {"correction": "pullback", "block": 1}, False),
+        ("ricci", "weights", {"correction": "pullback", "time": 0.0}, False),
+        ("ricci", "weights", {"correction": "parallel"}, False),
+        ("lne", "weights", {}, False),
+        ("project", "weights", {}, False),
+        ("ste", "weights", {}, False),
+        ("ewgs", "both", {}, False),
+    ],
+)
+def test_a_flow_of_rows_is_applied_or_a_probe(method, on, changes, applied):
+    assert Correction(named_estimator(method, changes), on).applies_flow is applied

@@ -56,6 +56,7 @@ VALUES = {
         "perturbation_end": 0.0567,
         "decay": 0.164,
         "mismatch_cosine": 0.9876,
+        "applied": False,
     },
     "training": {
         "epochs": 3,
@@ -78,7 +79,7 @@ CONTRACT = {
     "onnx": "top1 top5 loss agreement max_abs_diff agreement_unoptimized path",
     "size": "float_bytes onnx_bytes ratio",
     "latency": "float_ms onnx_ms speedup threads batch",
-    "geometry": "perturbation_start perturbation_end decay mismatch_cosine",
+    "geometry": "perturbation_start perturbation_end decay mismatch_cosine applied",
     "training": "epochs steps seconds device images_per_second",
 }
 
@@ -124,6 +125,23 @@ def test_the_page_has_the_figures_and_everything_that_was_kept(report):
     assert "| layer1.0.conv1 | QuantConv2d | ternary | 2 | 2304 | 461 | yes |" in page
     assert "2 steps skipped" in page
     assert "- the head was replaced" in page
+
+
+@pytest.mark.parametrize(
+    ("applied", "said", "unsaid"),
+    [
+        (False, "is a probe", "was applied"),
+        (True, "was applied", "probe"),
+        (None, "geometry", "applied"),  # a report of a version without the key
+    ],
+)
+def test_a_flow_that_does_not_act_is_called_a_probe(applied, said, unsaid):
+    geometry = {key: value for key, value in VALUES["geometry"].items() if key != "applied"}
+    if applied is not None:
+        geometry["applied"] = applied
+    page = to_markdown(Report.model_validate({**VALUES, "geometry": geometry}))
+    assert said in page
+    assert unsaid not in page
 
 
 @pytest.mark.parametrize("text", ["", "garbage", "[]", '{"schema": 1}', "null", "\x00"])
