@@ -17,7 +17,7 @@ from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.deploy.session import open_session, session_metadata
 from ricciq.errors import ModelError, on_one_line
 
-WEIGHTED = {"Conv", "Gemm", "MatMul"}
+WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"}
 _PER_BYTE_BITS = {8: 1, 4: 2, 2: 4, 1: 8}
 _TERNARY_PER_BYTE = 5

@@ -2,4 +2,5 @@
 
 from ricciq.layers import conv as conv
 from ricciq.layers import conv1d as conv1d
+from ricciq.layers import conv_transpose as conv_transpose
 from ricciq.layers import linear as linear

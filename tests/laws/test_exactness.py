@@ -103,9 +103,24 @@ def sequence_convolutions(draw, channels: int, size: tuple[int]) -> nn.Conv1d:
 
 
 @st.composite
+def transposed_convolutions(draw, channels: int, size: tuple[int, int]) -> nn.ConvTranspose2d:
+    """A transposed convolution of any shape whose output is not empty."""
+    groups = draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
+    rows = groups * draw(st.integers(1, max(1, MOST_CHANNELS // groups)))
+    kernel, dilation, stride = draw(pairs(1, 3)), draw(pairs(1, 2)), draw(pairs(1, 2))
+    sides = list(zip(size, kernel, dilation, stride, strict=True))
+    most = [((n - 1) * s + d * (k - 1)) // 2 for n, k, d, s in sides]
+    padding = tuple(draw(st.integers(0, min(2, end))) for end in most)
+    more = tuple(draw(st.integers(0, max(d, s) - 1)) for _, _, d, s in sides)
+    settings = (kernel, stride, padding, more, groups, draw(st.booleans()), dilation)
+    return nn.ConvTranspose2d(channels, rows, *settings)
+
+
+@st.composite
 def stages(draw, channels: int, size: tuple[int, int]) -> nn.Sequential:
-    """A convolution, perhaps a BatchNorm, perhaps an activation."""
-    convolution = draw(convolutions(channels, size))
+    """A convolution, transposed or not, perhaps a BatchNorm, perhaps an activation."""
+    drawn = convolutions if max(size) > 20 or draw(st.booleans()) else transposed_convolutions
+    convolution = draw(drawn(channels, size))
     kind, rows = draw(activations), convolution.out_channels
     behind = [kind()], [nn.BatchNorm2d(rows), kind()], [BatchNormAct2d(rows, act_layer=kind)]
     return nn.Sequential(convolution, *draw(st.sampled_from(behind)))
@@ -132,7 +147,7 @@ def trunks(draw, channels: int, size: tuple[int, int]) -> nn.Module:
 def randomize(model: nn.Module) -> None:
     """Rows of all magnitudes, one in ten of them zero, and BatchNorms of every kind."""
     for module in model.modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             rows = 10 ** torch.empty(len(module.weight)).uniform_(-2, 1)
             rows[1:][torch.rand(len(rows) - 1) < 0.1] = 0
             module.weight *= rows.view(-1, *[1] * (module.weight.dim() - 1))
@@ -312,6 +327,7 @@ def test_a_clip_of_numbers_chooses_the_codes_of_a_clip_of_codes(low, high, log_s
 convolution_kinds = [
     (convolutions, 2, nn.BatchNorm2d),
     (sequence_convolutions, 1, nn.BatchNorm1d),
+    (transposed_convolutions, 2, nn.BatchNorm2d),
 ]
 
 
