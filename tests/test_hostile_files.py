@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from ricciq.errors import UsageError
 from ricciq.models.bundled import BUNDLED
 from ricciq.workflows import quantize as pipeline
+from ricciq.workflows import train as training
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +50,9 @@ def far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     def end(*_: object) -> None:
         raise UsageError("far enough; start again")
 
-    monkeypatch.setattr(pipeline, "_export_float", lambda *_: None)
-    monkeypatch.setattr(pipeline, "reconstruct", end)
-    monkeypatch.setattr(pipeline, "_finish", end)
+    monkeypatch.setattr(pipeline, "export_float", lambda *_: None)
+    monkeypatch.setattr(training, "reconstruct", end)
+    monkeypatch.setattr(pipeline, "export_and_report", end)
 
 
 pytest_plugins = ["hostility"]

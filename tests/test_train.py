@@ -31,6 +31,7 @@ from ricciq.training.metrics import Tally
 from ricciq.training.state import Progressed
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
+from ricciq.workflows.session import Session
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(
@@ -66,7 +67,7 @@ class Run:
     def __init__(self, path: Path, recipe: Recipe = RECIPE) -> None:
         path.mkdir(exist_ok=True)
         self.folder, self.recipe = RunFolder(path), recipe
-        self.job = prepare(recipe, CPU, Journal())
+        self.job = prepare(recipe, Session(CPU))
         self.model = self.job.model
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.correction = Correction(METHODS[recipe.method.name], recipe.method.target)
@@ -362,7 +363,7 @@ def test_an_unusable_optimizer_or_schedule_is_refused(change):
     ((key, value),) = change.items()
     recipe = RECIPE.override({f"training.{key}": value})
     with pytest.raises(RecipeError, match=rf"training\.{key} = {value} .*; take ") as caught:
-        prepare(recipe, CPU, Journal())
+        prepare(recipe, Session(CPU))
     assert caught.value.exit_code == 2
 
 
@@ -562,7 +563,7 @@ def test_a_model_that_cannot_recompute_is_refused_before_anything_is_done():
         "training.grad_checkpointing": True,
     }
     with pytest.raises(RecipeError, match=r"training\.grad_checkpointing = true .*; remove it"):
-        prepare(RECIPE.override(changes), CPU, Journal())
+        prepare(RECIPE.override(changes), Session(CPU))
 
 
 def test_frozen_batchnorms_keep_their_averages(tmp_path):

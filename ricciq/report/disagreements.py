@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ricciq.errors import InputError, on_one_line
-from ricciq.evaluation import Guesses
+from ricciq.evaluation import Predictions
 from ricciq.system.files import write_atomically
 
 SHOWN = 12
@@ -71,8 +71,8 @@ class Disagreements(BaseModel):
 
 
 def find_disagreements(
-    in_float: Guesses,
-    in_onnx: Guesses,
+    in_float: Predictions,
+    in_onnx: Predictions,
     labels: list[str | None],
     names: list[str],
     picture: Callable[[int], Image.Image],
@@ -80,8 +80,8 @@ def find_disagreements(
     """Where two models differ, with those pictures as examples of which the second is surest.
 
     Args:
-        in_float: the float model's guesses of (N,) pictures.
-        in_onnx: the file's guesses of the same.
+        in_float: the float model's predictions for (N,) images.
+        in_onnx: the file's predictions for the same.
         labels: their N classes by name.
         names: of the classes.
         picture: opens the picture of an index.
