@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,35 +37,16 @@ class Metrics:
     max_abs_diff: float
 
 
-class Guesses:
-    """A predict callable that remembers its first guesses, and how sure it was.
+class Predictions(NamedTuple):
+    """The most likely class of every image, and its probability.
 
-    Args:
-        predict: (B, C, H, W) -> (B, classes) logits.
+    Attributes:
+        classes: (N,) int64.
+        shares: (N,) softmax of these classes, 0 to 1.
     """
 
-    def __init__(self, predict: Predict) -> None:
-        self._predict = predict
-        self._classes: list[Tensor] = []
-        self._shares: list[Tensor] = []
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The logits, as they are."""
-        logits = self._predict(images)
-        shares, classes = logits.float().softmax(1).max(1)
-        self._classes.append(classes.cpu())
-        self._shares.append(shares.cpu())
-        return logits
-
-    @property
-    def classes(self) -> Tensor:
-        """(N,) guesses of all pictures so far."""
-        return torch.cat(self._classes)
-
-    @property
-    def shares(self) -> Tensor:
-        """(N,) softmax of the guesses, 0 to 1."""
-        return torch.cat(self._shares)
+    classes: Tensor
+    shares: Tensor
 
 
 def pooled(parts: Sequence[Metrics]) -> Metrics:
@@ -99,7 +81,6 @@ class _Tally:
         self.max_abs_diff = max(self.max_abs_diff, float((logits - reference).abs().max()))
 
 
-@torch.inference_mode()
 def evaluate(
     predictors: Mapping[str, Predict],
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -120,8 +101,31 @@ def evaluate(
         ModelError: a model does not answer with a row of logits a picture.
         DivergedError: a model answers with NaN or infinite numbers.
     """
+    return evaluate_with_predictions(predictors, batches, reference)[0]
+
+
+@torch.inference_mode()
+def evaluate_with_predictions(
+    predictors: Mapping[str, Predict],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    reference: str | None = None,
+) -> tuple[dict[str, Metrics], dict[str, Predictions]]:
+    """As `evaluate`, and what each model predicts for every image, in their order.
+
+    Args:
+        predictors: as for `evaluate`.
+        batches: as for `evaluate`.
+        reference: as for `evaluate`.
+
+    Returns:
+        The metrics and the predictions of each.
+
+    Raises:
+        RicciqError: as `evaluate`.
+    """
     reference = reference or next(iter(predictors))
     tallies = {name: _Tally() for name in predictors}
+    guesses: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in predictors}
     samples = 0
     for images, targets in batches:
         logits = {name: predict(images).float().cpu() for name, predict in predictors.items()}
@@ -147,9 +151,11 @@ def evaluate(
         samples += len(targets)
         for name, tally in tallies.items():
             tally.add(logits[name], targets.cpu(), logits[reference])
+            shares, likeliest = logits[name].softmax(1).max(1)
+            guesses[name].append((likeliest, shares))
     if not samples:
         raise DataError("there is no picture to evaluate on; check the data folder")
-    return {
+    metrics = {
         name: Metrics(
             top1=100 * tally.top1 / samples,
             top5=100 * tally.top5 / samples,
@@ -160,6 +166,11 @@ def evaluate(
         )
         for name, tally in tallies.items()
     }
+    predictions = {
+        name: Predictions(*map(torch.cat, zip(*parts, strict=True)))
+        for name, parts in guesses.items()
+    }
+    return metrics, predictions
 
 
 @contextmanager

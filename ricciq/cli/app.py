@@ -129,19 +129,13 @@ def quantize(
             "compile": compile_,
         },
     )
-    from ricciq.workflows.find_bits import find_budget, with_chosen_bits
-    from ricciq.workflows.job import choose_device, prepare
-    from ricciq.workflows.quantize import run
-    from ricciq.workflows.sizing import describe
+    from ricciq.workflows.quantize import plan_run, run
 
     journal = begin(messages, quiet)
     if dry_run:
-        on = choose_device(merged.device)
-        found = merged.quantization.weight_bits == "auto"  # by what the weights are like
-        job = prepare(merged, on, journal, weights=found)
-        job = with_chosen_bits(job, find_budget(job), journal)
+        plan = plan_run(merged, journal)
         if is_first():
-            show({**describe(job), "dry_run": True}, as_json, plan_table, quiet)
+            show({**plan, "dry_run": True}, as_json, plan_table, quiet)
         return
     report, folder = run(merged, output, resume=resume, overwrite=overwrite, journal=journal)
     if is_first():

@@ -16,7 +16,7 @@ from ricciq.system.files import write_atomically
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ricciq.evaluation import Guesses
+    from ricciq.evaluation import Predictions
 
 SHOWN = 12
 THUMBNAIL = 112
@@ -75,8 +75,8 @@ class Disagreements(BaseModel):
 
 
 def find_disagreements(
-    in_float: Guesses,
-    in_onnx: Guesses,
+    in_float: Predictions,
+    in_onnx: Predictions,
     labels: list[str | None],
     names: list[str],
     picture: Callable[[int], Image.Image],
@@ -84,8 +84,8 @@ def find_disagreements(
     """Where two models differ, with those pictures as examples of which the second is surest.
 
     Args:
-        in_float: the float model's guesses of (N,) pictures.
-        in_onnx: the file's guesses of the same.
+        in_float: the float model's predictions for (N,) images.
+        in_onnx: the file's predictions for the same.
         labels: their N classes by name.
         names: of the classes.
         picture: opens the picture of an index.

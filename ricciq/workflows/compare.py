@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from pydantic import TypeAdapter
 
 from ricciq.data.open import open_data
@@ -20,7 +19,6 @@ from ricciq.deploy.modules import deploy
 from ricciq.errors import (
     DivergedError,
     InputError,
-    InterruptedRunError,
     RecipeError,
     UsageError,
     on_one_line,
@@ -30,15 +28,16 @@ from ricciq.evaluation import evaluate
 from ricciq.recipe import Recipe
 from ricciq.report.plots import draw_curves, draw_seeds, write_png
 from ricciq.report.statistics import Row, summarize
-from ricciq.runs.folder import RunFolder, StudyFolder, choose_run_folder
+from ricciq.runs.folder import StudyFolder
 from ricciq.system.distributed import process_number
 from ricciq.system.files import write_atomically
 from ricciq.system.journal import Journal
 from ricciq.system.safe_yaml import parse_yaml
 from ricciq.system.tables import read_csv, write_csv
-from ricciq.workflows.find_bits import find_budget, with_chosen_bits
-from ricciq.workflows.job import choose_device, prepare, take_answers
+from ricciq.workflows.find_bits import choose_bits, find_budget
+from ricciq.workflows.job import prepare
 from ricciq.workflows.saved import rebuild
+from ricciq.workflows.session import Session
 from ricciq.workflows.sizing import describe
 from ricciq.workflows.train import train
 
@@ -131,7 +130,6 @@ def compare(
         RicciqError: whatever a run raises, but for a divergence, which is counted.
         InterruptedRunError: the user stopped it.
     """
-    journal = journal or Journal()
     if recipe.data.batch_size == "auto":
         raise UsageError(
             "batch_size auto may differ from run to run, which a comparison must not; give "
@@ -148,8 +146,6 @@ def compare(
             "counts agreement with the float model"
         )
     trials = _plan(recipe, methods, seeds, lr_scales)
-    device = choose_device(recipe.device)
-    folder = choose_run_folder(recipe, output, resume=resume, overwrite=overwrite, kind=StudyFolder)
     about = {
         "schema": 1,
         "model": recipe.model.name,
@@ -159,29 +155,31 @@ def compare(
         "split": split,
         "seeds": [recipe.seed + n for n in range(seeds)],
     }
-    if dry_run:
-        run = describe(prepare(trials[0].recipe(recipe), device, journal, weights=False))
-        done = [(folder.trial(trial.name).path / RESULT).is_file() for trial in trials]
-        runs = len(trials) - (sum(done) if resume else 0)
-        about |= {"methods": [*methods], "lr_scales": [*lr_scales], "runs": runs, "dry_run": True}
-        return {**about, **{key: run[key] for key in ("device", "epochs", "steps")}}, folder.path
-    with folder.locked():
-        if not resume:
-            folder.begin(recipe)
-        journal.log_to(folder.log)
-        journal.say(f"{len(trials)} runs in {folder.path}")
-        try:
-            rows = [_judged(t, recipe, device, folder, split, journal) for t in trials]
-        except KeyboardInterrupt:
-            raise InterruptedRunError(
-                f"stopped; `--output {folder.path} --resume` goes on from the last saved state"
-            ) from None
+    with Session.open(
+        recipe, output, kind=StudyFolder, resume=resume, overwrite=overwrite, journal=journal
+    ) as session:
+        folder = StudyFolder(session.folder.path)
+        if dry_run:
+            run = _planned(trials[0].recipe(recipe), session)
+            done = [(folder.trial(trial.name).path / RESULT).is_file() for trial in trials]
+            runs = len(trials) - (sum(done) if resume else 0)
+            planned = {"methods": [*methods], "lr_scales": [*lr_scales], "runs": runs}
+            return {**about, **planned, "dry_run": True, **run}, folder.path
+        session.begin(recipe, f"{len(trials)} runs in {folder.path}")
+        rows = [_judged(trial, recipe, folder, split, session) for trial in trials]
         verdict = {**about, "results": list(summarize(rows, methods, lr_scales))}
         write_csv(folder.rows, rows)
         write_png(draw_seeds(rows), folder.seeds_plot)
         write_png(draw_curves(_curves(trials, folder)), folder.curves_plot)
         write_atomically(folder.verdict, json.dumps(verdict, indent=1) + "\n")
     return verdict, folder.path
+
+
+def _planned(recipe: Recipe, session: Session) -> dict[str, Any]:
+    """What one run of the study takes; its widths are not searched for."""
+    job = prepare(recipe, session, weights=False, pseudo_labels=False)
+    run = describe(job)
+    return {key: run[key] for key in ("device", "epochs", "steps")}
 
 
 def _plan(
@@ -211,14 +209,7 @@ def _plan(
     return trials
 
 
-def _judged(
-    trial: Trial,
-    base: Recipe,
-    device: torch.device,
-    study: StudyFolder,
-    split: Split,
-    journal: Journal,
-) -> Row:
+def _judged(trial: Trial, base: Recipe, study: StudyFolder, split: Split, session: Session) -> Row:
     """A run's row with the accuracy it is judged by; what was done before is read."""
     folder = study.trial(trial.name)
     result = folder.path / RESULT
@@ -227,8 +218,8 @@ def _judged(
     if result.is_file():
         row = _read_row(result)
     else:
-        with folder.locked():
-            row = {**trial._asdict(), **_trained(recipe, device, folder, journal)}
+        with session.trial(recipe, folder) as own:
+            row = {**trial._asdict(), **_trained(recipe, own)}
             write_atomically(result, json.dumps(row) + "\n")
             for state in (folder.last, folder.previous):  # the weights stay
                 state.unlink(missing_ok=True)
@@ -272,37 +263,32 @@ def _read_row(path: Path) -> Row:
     return row
 
 
-def _trained(recipe: Recipe, device: torch.device, folder: RunFolder, journal: Journal) -> Row:
+def _trained(recipe: Recipe, session: Session) -> Row:
     """Train one run, or go on with it; what came out on the hold-out."""
+    folder, journal = session.folder, session.journal
     journal.say(folder.path.name)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(recipe.seed)
-        job = prepare(recipe, device, journal)
-        take_answers(job)
-        resume = folder.is_ours and folder.load_recipe() == recipe
-        budget = find_budget(job, folder if resume else None)
-        if not resume:
-            folder.begin(recipe)
-        try:
-            job = with_chosen_bits(job, budget, journal, folder)
-            done = train(job, folder, resume=resume, journal=journal)
-        except DivergedError as error:
-            journal.say(f"{folder.path.name} diverged: {error}")
-            # A network that has learned nothing guesses.
-            classes = job.data.num_classes
-            guess = {"holdout_top1": 100 / classes, "holdout_loss": math.log(classes)}
-            return {"diverged": True, **guess, "train_loss": None, "seconds": None}
-        if done.epoch:
-            epochs = read_csv(folder.summary, {"holdout_loss": float, "train_loss": float})
-            held = epochs[done.chosen_epoch - 1]["holdout_loss"]
-            final: float | None = epochs[-1]["train_loss"]
-        else:
-            metrics = evaluate({"calibrated": job.model.eval()}, job.loader("holdout"))
-            done.chosen_top1, held = metrics["calibrated"].top1, metrics["calibrated"].loss
-            final = None
+    job = prepare(recipe, session)
+    budget = find_budget(job, session)
+    session.begin(recipe)
+    try:
+        job = choose_bits(job, budget, session)
+        model, done = train(job, session)
+    except DivergedError as error:
+        journal.say(f"{folder.path.name} diverged: {error}")
+        # A network that has learned nothing guesses.
+        classes = job.data.num_classes
+        guess = {"holdout_top1": 100 / classes, "holdout_loss": math.log(classes)}
+        return {"diverged": True, **guess, "train_loss": None, "seconds": None}
+    if done.epoch:
+        epochs = read_csv(folder.summary, {"holdout_loss": float, "train_loss": float})
+        top1, held = done.chosen_top1, epochs[done.chosen_epoch - 1]["holdout_loss"]
+        final: float | None = epochs[-1]["train_loss"]
+    else:
+        found = evaluate({"calibrated": model.eval()}, job.loader("holdout"))["calibrated"]
+        top1, held, final = found.top1, found.loss, None
     return {
         "diverged": False,
-        "holdout_top1": done.chosen_top1,
+        "holdout_top1": top1,
         "holdout_loss": held,
         "train_loss": final,
         "seconds": done.seconds,

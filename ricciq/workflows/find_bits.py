@@ -25,10 +25,9 @@ from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
 from ricciq.report.plots import draw_sensitivity, write_png
 from ricciq.report.terminal import as_text, sensitivity_table
-from ricciq.runs.folder import RunFolder
-from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.workflows.job import Job
+from ricciq.workflows.session import Session, in_first_process
 
 PICTURES = 512
 """How many are shown to the network for each layer and width."""
@@ -54,12 +53,16 @@ class Budget(NamedTuple):
     chosen: Mapping[str, int] | None = None
 
 
-def find_budget(job: Job, resumed: RunFolder | None = None) -> Budget | None:
+@in_first_process
+def find_budget(job: Job, session: Session) -> Budget | None:
     """What a recipe lets layers share, known before anything is measured; None: it gives bits.
 
     Args:
-        job: from `prepare`, its model still float.
-        resumed: a run that goes on; where it has found bits, they are kept.
+        job: from `prepare`.
+        session: where a run that goes on has found bits, they are kept.
+
+    Returns:
+        The budget.
 
     Raises:
         UsageError: the budget is too small, or there is no layer between the first and the last.
@@ -67,8 +70,10 @@ def find_budget(job: Job, resumed: RunFolder | None = None) -> Budget | None:
     wanted = job.recipe.quantization
     if wanted.weight_bits != "auto":
         return None
-    if resumed and (rows := read_csv(resumed.sensitivity, {"layer": str, "bits": int})):
-        return Budget(chosen={row["layer"]: row["bits"] for row in rows})
+    if session.resume:
+        rows = read_csv(session.folder.sensitivity, {"layer": str, "bits": int})
+        if rows:
+            return Budget(chosen={row["layer"]: row["bits"] for row in rows})
     weights = {
         layer.name: job.model.get_submodule(layer.name).get_parameter("weight").numel()
         for layer in job.plan.layers[1:-1]
@@ -84,34 +89,38 @@ def find_budget(job: Job, resumed: RunFolder | None = None) -> Budget | None:
     return _weighed(job, weights, wanted.max_bytes)
 
 
-def with_chosen_bits(
-    job: Job, budget: Budget | None, journal: Journal, folder: RunFolder | None = None
-) -> Job:
+def choose_bits(job: Job, budget: Budget | None, session: Session) -> Job:
     """Replace the widths of a plan by those that a budget is spent on best; others stay.
 
     The first and the last layer keep the recipe's ``edge_bits``, as they do with any ``--bits``.
 
     Args:
-        job: from `prepare`, its model still float.
-        budget: from `find_budget`.
-        journal: where the choice is shown.
-        folder: receives sensitivity.csv and its plot.
+        job: from `prepare`.
+        budget: from `find_budget`; None leaves every width as it is.
+        session: shows the choice; its folder, if it has one, receives sensitivity.csv and its
+            plot.
+
+    Returns:
+        The job with another plan.
     """
-    if budget is None:
-        return job
+    return job if budget is None else job._replace(plan=_chosen_plan(job, budget, session))
+
+
+@in_first_process
+def _chosen_plan(job: Job, budget: Budget, session: Session) -> Plan:
     if budget.chosen is not None:
-        return job._replace(plan=_planned(job.plan, budget.chosen))
+        return _planned(job.plan, budget.chosen)
     names = [layer.name for layer in job.plan.layers[1:-1]]
     kinds = job.recipe.quantization.kinds
     pictures = list(job.calibration_images(most=PICTURES))
-    found = measure_sensitivity(job.model, job.plan, names, kinds, pictures, journal)
+    found = measure_sensitivity(job.model, job.plan, names, kinds, pictures, session.journal)
     chosen = _spent(job, found, budget, [pictures[0][:FEW]])
     rows = _rows(found, chosen)
-    journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
-    if folder is not None:
-        write_png(draw_sensitivity(rows), folder.sensitivity_plot)
-        write_csv(folder.sensitivity, rows)
-    return job._replace(plan=_planned(job.plan, chosen))
+    session.journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
+    if session.has_folder:
+        write_png(draw_sensitivity(rows), session.folder.sensitivity_plot)
+        write_csv(session.folder.sensitivity, rows)
+    return _planned(job.plan, chosen)
 
 
 def _spent(

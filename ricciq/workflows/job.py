@@ -16,18 +16,31 @@ from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import UsageError
-from ricciq.estimators.registry import named_estimator
+from ricciq.estimators.apply import Correction
 from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
 from ricciq.runs.metadata import RunMetadata
-from ricciq.system.distributed import World, local_device
+from ricciq.system.distributed import World
 from ricciq.system.journal import Journal
+from ricciq.training.loop import correction_of
 from ricciq.training.optim import WithFeatures, check_training
 from ricciq.training.step import recompute_activations
+from ricciq.workflows.session import Session
 
 
 class Job(NamedTuple):
-    """A recipe with everything it names loaded, and the plan made."""
+    """A recipe with everything it names loaded, and the plan made.
+
+    Attributes:
+        recipe: what to do, completed by what the data ask for.
+        device: where the model is.
+        data: with the float model's predictions as labels where there are none.
+        model: in float until `ricciq.workflows.train.train` converts it in place.
+        preprocessing: of the model's input.
+        plan: what becomes discrete.
+        correction: what happens to the gradients between backward and step.
+        messages: what was changed to make the weights fit.
+    """
 
     recipe: Recipe
     device: torch.device
@@ -35,6 +48,7 @@ class Job(NamedTuple):
     model: nn.Module
     preprocessing: Preprocessing
     plan: Plan
+    correction: Correction
     messages: list[str]
 
     def loader(
@@ -98,34 +112,26 @@ class Job(NamedTuple):
         )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device a recipe names.
-
-    Raises:
-        UsageError: this machine has none of that name.
-    """
-    name = local_device(name)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name} is not on this machine ({torch.cuda.device_count()} CUDA devices); "
-            "take --device cpu"
-        )
-    return device
-
-
-def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: bool = True) -> Job:
-    """Open the data, load the model and plan its conversion; nothing is written or changed.
+def prepare(
+    recipe: Recipe, session: Session, *, weights: bool = True, pseudo_labels: bool = True
+) -> Job:
+    """Open the data, load the model and plan its conversion; nothing is written.
 
     Args:
         recipe: what to do.
-        device: where the model goes.
-        journal: where messages are shown.
+        session: where to do it.
         weights: load those that timm knows; a plan can do without.
+        pseudo_labels: where data have no labels, use the float model's predictions, which takes a
+            pass over the held-out and the validation images.
+
+    Returns:
+        The job.
+
+    Raises:
+        UsageError: the data have no labels, and the recipe asks for what needs them.
+        RicciqError: the recipe, the data or the model cannot be used.
     """
-    named_estimator(recipe.method.name, recipe.method.changes)
+    correction = correction_of(recipe)
     check_training(recipe.training)
     data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
     loaded = load_model(
@@ -144,16 +150,28 @@ def prepare(recipe: Recipe, device: torch.device, journal: Journal, weights: boo
     if recipe.training.distill_features:
         WithFeatures(loaded.model)  # refuses a model that has none
     for message in loaded.messages:
-        journal.say(message)
+        session.journal.say(message)
     # Convolutions are faster so, on GPUs and CPUs.
-    model = loaded.model.to(device).to(memory_format=torch.channels_last)
+    model = loaded.model.to(session.device).to(memory_format=torch.channels_last)
     bits = recipe.quantization
-    example = torch.zeros(2, *loaded.preprocessing.input_size, device=device)
+    example = torch.zeros(2, *loaded.preprocessing.input_size, device=session.device)
     plan = plan_conversion(model, example, bits.planned_bits, bits.act_bits, bits.edge_bits)
     if not data.labelled:
-        recipe = _without_labels(recipe, plan, journal)
+        recipe = _without_labels(recipe, plan, session.journal)
         data.set_answers(int(model.num_classes), {})  # type: ignore[arg-type]
-    return Job(recipe, device, data, model, loaded.preprocessing, plan, loaded.messages)
+    job = Job(
+        recipe,
+        session.device,
+        data,
+        model,
+        loaded.preprocessing,
+        plan,
+        correction,
+        loaded.messages,
+    )
+    if pseudo_labels and not data.labelled:
+        _use_predictions_as_labels(job)
+    return job
 
 
 def _without_labels(recipe: Recipe, plan: Plan, journal: Journal) -> Recipe:
@@ -186,13 +204,11 @@ def _without_labels(recipe: Recipe, plan: Plan, journal: Journal) -> Recipe:
 
 
 @torch.no_grad()
-def take_answers(job: Job) -> None:
-    """Where pictures have no labels, judge by what the float model answers.
+def _use_predictions_as_labels(job: Job) -> None:
+    """Use the float model's predictions as labels of the images to judge by.
 
-    What is called accuracy of such a run is agreement with that model.
+    The accuracy of such a run is agreement with that model.
     """
-    if job.data.labelled:
-        return
     model = job.model.eval()
     splits: tuple[Split, ...] = ("holdout", "val")
     answers = {

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-
-import torch
+from typing import Any, NamedTuple
 
 from ricciq._version import __version__
 from ricciq.deploy.export import add_metadata, export_onnx
@@ -18,28 +16,22 @@ from ricciq.deploy.inspection import Inspection, inspect_onnx
 from ricciq.deploy.latency import Latency, measure_latency
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import size_with_external_data
-from ricciq.errors import CheckpointError, DivergedError, InterruptedRunError
-from ricciq.evaluation import Guesses, Metrics, Predict, evaluate
+from ricciq.errors import CheckpointError, DivergedError
+from ricciq.evaluation import Metrics, Predict, Predictions, evaluate_with_predictions
 from ricciq.recipe import Recipe
 from ricciq.report.disagreements import find_disagreements
 from ricciq.report.page import write_pages
 from ricciq.report.schema import Report
-from ricciq.runs.folder import RunFolder, choose_run_folder
+from ricciq.runs.folder import RunFolder
 from ricciq.runs.metadata import accuracy_for_onnx
-from ricciq.system.distributed import joined
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
-from ricciq.training.loop import correction_of
-from ricciq.training.state import Progressed
-from ricciq.workflows.find_bits import find_budget, with_chosen_bits
-from ricciq.workflows.job import (
-    Job,
-    choose_device,
-    prepare,
-    take_answers,
-)
+from ricciq.workflows.find_bits import choose_bits, find_budget
+from ricciq.workflows.job import Job, prepare
 from ricciq.workflows.saved import onnx_predictor
-from ricciq.workflows.train import train
+from ricciq.workflows.session import Session, choose_device, in_first_process
+from ricciq.workflows.sizing import describe
+from ricciq.workflows.train import Trained, train
 
 
 def run(
@@ -67,113 +59,114 @@ def run(
             known to be usable.
         InterruptedRunError: the user stopped it.
     """
-    journal = journal or Journal()
-    device = choose_device(recipe.device)
-    cuda = [device] if device.type == "cuda" else []
-    with joined(device) as world, torch.random.fork_rng(cuda):
-        if not world.is_first:
-            journal = Journal()
-
-        def choose(path: Path | None) -> Path:
-            return choose_run_folder(recipe, path, resume=resume, overwrite=overwrite).path
-
-        folder = RunFolder(world.from_first(lambda: choose(output)))
-        torch.manual_seed(recipe.seed)
-        job = prepare(recipe, device, journal)
-        take_answers(job)
-        float_model = job.model.eval()
-        in_float = Guesses(lambda images: float_model(images.to(device)))
-        reference = world.from_first(lambda: _check_validation(job, in_float, journal))
-        budget = world.from_first(lambda: find_budget(job, folder if resume else None))
-        with ExitStack() as held:
-
-            def begin() -> None:
-                held.enter_context(folder.locked())
-                choose(folder.path)  # minutes have passed since the first look, without the lock
-                if not resume:
-                    folder.begin(recipe)
-                journal.log_to(folder.log)
-                journal.say(f"run folder: {folder.path}")
-
-            world.from_first(begin)
-            try:
-                chosen = world.from_first(
-                    lambda: with_chosen_bits(job, budget, journal, folder).plan
-                )
-                job = job._replace(plan=chosen)
-                world.from_first(lambda: _export_float(job, folder))
-                done = train(job, folder, resume=resume, journal=journal, world=world)
-                report = world.from_first(
-                    lambda: _finish(job, folder, in_float, reference, done, journal)
-                )
-            except KeyboardInterrupt:
-                stopped = InterruptedRunError(
-                    f"stopped; `--output {folder.path} --resume` goes on from the last saved state"
-                )
-                stopped.said = not world.is_first
-                raise stopped from None
-    return report, folder.path
+    with Session.open(
+        recipe, output, resume=resume, overwrite=overwrite, journal=journal
+    ) as session:
+        job = prepare(recipe, session)
+        reference = evaluate_float(job, session)
+        budget = find_budget(job, session)
+        session.begin(recipe, f"run folder: {session.folder.path}")
+        job = choose_bits(job, budget, session)
+        export_float(job, session)
+        trained = train(job, session)
+        report = export_and_report(job, trained, reference, session)
+    return report, session.folder.path
 
 
-def _check_validation(job: Job, in_float: Guesses, journal: Journal) -> Metrics:
-    """The float accuracy; and every validation picture is read before hours are spent."""
+def plan_run(recipe: Recipe, journal: Journal | None = None) -> dict[str, Any]:
+    """What `run` would do, as plain values; nothing is written.
+
+    Args:
+        recipe: what to do.
+        journal: where progress is shown; by default nowhere.
+
+    Returns:
+        As `ricciq.workflows.sizing.describe`.
+
+    Raises:
+        RicciqError: the recipe, the data or the model cannot be used.
+    """
+    session = Session(choose_device(recipe.device), journal=journal)
+    measured = recipe.quantization.weight_bits == "auto"  # the widths depend on the weights
+    job = prepare(recipe, session, weights=measured, pseudo_labels=False)
+    return describe(choose_bits(job, find_budget(job, session), session))
+
+
+class Reference(NamedTuple):
+    """How the float model did on the validation images, and what it predicted."""
+
+    metrics: Metrics
+    predictions: Predictions
+
+
+@in_first_process
+def evaluate_float(job: Job, session: Session) -> Reference:
+    """Measure the float model; every validation image is read before hours are spent.
+
+    Raises:
+        CheckpointError: the weights are no good.
+        DataError: an image cannot be read.
+    """
+    model = job.model.eval()
+    predictors = {"float": lambda images: model(images.to(job.device))}
     try:
-        metrics = evaluate({"float": in_float}, job.loader("val"))["float"]
+        metrics, predictions = evaluate_with_predictions(predictors, job.loader("val"))
     except DivergedError:  # before any training
         raise CheckpointError(
             f"the float weights of {job.recipe.model.checkpoint or job.recipe.model.name} give NaN "
             "or infinite answers; give some that trained well"
         ) from None
+    found = metrics["float"]
     if job.data.labelled:
-        found = f"top-1 {metrics.top1:.2f} % on {metrics.samples} validation samples"
+        said = f"top-1 {found.top1:.2f} % on {found.samples} validation samples"
     else:
-        found = f"its answers stand for labels, on {metrics.samples} validation samples too"
-    journal.say(f"float model: {found}")
-    return metrics
+        said = f"its answers stand for labels, on {found.samples} validation samples too"
+    session.journal.say(f"float model: {said}")
+    return Reference(found, predictions["float"])
 
 
-def _export_float(job: Job, folder: RunFolder) -> None:
+@in_first_process
+def export_float(job: Job, session: Session) -> None:
+    """Write float.onnx."""
     stored = job.metadata.for_onnx(is_float=True)
-    export_onnx(copy.deepcopy(job.model).cpu(), folder.float_onnx, job.preprocessing, stored)
+    model = copy.deepcopy(job.model).cpu()
+    export_onnx(model, session.folder.float_onnx, job.preprocessing, stored)
 
 
-def _finish(
-    job: Job,
-    folder: RunFolder,
-    in_float: Guesses,
-    reference: Metrics,
-    done: Progressed,
-    journal: Journal,
-) -> Report:
+@in_first_process
+def export_and_report(job: Job, trained: Trained, reference: Reference, session: Session) -> Report:
     """Export, evaluate what was written, store the outcome in it, and report."""
+    folder, journal = session.folder, session.journal
     journal.say("exporting")
-    deployed = deploy(job.model).cpu()
+    deployed = deploy(trained.model).cpu()
     stored = job.metadata.for_onnx()
     export_onnx(deployed, folder.onnx, job.preprocessing, stored)
     if not job.plan.layers:  # a float run: what it trained is the float model
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
-    in_onnx = Guesses(onnx_predictor(folder.onnx))
     predictors: dict[str, Predict] = {
         "quantized": deployed,
-        "onnx": in_onnx,
+        "onnx": onnx_predictor(folder.onnx),
         "unoptimized": onnx_predictor(folder.onnx, optimize=False),
     }
-    metrics = evaluate(predictors, job.loader("val"))
+    metrics, predictions = evaluate_with_predictions(predictors, job.loader("val"))
+    in_float = reference.metrics
     measured = accuracy_for_onnx(metrics["onnx"])
     add_metadata(folder.onnx, measured)
     if not job.plan.layers:
-        reference = metrics["quantized"]
+        in_float = metrics["quantized"]
         add_metadata(folder.float_onnx, measured)
     latency = measure_latency({"float": folder.float_onnx, "onnx": folder.onnx})
     inspection = inspect_onnx(folder.onnx)
-    report = _report(job, folder, reference, metrics, latency, inspection, done)
+    report = _report(job, trained, folder, in_float, metrics, latency, inspection)
     if job.plan.layers:
         picture = partial(job.data.picture, "val", mode=job.preprocessing.mode)
         labels, names = job.data.labels("val"), job.data.class_names
-        different = find_disagreements(in_float, in_onnx, labels, names, picture)
+        different = find_disagreements(
+            reference.predictions, predictions["onnx"], labels, names, picture
+        )
         different.save(folder.disagreements)
-        report.onnx.float_agreement = 100 * (1 - different.count / reference.samples)
+        report.onnx.float_agreement = 100 * (1 - different.count / in_float.samples)
     write_csv(folder.layers, [layer.model_dump() for layer in report.layers])
     write_pages(folder, report)
     report.save(folder.report)
@@ -182,21 +175,21 @@ def _finish(
 
 def _report(
     job: Job,
+    trained: Trained,
     folder: RunFolder,
     reference: Metrics,
     metrics: Mapping[str, Metrics],
     latency: Mapping[str, Latency],
     inspection: Inspection,
-    done: Progressed,
 ) -> Report:
-    recipe = job.recipe
+    recipe, done = job.recipe, trained.progress
     onnx, unoptimized = metrics["onnx"], metrics["unoptimized"]
     float_bytes = size_with_external_data(folder.float_onnx)
     onnx_bytes = size_with_external_data(folder.onnx)
     in_file = {layer.name: layer for layer in inspection.layers}
     layers = []
     for layer in job.plan.layers:
-        module = job.model.get_submodule(layer.name)
+        module = trained.model.get_submodule(layer.name)
         written = in_file[layer.name]
         layers.append(
             {
@@ -240,7 +233,7 @@ def _report(
             },
             "layers": layers,
             "kept": [asdict(kept) for kept in job.plan.kept],
-            "geometry": _geometry(folder, done.epoch, correction_of(recipe).applies_flow),
+            "geometry": _geometry(folder, done.epoch, job.correction.applies_flow),
             "training": {
                 "epochs": done.epoch,
                 "steps": done.steps,

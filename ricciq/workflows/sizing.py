@@ -12,7 +12,6 @@ import torch
 from ricciq.convert.rewrite import convert
 from ricciq.quant.grid import count_codes
 from ricciq.system.distributed import World, process_number
-from ricciq.training.loop import correction_of
 from ricciq.training.memory import (
     StepMemory,
     free_memory,
@@ -88,7 +87,7 @@ def _tried(job: Job) -> tuple[Trainer, StepMemory]:
     model = copy.deepcopy(job.model)
     convert(model, job.plan, recipe.quantization.kinds)
     teacher = job.model.eval() if is_distilled(job) else None
-    trainer = Trainer(model, recipe, correction_of(recipe), job.device, 1, teacher)
+    trainer = Trainer(model, recipe, job.correction, job.device, 1, teacher)
     images = torch.zeros(4, *job.preprocessing.input_size, device=job.device)
     with torch.autocast(job.device.type, trainer.dtype, enabled=trainer.amp):
         return trainer, step_memory(model, images, teacher, trainer.moments)

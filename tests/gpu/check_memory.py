@@ -10,10 +10,10 @@ from networks import DEVICE
 
 from ricciq.errors import RicciqError
 from ricciq.recipe import Recipe
-from ricciq.system.journal import Journal
 from ricciq.training.memory import LARGEST_BATCH
 from ricciq.workflows.job import prepare
 from ricciq.workflows.quantize import run
+from ricciq.workflows.session import Session
 from ricciq.workflows.sizing import find_batch_size
 
 GIGABYTES = 3
@@ -24,7 +24,7 @@ def test_auto_takes_what_fits():
     recipe = Recipe().override(
         {"model.name": "digits_resnet8", "data.name": "digits", "data.batch_size": "auto"}
     )
-    size = find_batch_size(prepare(recipe, DEVICE, Journal()))
+    size = find_batch_size(prepare(recipe, Session(DEVICE)))
     assert size == LARGEST_BATCH
 
 
@@ -55,7 +55,7 @@ LARGE = {
 
 @pytest.mark.usefixtures("little_memory")
 def test_auto_is_halved_until_it_fits():
-    job = prepare(Recipe().override({**LARGE, "data.batch_size": "auto"}), DEVICE, Journal())
+    job = prepare(Recipe().override({**LARGE, "data.batch_size": "auto"}), Session(DEVICE))
     size = find_batch_size(job)
     assert 1 <= size < LARGEST_BATCH
     assert size & (size - 1) == 0

@@ -9,9 +9,9 @@ from networks import DEVICE, USUAL
 
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
-from ricciq.system.journal import Journal
 from ricciq.training.metrics import History
 from ricciq.workflows.job import prepare
+from ricciq.workflows.session import Session
 from ricciq.workflows.train import train
 
 EPOCHS = 3
@@ -22,7 +22,8 @@ FORKS = multiprocessing.get_context("fork")
 
 def work(path, resume, answers):
     folder = RunFolder(path)
-    done = train(prepare(RECIPE, DEVICE, Journal()), folder, resume=resume, journal=Journal())
+    session = Session(DEVICE, folder=folder, resume=resume)
+    done = train(prepare(RECIPE, session), session).progress
     answers.put((done.epoch, done.steps, done.skipped, History.read(folder, EPOCHS).summary))
 
 

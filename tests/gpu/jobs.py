@@ -23,8 +23,8 @@ from ricciq.deploy.modules import deploy
 from ricciq.evaluation import evaluate
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
-from ricciq.system.journal import Journal
 from ricciq.workflows.job import prepare
+from ricciq.workflows.session import Session
 from ricciq.workflows.train import train
 
 
@@ -116,14 +116,14 @@ def split(context: Context, tell: Tell) -> None:
     recipe = Recipe().override({"training.epochs": 3, **flags})
     phases = Phases(torch.device(context.device))
     ricciq.training.step.record_function = ricciq.training.loop.record_function = phases  # type: ignore
-    job, folder = prepare(recipe, phases.device, Journal()), RunFolder(context.folder / "run")
+    job, folder = prepare(recipe, Session(phases.device)), RunFolder(context.folder / "run")
     folder.path.mkdir()
-    train(job, folder, resume=False, journal=Journal())
+    model = train(job, Session(phases.device, folder=folder)).model.eval()
     with phases("evaluation"):
-        predict = {"model": lambda images: job.model.eval()(images.to(phases.device))}
+        predict = {"model": lambda images: model(images.to(phases.device))}
         evaluate(predict, job.loader("val"))
     with phases("export"):
-        export_onnx(deploy(job.model), folder.onnx, job.preprocessing)
+        export_onnx(deploy(model), folder.onnx, job.preprocessing)
     shown = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in phases.seconds.items())
     tell({"seconds": phases.seconds, "lines": [shown]})
 

@@ -14,11 +14,11 @@ from ricciq.convert.rewrite import convert
 from ricciq.data.loader import Batch
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
-from ricciq.system.journal import Journal
 from ricciq.training.loop import correction_of
 from ricciq.training.metrics import Tally
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
+from ricciq.workflows.session import Session
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(os.environ.get("RICCIQ_GPU_DEVICE", "cpu"))
@@ -52,7 +52,7 @@ class Training:
 
     def __init__(self, device: torch.device, flags: Mapping[str, Any] | None = None) -> None:
         self.recipe = Recipe().override({**USUAL, **(flags or {})})
-        self.job = prepare(self.recipe, CPU, Journal())
+        self.job = prepare(self.recipe, Session(CPU))
         self.fit = self.job.loader("fit", training=True)
         teacher = copy.deepcopy(self.job.model).eval().requires_grad_(False)
         convert(self.job.model, self.job.plan, self.recipe.quantization.kinds)

@@ -52,9 +52,9 @@ def far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     def end(*_: object) -> None:
         raise UsageError("far enough; start again")
 
-    monkeypatch.setattr(pipeline, "_export_float", lambda *_: None)
+    monkeypatch.setattr(pipeline, "export_float", lambda *_: None)
     monkeypatch.setattr(training, "reconstruct", end)
-    monkeypatch.setattr(pipeline, "_finish", end)
+    monkeypatch.setattr(pipeline, "export_and_report", end)
 
 
 pytest_plugins = ["hostility"]

@@ -109,10 +109,10 @@ def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
 def test_a_divergence_is_a_result(tmp_path, monkeypatch):
     train = study.train
 
-    def diverge(job, folder, **options):
+    def diverge(job, session):
         if job.recipe.method.name == "ricci" and job.recipe.seed == 1:
             raise DivergedError("training gave no finite gradients")
-        return train(job, folder, **options)
+        return train(job, session)
 
     monkeypatch.setattr(study, "train", diverge)
     verdict, folder = compare(RECIPE, METHODS, 2, tmp_path / "study")

@@ -27,15 +27,15 @@ from ricciq.evaluation import evaluate
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
-from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors
 from ricciq.training.loop import correction_of
 from ricciq.training.metrics import Tally
 from ricciq.training.step import Trainer
-from ricciq.workflows import quantize as pipeline
 from ricciq.workflows import saved as trained
-from ricciq.workflows.job import Job, prepare, take_answers
+from ricciq.workflows.job import Job, prepare
+from ricciq.workflows.session import Session
+from ricciq.workflows.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def recipe_for(folder: Path | str, changes: dict[str, Any] | None = None) -> Rec
 
 
 def job_for(folder: Path | str, changes: dict[str, Any] | None = None) -> Job:
-    return prepare(recipe_for(folder, changes), CPU, Journal())
+    return prepare(recipe_for(folder, changes), Session(CPU), pseudo_labels=False)
 
 
 def drain(data: PictureData, split: str, **options: Any) -> tuple[Tensor, Tensor]:
@@ -186,8 +186,7 @@ def test_answers_of_the_float_model_stand_where_it_is_judged_and_nothing_elsewhe
     assert job.data.class_names == [str(number) for number in range(10)]
     for split in ("fit", "holdout", "val"):
         assert set(drain(job.data, split)[1].tolist()) == {-1}
-    job.model.train()  # as a model of timm comes
-    take_answers(job)
+    job = prepare(job.recipe, Session(CPU))
     assert set(drain(job.data, "fit")[1].tolist()) == {-1}
     for split in ("holdout", "val"):
         images, targets = drain(job.data, split)
@@ -198,10 +197,9 @@ def test_answers_of_the_float_model_stand_where_it_is_judged_and_nothing_elsewhe
 
 
 def test_answers_do_not_touch_labels() -> None:
-    job = job_for("digits")
-    before = {split: drain(job.data, split)[1] for split in ("fit", "holdout", "val")}
-    take_answers(job)
-    assert all(torch.equal(before[split], drain(job.data, split)[1]) for split in before)
+    data, job = open_data("digits"), prepare(recipe_for("digits"), Session(CPU))
+    for split in ("fit", "holdout", "val"):
+        assert torch.equal(drain(data, split)[1], drain(job.data, split)[1])
 
 
 @pytest.mark.parametrize("features", [0.0, 0.5])
@@ -239,18 +237,18 @@ def test_the_head_keeps_the_classes_of_the_checkpoint(folder: Path, tmp_path: Pa
     weights = timm.create_model("digits_resnet8", num_classes=7).state_dict()
     save_file(weights, tmp_path / "seven.safetensors")
     changes = {"model.checkpoint": tmp_path / "seven.safetensors", "training.epochs": 0}
-    job = job_for(folder, changes | {"quantization.reconstruction": 0})
+    recipe = recipe_for(folder, changes | {"quantization.reconstruction": 0})
+    job = prepare(recipe, Session(CPU))
     assert job.model.num_classes == job.data.num_classes == 7
     assert torch.equal(job.model.fc.weight, weights["fc.weight"])
     assert job.messages == []
-    take_answers(job)
     (tmp_path / "run").mkdir()
-    pipeline.train(job, RunFolder(tmp_path / "run"), resume=False, journal=Journal())
+    model = train(job, Session(CPU, folder=RunFolder(tmp_path / "run"))).model
     again = trained.rebuild(tmp_path / "run")
     assert again.metadata.class_names == [str(number) for number in range(7)]
     images, _ = drain(job.data, "val")
     with torch.no_grad():
-        assert torch.equal(again.model(images), job.model.eval()(images))
+        assert torch.equal(again.model(images), model.eval()(images))
     with_labels = job_for("digits", changes)  # where there are labels, they decide
     assert with_labels.model.num_classes == 10
 
@@ -432,8 +430,7 @@ def test_a_comparison_counts_agreement_on_the_hold_out(folder: Path, tmp_path: P
     assert verdict["split"] == "holdout"
     assert [result["method"] for result in verdict["results"]] == ["ste", "ricci"]
     assert all(result["mean"] > 50 for result in verdict["results"])
-    job = job_for(folder)
-    take_answers(job)
+    job = prepare(recipe_for(folder), Session(CPU))
     trial = trained.rebuild(tmp_path / "study" / "trials" / "ste-lr1-seed0").model
     predictors: dict[str, nn.Module] = {"float": job.model, "trial": trial}
     agreement = evaluate(predictors, job.loader("holdout"))["trial"].agreement

@@ -18,6 +18,7 @@ from ricciq.training.loop import finetune
 from ricciq.training.state import Progressed
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
+from ricciq.workflows.session import Session
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(
@@ -43,7 +44,7 @@ class Run:
     def __init__(self, path: Path, recipe: Recipe = RECIPE) -> None:
         path.mkdir(exist_ok=True)
         self.folder, self.recipe = RunFolder(path), recipe
-        self.job = prepare(recipe, CPU, Journal())
+        self.job = prepare(recipe, Session(CPU))
         self.model = self.job.model
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.correction = Correction(METHODS[recipe.method.name], recipe.method.corrects)

@@ -20,9 +20,9 @@ from PIL import Image
 from ricciq import __version__
 from ricciq.deploy.session import open_session, session_metadata
 from ricciq.recipe import Recipe
-from ricciq.system.journal import Journal
 from ricciq.system.tensor_files import save_tensors
 from ricciq.workflows import quantize as pipeline
+from ricciq.workflows.session import Session
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 
@@ -272,7 +272,7 @@ def test_calibration_sees_every_class_of_a_sorted_folder(picture_folder: Path) -
         "model": {"name": "digits_resnet8", "pretrained": False},
         "data": {"name": str(picture_folder), "batch_size": 4, "calibration_batches": 1},
     }
-    job = pipeline.prepare(Recipe.from_values(values), torch.device("cpu"), Journal())
+    job = pipeline.prepare(Recipe.from_values(values), Session(torch.device("cpu")))
     (seen,) = job.calibration_images()
     brightness = sorted(float(picture.mean()) for picture in seen)
     assert brightness[-1] - brightness[0] > 0.5  # the two classes lie 100 of 255 apart

@@ -25,6 +25,7 @@ from ricciq.system.journal import Journal
 from ricciq.training.adaround import reconstruct
 from ricciq.workflows import train as training
 from ricciq.workflows.job import Job, prepare
+from ricciq.workflows.session import Session
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(
@@ -68,7 +69,7 @@ class Learned:
 def learn(changes: dict[str, Any] | None = None, steps: int = STEPS) -> Learned:
     """Learn the rounding of the digits net."""
     recipe = RECIPE.override(changes or {})
-    job = prepare(recipe, CPU, Journal())
+    job = prepare(recipe, Session(CPU))
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
     batches = [images for images, _ in job.loader("fit", samples=192)]
     model = convert(job.model, job.plan, recipe.quantization.kinds)
@@ -312,7 +313,7 @@ def test_standardized_weights_keep_their_codes_and_the_others_learn(mixed: Learn
 
 def test_modes_and_what_is_trained_are_as_before() -> None:
     recipe = RECIPE
-    job = prepare(recipe, CPU, Journal())
+    job = prepare(recipe, Session(CPU))
     teacher = copy.deepcopy(job.model).train()
     model = convert(job.model, job.plan, recipe.quantization.kinds).train()
     batches = [images for images, _ in job.loader("fit", samples=64)]
@@ -350,12 +351,8 @@ def test_the_same_pictures_give_the_same_bits() -> None:
 
 def trained(path: Path, job: Job) -> nn.Module:
     path.mkdir()
-    training.train(job, RunFolder(path), resume=False, journal=Journal())
-    return job.model.eval()
-
-
-def accuracy(job: Job) -> float:
-    return evaluate({"model": job.model}, job.loader("val"))["model"].top1
+    session = Session(CPU, folder=RunFolder(path))
+    return training.train(job, session).model.eval()
 
 
 @pytest.mark.slow
@@ -364,9 +361,9 @@ def test_two_bits_without_training_lose_little(tmp_path: Path, act_bits: int) ->
     found = {}
     for steps in (0, 50):
         changes = {"quantization.reconstruction": steps, "quantization.act_bits": act_bits}
-        job = prepare(RECIPE.override(changes), CPU, Journal())
-        trained(tmp_path / str(steps), job)
-        found[steps] = accuracy(job)
+        job = prepare(RECIPE.override(changes), Session(CPU))
+        model = trained(tmp_path / str(steps), job)
+        found[steps] = evaluate({"model": model}, job.loader("val"))["model"].top1
     assert found[50] > 85
     assert found[50] > found[0] + 30
 
@@ -376,7 +373,7 @@ def test_training_starts_from_the_nearest_levels(
 ) -> None:
     monkeypatch.setattr(training, "reconstruct", None)
     changes = {"training.epochs": 1, "data.train_samples": 64}
-    trained(tmp_path / "run", prepare(RECIPE.override(changes), CPU, Journal()))
+    trained(tmp_path / "run", prepare(RECIPE.override(changes), Session(CPU)))
 
 
 @pytest.mark.slow
@@ -386,7 +383,7 @@ def test_labels_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     changes = {"data.calibration_batches": 30, "quantization.reconstruction": 5}
     models = []
     for name in ("right", "wrong"):
-        job = prepare(RECIPE.override(changes), CPU, Journal())
+        job = prepare(RECIPE.override(changes), Session(CPU))
         if name == "wrong":
             targets = job.data._train.targets
             targets[:] = np.random.default_rng(0).permutation(targets)
@@ -403,7 +400,7 @@ def test_few_pictures_are_of_every_class_alike(tmp_path):
             for number in range(count):
                 Image.new("L", (8, 8), grey).save(folder / f"{number}.png")
     changes = {"data.name": str(tmp_path), "data.batch_size": 10, "data.calibration_batches": 4}
-    job = prepare(RECIPE.override({**changes, "model.pretrained": False}), CPU, Journal())
+    job = prepare(RECIPE.override({**changes, "model.pretrained": False}), Session(CPU))
     for most, parts, wanted in ((20, 1, 20), (None, 1, 40), (500, 1, 40), (20, 3, 20)):
         images = torch.cat(list(job.calibration_images(parts, most)))
         assert len(images) == wanted

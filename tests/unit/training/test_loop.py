@@ -16,7 +16,6 @@ from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import METHODS
 from ricciq.recipe import TrainingSection
 from ricciq.runs.metadata import RunMetadata
-from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors, save_tensors
 from ricciq.training import loop as train
@@ -27,6 +26,7 @@ from ricciq.training.metrics import Tally
 from ricciq.training.state import Progressed
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
+from ricciq.workflows.session import Session
 
 SUMMARY = [
     "epoch",
@@ -308,7 +308,7 @@ def test_an_unusable_optimizer_or_schedule_is_refused(change):
     ((key, value),) = change.items()
     recipe = RECIPE.override({f"training.{key}": value})
     with pytest.raises(RecipeError, match=rf"training\.{key} = {value} .*; take ") as caught:
-        prepare(recipe, CPU, Journal())
+        prepare(recipe, Session(CPU))
     assert caught.value.exit_code == 2
 
 
@@ -508,7 +508,7 @@ def test_a_model_that_cannot_recompute_is_refused_before_anything_is_done():
         "training.grad_checkpointing": True,
     }
     with pytest.raises(RecipeError, match=r"training\.grad_checkpointing = true .*; remove it"):
-        prepare(RECIPE.override(changes), CPU, Journal())
+        prepare(RECIPE.override(changes), Session(CPU))
 
 
 def test_frozen_batchnorms_keep_their_averages(tmp_path):

@@ -14,7 +14,6 @@ from ricciq.convert.plan import plan_conversion
 from ricciq.convert.rewrite import convert
 from ricciq.errors import RicciqError
 from ricciq.recipe import Recipe
-from ricciq.system.journal import Journal
 from ricciq.training import loop as train
 from ricciq.training import memory
 from ricciq.training.memory import (
@@ -26,6 +25,7 @@ from ricciq.training.memory import (
 )
 from ricciq.workflows.job import prepare
 from ricciq.workflows.quantize import run
+from ricciq.workflows.session import Session
 from ricciq.workflows.sizing import describe, find_batch_size
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_the_largest_batch_leaves_a_reserve():
 
 
 def test_auto_takes_what_fits(monkeypatch):
-    job = prepare(RECIPE.override({"data.batch_size": "auto"}), CPU, Journal())
+    job = prepare(RECIPE.override({"data.batch_size": "auto"}), Session(CPU))
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     assert find_batch_size(job) == 256
     monkeypatch.setattr("ricciq.workflows.sizing.free_memory", lambda _: 10_000_000)
@@ -131,7 +131,7 @@ def test_too_little_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatc
         "the memory of cpu is not enough for a step with batch size 100, but 12 fitted; give "
         "--batch-size 12, and --grad-accum-steps 9 for steps as large"
     )
-    found = find_batch_size(prepare(RECIPE.override({"data.batch_size": "auto"}), CPU, Journal()))
+    found = find_batch_size(prepare(RECIPE.override({"data.batch_size": "auto"}), Session(CPU)))
     assert found == 16
 
 

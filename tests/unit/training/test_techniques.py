@@ -40,6 +40,7 @@ from ricciq.workflows import compare as study
 from ricciq.workflows.compare import Trial
 from ricciq.workflows.job import prepare
 from ricciq.workflows.saved import rebuild
+from ricciq.workflows.session import Session
 
 CPU = torch.device("cpu")
 RECIPE = Recipe().override(
@@ -66,7 +67,7 @@ class Run:
     def __init__(self, path: Path, changes: dict | None = None) -> None:
         path.mkdir(exist_ok=True)
         self.folder, self.recipe = RunFolder(path), RECIPE.override(changes or {})
-        self.job = prepare(self.recipe, CPU, Journal())
+        self.job = prepare(self.recipe, Session(CPU))
         self.model = self.job.model
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         bits = self.recipe.quantization

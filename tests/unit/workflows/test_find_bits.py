@@ -32,8 +32,9 @@ from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.workflows import find_bits as autobits
 from ricciq.workflows import quantize as pipeline
-from ricciq.workflows.find_bits import find_budget, with_chosen_bits
+from ricciq.workflows.find_bits import choose_bits, find_budget
 from ricciq.workflows.job import Job, prepare
+from ricciq.workflows.session import Session
 
 QUANTIZE = ["quantize", "digits_resnet8", "--data", "digits"]
 RECIPE = Recipe().override(
@@ -46,6 +47,7 @@ RECIPE = Recipe().override(
         "device": "cpu",
     }
 )
+SESSION = Session(torch.device("cpu"))
 NOTHING = Overhead({}, {})
 
 
@@ -62,7 +64,7 @@ def check_refusal(answer: Answer, *words: str) -> None:
 
 def job_of(changes: Mapping[str, Any] | None = None) -> Job:
     recipe = RECIPE.replace(changes or {}, "the test")
-    return prepare(recipe, torch.device("cpu"), Journal())
+    return prepare(recipe, SESSION)
 
 
 # The allocation
@@ -350,13 +352,13 @@ def widths_of(job: Job) -> list[int | str]:
 def test_a_recipe_with_a_width_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autobits, "measure_sensitivity", None)
     job = job_of({"quantization.weight_bits": 3, "quantization.average_bits": None})
-    assert find_budget(job) is None
-    assert with_chosen_bits(job, None, Journal()) is job
+    assert find_budget(job, SESSION) is None
+    assert choose_bits(job, None, SESSION) is job
 
 
 @pytest.mark.slow
 def test_only_the_widths_of_weights_between_the_ends_are_replaced(job: Job) -> None:
-    chosen = with_chosen_bits(job, find_budget(job), Journal())
+    chosen = choose_bits(job, find_budget(job, SESSION), SESSION)
     assert widths_of(job) == [8] * 10
     assert widths_of(chosen)[:: len(job.plan.layers) - 1] == [8, 8]
     assert len(set(widths_of(chosen)[1:-1])) > 1
@@ -368,7 +370,7 @@ def test_only_the_widths_of_weights_between_the_ends_are_replaced(job: Job) -> N
 @pytest.mark.slow
 def test_a_codebook_gets_widths_that_it_has() -> None:
     job = job_of({"quantization.weight_quantizer": "codebook"})
-    found = with_chosen_bits(job, find_budget(job), Journal())
+    found = choose_bits(job, find_budget(job, SESSION), SESSION)
     assert set(widths_of(found)) <= {1, 2, 4, 8}
     assert len(set(widths_of(found)[1:-1])) > 1
 
@@ -376,7 +378,7 @@ def test_a_codebook_gets_widths_that_it_has() -> None:
 def test_a_network_of_two_layers_has_nothing_to_find_bits_for(job: Job) -> None:
     short = job._replace(plan=replace(job.plan, layers=job.plan.layers[:2]))
     with pytest.raises(UsageError, match=r"digits_resnet8 has no layer .* give --bits a number"):
-        find_budget(short)
+        find_budget(short, SESSION)
 
 
 @pytest.mark.slow
@@ -553,7 +555,7 @@ def test_a_resumed_run_takes_the_bits_that_were_found(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_export_float", stop)
+        patched.setattr(pipeline, "export_float", stop)
         stopped = ricciq(*command)
     assert stopped.code == 130
     assert "activations get 3 bits" in stopped.err
@@ -631,7 +633,7 @@ def test_a_choice_whose_file_is_too_large_is_made_again_with_less(
     changes = {"average_bits": None, "max_bytes": LARGEST}
     job = job_of({f"quantization.{key}": value for key, value in changes.items()})
     job = job._replace(recipe=job.recipe.override({"data.train_samples": 256}))
-    chosen = with_chosen_bits(job, find_budget(job), Journal())
+    chosen = choose_bits(job, find_budget(job, SESSION), SESSION)
     assert next(left, None) is None  # it goes on until a file is small enough, and no longer
     rows = read_csv(RunFolder(sized.folder).sensitivity)
     weights = [int(row["parameters"]) for row in rows]
@@ -646,7 +648,7 @@ def test_where_no_choice_fits_but_the_smallest_that_is_taken(
     sizes = iter([*sized.tried[:WEIGHED], 10 * LARGEST])
     monkeypatch.setattr(autobits, "_size", lambda *_: next(sizes))
     job = job_of({"quantization.average_bits": None, "quantization.max_bytes": LARGEST})
-    chosen = with_chosen_bits(job, find_budget(job), Journal())
+    chosen = choose_bits(job, find_budget(job, SESSION), SESSION)
     assert widths_of(chosen) == [8, *[1] * 8, 8]
     assert next(sizes, None) is None
 
@@ -655,7 +657,7 @@ def test_a_budget_between_the_smallest_file_and_one_bit_for_all_is_enough() -> N
     """8 bits, which need nothing to undo a packing, take less than 1 for a few weights."""
     changes = {"model.name": "fashion_mobilenet", "model.pretrained": False}
     changes |= {"quantization.average_bits": None, "quantization.max_bytes": 48_650}
-    budget = find_budget(job_of(changes))  # with 1 bit for all 48,703 bytes
+    budget = find_budget(job_of(changes), SESSION)  # with 1 bit for all 48,703 bytes
     assert budget is not None
     assert budget.smallest is not None
     assert set(budget.smallest.values()) == {1, 8}

@@ -1,0 +1,206 @@
+"""A session of work: device, processes, random state, journal, and the folder of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from ricciq.errors import InterruptedRunError, UsageError
+from ricciq.recipe import Recipe
+from ricciq.runs.folder import RunFolder, choose_run_folder
+from ricciq.system.distributed import World, joined, local_device
+from ricciq.system.journal import Journal
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Session:
+    """Where a run works. Only the first process speaks and writes.
+
+    `Session.open` makes the session of a run or a study. One made directly is a single process
+    that holds no lock; without a folder it can only plan.
+
+    Args:
+        device: where to compute.
+        journal: where progress is shown; by default nowhere.
+        world: the processes that train together.
+        folder: what the run writes to; nothing is written before `begin`.
+        resume: go on with the run in the folder.
+        check: called once the folder is locked, and raises if it cannot be used any more.
+
+    Attributes:
+        begun: whether `begin` was called, so that there is something to resume.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        journal: Journal | None = None,
+        world: World | None = None,
+        folder: RunFolder | None = None,
+        resume: bool = False,
+        check: Callable[[], object] | None = None,
+    ) -> None:
+        self.device = device
+        self.journal = journal or Journal()
+        self.world = world or World()
+        self.resume = resume
+        self.begun = False
+        self._folder, self._check, self._held = folder, check, ExitStack()
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        recipe: Recipe,
+        output: Path | None = None,
+        *,
+        kind: type[RunFolder] = RunFolder,
+        resume: bool = False,
+        overwrite: bool = False,
+        journal: Journal | None = None,
+    ) -> Iterator[Session]:
+        """The session of a run or a study; the folder is chosen, and written to from `begin` on.
+
+        Args:
+            recipe: names the device and the seed.
+            output: the folder; by default a new one under ``runs``.
+            kind: of a run, or of a study.
+            resume: go on with what the folder holds, if it is of the same recipe.
+            overwrite: replace what the folder holds.
+            journal: where progress is shown; by default nowhere.
+
+        Yields:
+            The session. Its end frees the lock, restores the random state and leaves the group of
+            processes.
+
+        Raises:
+            UsageError: the device or the folder cannot be used.
+            InterruptedRunError: the user stopped it after `begin`.
+        """
+        device = choose_device(recipe.device)
+        choose = partial(choose_run_folder, recipe, resume=resume, overwrite=overwrite, kind=kind)
+        with joined(device) as world, random_state(device, recipe.seed):
+            folder = kind(world.from_first(lambda: choose(output).path))
+            session = cls(
+                device,
+                journal=journal if world.is_first else None,
+                world=world,
+                folder=folder,
+                resume=resume,
+                check=partial(choose, folder.path),
+            )
+            with session._held:
+                try:
+                    yield session
+                except KeyboardInterrupt:
+                    if not session.begun:
+                        raise
+                    stopped = InterruptedRunError(
+                        f"stopped; `--output {folder.path} --resume` goes on from the last saved "
+                        "state"
+                    )
+                    stopped.said = not world.is_first
+                    raise stopped from None
+
+    @contextmanager
+    def trial(self, recipe: Recipe, folder: RunFolder) -> Iterator[Session]:
+        """The session of one run of a study, with a random state of its own.
+
+        Args:
+            recipe: of the run, which goes on if the folder holds it already.
+            folder: of the run.
+        """
+        resume = folder.is_ours and folder.load_recipe() == recipe
+        session = Session(self.device, journal=self.journal, folder=folder, resume=resume)
+        with random_state(self.device, recipe.seed), session._held:
+            yield session
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether this session can write."""
+        return self._folder is not None
+
+    @property
+    def folder(self) -> RunFolder:
+        """What this session writes to.
+
+        Raises:
+            ValueError: it was made without one.
+        """
+        if self._folder is None:
+            raise ValueError("this session has no folder; give one to Session")
+        return self._folder
+
+    def begin(self, recipe: Recipe, announcement: str | None = None) -> None:
+        """Lock the folder and write the recipe into it; from here on a stopped run can go on.
+
+        Args:
+            recipe: what the run does.
+            announcement: the line that names the folder, from which on the journal writes to its
+                log.txt; without one it goes on where it writes.
+
+        Raises:
+            UsageError: another process has taken the folder since it was chosen.
+        """
+
+        def start() -> None:
+            self._held.enter_context(self.folder.locked())
+            if self._check is not None:  # minutes may have passed since the folder was chosen
+                self._check()
+            if not self.resume:
+                self.folder.begin(recipe)
+            if announcement is not None:
+                self.journal.log_to(self.folder.log)
+                self.journal.say(announcement)
+
+        self.world.from_first(start)
+        self.begun = True
+
+
+def in_first_process(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function with a `Session` among its arguments to run in the first process only.
+
+    All processes have to call it. Each of them gets what the first one returns or raises.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = (*args, *kwargs.values())
+        session = next(value for value in given if isinstance(value, Session))
+        return session.world.from_first(lambda: function(*args, **kwargs))
+
+    return call
+
+
+@contextmanager
+def random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's generators for the length of a block, and restore them afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe names.
+
+    Raises:
+        UsageError: this machine has none of that name.
+    """
+    name = local_device(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name} is not on this machine ({torch.cuda.device_count()} CUDA devices); "
+            "take --device cpu"
+        )
+    return device
