@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -78,8 +79,9 @@ def export_onnx(
     """
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         model = deploy(model)
-    device = next(iter([*model.parameters(), *model.buffers()])).device
-    example = torch.zeros(2, *preprocessing.input_size, device=device)
+    if next(iter([*model.parameters(), *model.buffers()])).device.type != "cpu":
+        model = copy.deepcopy(model).cpu()  # where torch's exporter puts operators of ONNX
+    example = torch.zeros(2, *preprocessing.input_size)
     try:
         with torch.no_grad(), _plain_attention(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own, about its own internals

@@ -16,6 +16,8 @@ _OCTAVES = 48
 _PER_OCTAVE = 32
 _SMALLEST = 2.0**-24
 _BINS = _OCTAVES * _PER_OCTAVE
+_PIECE = 2**22
+"""Numbers that are counted at a time: what is computed from them takes ten times their memory."""
 
 
 class LogHistogram:
@@ -35,7 +37,10 @@ class LogHistogram:
         Raises:
             InputError: the tensor holds NaN or an infinity.
         """
-        x = x.detach().float().flatten()
+        for part in torch.split(x.detach().flatten(), _PIECE):
+            self._add(part.float())
+
+    def _add(self, x: Tensor) -> None:
         low, high = (float(end) for end in x.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(

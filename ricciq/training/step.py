@@ -118,7 +118,8 @@ class Trainer:
         if self.world.size > 1:
             self.parallel = DistributedDataParallel(self.alone)
         self.eager: nn.Module = self.parallel or self.alone
-        self.forward, self.teacher = self.eager, teacher
+        self.forward = self.eager
+        self.teacher = self.eager_teacher = teacher
         if on_cuda if recipe.compile is None else recipe.compile:
             self.forward = cast(nn.Module, torch.compile(self.eager))
             self.teacher = teacher and cast(nn.Module, torch.compile(teacher))
@@ -158,10 +159,7 @@ class Trainer:
             self.activations.advance(progress)
         # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
         self._copy(self.averages, self.saved_averages)
-        watching: AbstractContextManager[dict[nn.Module, float]] = nullcontext({})
-        if measure and self.activations is not None and self.correction.on == "activations":
-            watching = self.activations.measuring()
-        with watching as cosines:
+        with self._measuring() if measure else nullcontext({}) as cosines:
             seen = self._backward(batches, self.eager if measure else self.forward)
 
         self.scaler.unscale_(self.optimizer)
@@ -190,6 +188,12 @@ class Trainer:
         for loss, logits, targets in seen if finite else ():
             tally.add(loss, logits, targets)
         return finite
+
+    def _measuring(self) -> AbstractContextManager[dict[nn.Module, float]]:
+        """Around a step that leaves the geometry; see `ActivationCorrection.measuring`."""
+        if self.activations is not None and self.correction.on == "activations":
+            return self.activations.measuring()
+        return nullcontext({})
 
     def _backward(
         self, batches: Sequence[Batch], forward: nn.Module
@@ -280,7 +284,12 @@ class Trainer:
             recompute_activations(self.model, False)
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the memory is enough for a batch's gradients; the model stays as it is."""
+        """Whether the memory is enough for a batch's gradients; the model stays as it is.
+
+        It is tried as the last step of an epoch does it, which needs most: the geometry is measured
+        and nothing is compiled.
+        """
+        compiled, self.teacher = self.teacher, self.eager_teacher
         self.optimizer.zero_grad()  # what a step that failed left
         self._copy(self.averages, self.saved_averages)
         moments = []
@@ -289,13 +298,15 @@ class Trainer:
                 parameters = list(self.model.parameters())
                 moments = [torch.empty_like(p) for p in parameters for _ in range(self.moments)]
             # Not through DistributedDataParallel: other processes are not trying.
-            self._backward([batch], self.alone)
+            with self._measuring():
+                self._backward([batch], self.alone)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False
         finally:
             del moments
+            self.teacher = compiled
             self.optimizer.zero_grad()
             self._copy(self.saved_averages, self.averages)
         return True

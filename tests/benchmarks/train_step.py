@@ -119,6 +119,8 @@ def brevitas(options: argparse.Namespace) -> Callable[[], None]:
                 "weight_bit_width": 8 if child in edges else weight_bits,
                 "input_quant": Uint8ActPerTensorFloat,
                 "input_bit_width": 8 if child in edges else act_bits,
+                # Its scales are learned after so many steps of statistics, which cost a sort each.
+                "input_collect_stats_steps": 1,
             }
             made: nn.Module
             if type(child) is nn.Conv2d:
@@ -211,7 +213,10 @@ def _holding(device: Any, compiles: bool) -> Iterator[None]:
 
     if compiles:
         import torch._dynamo
+        import torch._functorch.config as aot
 
+        if hasattr(aot, "force_non_lazy_backward_lowering"):  # before the device is held, not after
+            aot.force_non_lazy_backward_lowering = True
         torch._dynamo.callback_handler.register_end_callback(take)
     else:
         take()
@@ -382,25 +387,27 @@ def measure(
         name: getattr(options, name) for name in ("model", "batch", "size", "device", "bits", "amp")
     }
 
-    def outcome() -> dict[str, Any]:
-        return about | _outcome(variants, options.batch, missing)
+    profiles: dict[str, Any] = {}
 
-    for _ in range(options.rounds):
+    def outcome() -> dict[str, Any]:
+        return about | _outcome(variants, options.batch, missing) | {"profiles": profiles}
+
+    for number in range(options.rounds):
         for variant in variants:
             if values := variant.order("time", options.steps):
                 variant.times.append(values["ms"])
                 variant.peak = max(variant.peak, values["peak_bytes"])
         tell(outcome())
-    profiles = {}
-    if options.profile:
-        for variant in variants:
-            if variant.name in ("ricci, compiled", "ricci"):
-                profiles[variant.name] = variant.order("profile", options.steps)
+        if options.profile and number == 0:  # early, in case there is no time for all rounds
+            for variant in variants:
+                if variant.name in ("ricci, compiled", "ricci"):
+                    profiles[variant.name] = variant.order("profile", options.steps)
+            tell(outcome())
+        if options.until is not None and time.monotonic() - started > options.until:
+            break
     for variant in variants:
         variant.end()
-    result = outcome() | {"profiles": profiles}
-    tell(result)
-    return result
+    return outcome()
 
 
 def _outcome(variants: Sequence[Variant], batch: int, missing: dict[str, str]) -> dict[str, Any]:
@@ -466,6 +473,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=1, help="steps in a turn")
     made.add_argument("--at-once", type=int, default=1, help="how many get ready at a time")
     made.add_argument("--patience", type=float, help="seconds in which variants must be ready")
+    made.add_argument("--until", type=float, help="seconds after which no round is begun")
     made.add_argument("--profile", action="store_true", help="show the Ricci step's kernels")
     made.add_argument("--only", nargs="+", choices=VARIANTS, help="variants; all if left out")
     made.add_argument("--json", type=Path, help="file to write")

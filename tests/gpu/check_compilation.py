@@ -12,12 +12,9 @@ from ricciq.evaluation import evaluate
 
 KINDS = [
     {},
-    {"method.name": "ste"},
-    {"quantization.weight_quantizer": "odd", "quantization.act_quantizer": "pact"},
-    {"quantization.weight_quantizer": "dorefa", "quantization.act_quantizer": "fixed"},
     {"quantization.weight_quantizer": "codebook", "method.name": "dsq", "method.target": "both"},
-    {"method.name": "stochastic", "method.target": "both"},
 ]
+"""tests/compatibility/test_compile.py has more of them; each takes its time."""
 
 
 def outcome(model, images):
@@ -37,9 +34,6 @@ def test_no_graph_breaks(flags):
     # Capture and differentiation as in every compilation; code is generated in the next test.
     compiled = torch.compile(training.model, fullgraph=True, backend="aot_eager")
     answer, gradients = outcome(compiled, images)
-    if flags.get("method.name") == "stochastic":  # its numbers may be drawn in another order
-        assert answer.isfinite().all()
-        return
     expected, expected_gradients = outcome(training.model, images)
     torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-3)
     for gradient, same in zip(gradients, expected_gradients, strict=True):

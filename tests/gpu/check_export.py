@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from networks import DEVICE, Training
+from networks import DEVICE, Training, without_tf32
 
 from ricciq.deploy.export import export_onnx
 from ricciq.deploy.modules import deploy
@@ -15,6 +15,7 @@ from ricciq.workflows.doctor import examine
 
 
 def test_export_from_the_device(tmp_path):
+    without_tf32()
     training = Training(DEVICE)
     for _ in range(5):
         assert training.step()

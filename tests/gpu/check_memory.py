@@ -10,11 +10,13 @@ from networks import DEVICE
 
 from ricciq.errors import RicciqError
 from ricciq.recipe import Recipe
+from ricciq.runs.folder import RunFolder
 from ricciq.training.memory import LARGEST_BATCH
 from ricciq.workflows.job import prepare
 from ricciq.workflows.quantize import run
 from ricciq.workflows.session import Session
 from ricciq.workflows.sizing import find_batch_size
+from ricciq.workflows.train import train
 
 GIGABYTES = 3
 """Of the GPU's memory that torch is left with."""
@@ -68,5 +70,5 @@ def test_too_little_memory_names_what_fitted(tmp_path):
         run(recipe, tmp_path / "run")
     (size,) = re.findall(r"but (\d+) fitted; give --batch-size \1", str(error.value))
     fitting = recipe.override({"data.batch_size": int(size), "data.train_samples": 2 * int(size)})
-    report, _ = run(fitting, tmp_path / "fits")
-    assert report.training.steps >= 1
+    session = Session(DEVICE, folder=RunFolder(tmp_path))
+    assert train(prepare(fitting, session), session).progress.steps >= 1

@@ -13,7 +13,8 @@ from parts import LAST_LINES, Context, Tell
 class _Collector:
     """Remembers how each check ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Tell) -> None:
+        self.tell = tell
         self.outcomes: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
         self.tracebacks: dict[str, list[str]] = {}
@@ -26,6 +27,16 @@ class _Collector:
                 self.tracebacks[name] = report.longreprtext.splitlines()[-LAST_LINES:]
             if report.skipped:
                 self.reasons[name] = str(report.longrepr[2]).removeprefix("Skipped: ")
+            self.tell(self.found())
+
+    def found(self) -> dict[str, Any]:
+        """What is known so far."""
+        ends = list(self.outcomes.values())
+        lines = [f"{ends.count('passed')} passed, {ends.count('failed')} failed"]
+        lines += [f"{name} skipped: {reason}" for name, reason in self.reasons.items()]
+        for name, traceback in self.tracebacks.items():
+            lines += [f"{name} failed:", *(f"    {line}" for line in traceback)]
+        return {"checks": self.outcomes, "lines": lines}
 
 
 def check(context: Context, tell: Tell, name: str) -> None:
@@ -36,15 +47,10 @@ def check(context: Context, tell: Tell, name: str) -> None:
     """
     os.environ["RICCIQ_GPU_DEVICE"] = context.device
     file = Path(__file__).parent / f"check_{name}.py"
-    seen = _Collector()
+    seen = _Collector(tell)
     plain = ["-o", "addopts=", "-p", "no:cacheprovider", "--tb=short", "-p", "no:anyio"]
     code = pytest.main(
         [*plain, f"--basetemp={context.folder / 'pytest'}", str(file)], plugins=[seen]
     )
-    counts = {end: list(seen.outcomes.values()).count(end) for end in ("passed", "failed")}
-    lines = [f"{counts['passed']} passed, {counts['failed']} failed"]
-    lines += [f"{name} skipped: {reason}" for name, reason in seen.reasons.items()]
-    for failed, traceback in seen.tracebacks.items():
-        lines += [f"{failed} failed:", *(f"    {line}" for line in traceback)]
-    tell({"checks": seen.outcomes, "lines": lines})
+    tell(seen.found())
     assert code == 0, f"pytest ended with {code!s}"

@@ -40,6 +40,23 @@ USUAL = {
 }
 
 
+def without_tf32() -> None:
+    """Compute in float32 on a GPU, too, for the rest of the process."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def _move_off_ties(model: nn.Module) -> None:
+    """Make every scale 1 % larger.
+
+    Calibration leaves weights on the ends of their range, and pixels on whole codes: there the last
+    bit of a device's exp decides what the gradient of a scale is.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("log_scale"):
+                parameter.add_(0.01)
+
+
 class Training:
     """digits_resnet8, converted and calibrated on a CPU and then put on a device, with a teacher.
 
@@ -57,6 +74,7 @@ class Training:
         teacher = copy.deepcopy(self.job.model).eval().requires_grad_(False)
         convert(self.job.model, self.job.plan, self.recipe.quantization.kinds)
         calibrate(self.job.model, self.job.calibration_images())
+        _move_off_ties(self.job.model)
         self.model: nn.Module = self.job.model.to(device)
         self.trainer = Trainer(
             self.model,

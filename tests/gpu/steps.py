@@ -11,8 +11,8 @@ from train_step import measure, parser, table
 def resnet50(context: Context, tell: Tell) -> None:
     """W2 A2, batch 256: all variants, compiled and not."""
     plain = ["float", "ricci", "brevitas"]
-    names = ["float", "ste", "ricci", "ricci and teacher"]
-    names = plain if context.tiny else [*(f"{name}, compiled" for name in names), *plain]
+    names = [f"{name}, compiled" for name in ("float", "ste", "ricci")]
+    names = plain if context.tiny else [*names, *plain, "ricci and teacher, compiled"]
     _measure(context, tell, "resnet50", 256, (2, 2), names)
 
 
@@ -43,7 +43,7 @@ def _measure(
     options.batch, options.bits, options.only = batch, bits, names
     options.device, options.amp, options.profile = context.device, True, True
     options.rounds, options.steps, options.at_once = 5, 8, len(names)
-    options.patience = 0.75 * context.seconds
+    options.patience, options.until = 0.8 * context.seconds, 0.85 * context.seconds
     if context.tiny:
         options.batch, options.rounds, options.steps, options.at_once = 2, 1, 1, 2
         options.model, options.size, options.amp = "digits_resnet8", (1, 8, 8), False
