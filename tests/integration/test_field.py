@@ -18,7 +18,7 @@ from PIL import Image
 from ricciq.cli.request import requested_recipe
 from ricciq.data.open import open_data
 from ricciq.data.sources.base import IMAGE_SUFFIXES
-from ricciq.errors import CheckpointError, DataError
+from ricciq.errors import CheckpointError
 from ricciq.recipe import Recipe
 
 MODEL = "digits_resnet8"
@@ -113,17 +113,6 @@ def test_a_model_goes_before_a_folder_of_its_name(
     ]
     with pytest.raises(CheckpointError, match="discrete already"):
         asked(f"./{MODEL}")
-
-
-def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        for n in range(4):
-            file = tmp_path / split / "cat" / f"{n}.tif"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(file)
-    data = open_data(str(tmp_path), None)
-    with pytest.raises(DataError, match=r"0\.tif cannot be read \(its pixels are floating-point"):
-        data.picture("val", 0, "L")
 
 
 def test_suffixes_are_in_lower_case_and_different() -> None:

@@ -89,12 +89,9 @@ class EncodedPictures(ABC):
         """Decode the picture of an index in full.
 
         Raises:
-            DataError: it is missing, damaged, of floating-point pixels, or so large that PIL
-                suspects an attack.
+            DataError: it is missing, damaged, or so large that PIL suspects an attack.
         """
         with self._opened(index) as picture:
-            if picture.mode == "F":  # of what range nobody knows
-                raise ValueError("its pixels are floating-point numbers")
             if picture.mode.startswith("I"):
                 # PIL would clip 16-bit grey at 255, which turns most of it white.
                 high = np.clip(np.asarray(picture), 0, 65535) >> 8

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
+from cpu import saturates
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -80,6 +81,7 @@ def test_a_file_takes_any_batch_and_computes_what_torch_computes(
     assert expected.std(0).min() > 0  # the pictures are told apart
 
 
+@pytest.mark.skipif(saturates(), reason="8-bit kernels may saturate on this CPU")
 @each_export
 def test_optimizations_hardly_change_the_logits(exported, pictures, weight_bits, act_bits):
     made = exported(weight_bits, act_bits)
