@@ -82,7 +82,8 @@ def test_the_file_agrees_with_torch(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
     assert report["onnx"]["agreement_unoptimized"] == 100.0
     assert report["onnx"]["agreement"] >= (98 if saturates() else 99.5)
-    assert report["onnx"]["top1"] == pytest.approx(report["quantized"]["top1"], abs=0.5)
+    near = 2 if saturates() else 0.5
+    assert report["onnx"]["top1"] == pytest.approx(report["quantized"]["top1"], abs=near)
 
 
 def test_a_run_leaves_everything_and_nothing_half_written(
