@@ -1,4 +1,4 @@
-"""How much each layer minds fewer bits: what the network's answers lose when one alone has them."""
+"""Sensitivity of the network's output to the width of each layer's weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ricciq.quant.weight import WeightQuantizer
 from ricciq.system.journal import Journal
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-"""Those a layer may be given; 7 bits take as much room in a file as 8."""
+"""The widths to choose from. In a file, 7 bits take as much space as 8."""
 
 
 class Sensitivity(NamedTuple):
-    """What the widths of one layer cost.
+    """What each width of one layer costs.
 
     Attributes:
-        name: of the layer.
-        parameters: how many weights it has.
-        divergence: by width, nats; not rising with it.
+        name: name of the layer.
+        parameters: number of its weights.
+        divergence: in nats, by width; it does not increase with the width.
     """
 
     name: str
@@ -47,39 +47,39 @@ def measure_sensitivity(
     batches: Sequence[Tensor],
     journal: Journal,
 ) -> list[Sensitivity]:
-    """Round the weights of one layer after the other to each width, all else in float.
+    """Quantize the weights of one layer at a time to each width, everything else in float.
 
     Args:
-        model: the float model; stays as it is.
-        plan: what becomes discrete in it.
-        names: which layers to measure.
-        kinds: which quantizers.
-        batches: (B, C, H, W) calibration pictures on the model's device.
-        journal: where progress is shown.
+        model: the float model; it is not changed.
+        plan: the layers to quantize.
+        names: the layers to measure.
+        kinds: the quantizers.
+        batches: (B, C, H, W) calibration images on the model's device.
+        journal: shows progress.
 
     Returns:
-        For each layer the mean Kullback-Leibler divergence of the answers from the float model's:
-        what distillation starts from, and what ZeroQ measures (Cai et al. 2020, arXiv 2001.00281).
+        For each layer and width, the mean Kullback-Leibler divergence of the softmax outputs from
+        those of the float model, as in ZeroQ (Cai et al. 2020, arXiv 2001.00281).
     """
     widths = widths_of(kinds)
     net = convert(copy.deepcopy(model), plan, kinds)
     layers = list(quantized_layers(net).values())
     for module in net.modules():
         if isinstance(module, ActivationQuantizer):
-            module.observer = _ignore  # which leaves the activations float
+            module.observer = _ignore  # an observed activation stays float
     standardize = {layer: layer.weight_quantizer.unrounded for layer in layers}
     for layer in layers:
         _use(layer, standardize[layer])
     found = []
     with evaluating(net), journal.bar("sensitivity", len(names) * len(widths)) as advance:
-        taught = [F.log_softmax(net(images).float(), 1) for images in batches]
+        expected = [F.log_softmax(net(images).float(), 1) for images in batches]
         for name in names:
             layer = cast(QuantLayer, net.get_submodule(name))
             divergence: dict[int, float] = {}
             for bits in widths:
                 _use(layer, _quantizer(layer, bits, standardize[layer], kinds))
-                lost = _divergence(net, batches, taught)
-                # One number more cannot make a layer worse, if not by chance.
+                lost = _divergence(net, batches, expected)
+                # More levels make a layer worse only by chance.
                 divergence[bits] = min([max(lost, 0.0), *divergence.values()])
                 advance(lambda name=name: name)  # type: ignore[misc]
             _use(layer, standardize[layer])
@@ -88,7 +88,7 @@ def measure_sensitivity(
 
 
 def widths_of(kinds: Kinds) -> list[int]:
-    """Those that such quantizers have: a codebook takes 1, 2, 4 and 8 bits only."""
+    """The widths that these quantizers support: a codebook has 1, 2, 4 and 8 bits only."""
     return [b for b in WIDTHS if kinds.weights != "codebook" or b == 8 or b in CODEBOOK_WIDTHS]
 
 
@@ -97,7 +97,7 @@ def _ignore(x: Tensor) -> None:
 
 
 def _use(layer: QuantLayer, quantizer: nn.Module) -> None:
-    """Let a layer pass its weight through something else than its quantizer."""
+    """Replace the quantizer of a layer's weight by any module."""
     layer._modules["weight_quantizer"] = quantizer
 
 
@@ -110,9 +110,9 @@ def _quantizer(
     return quantizer.eval()
 
 
-def _divergence(net: nn.Module, batches: Sequence[Tensor], taught: Sequence[Tensor]) -> float:
+def _divergence(net: nn.Module, batches: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     lost = 0.0
-    for images, logs in zip(batches, taught, strict=True):
+    for images, logs in zip(batches, expected, strict=True):
         answers = F.log_softmax(net(images).float(), 1)
         lost += F.kl_div(answers, logs, reduction="sum", log_target=True).item()
     return lost / sum(map(len, batches))

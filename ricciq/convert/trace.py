@@ -1,7 +1,8 @@
-"""What one forward pass did: which module or function made each tensor, and which ones read it.
+"""Records one forward pass: which module or function made each tensor, and which ones read it.
 
-Modules are seen by hooks; what happens between them, such as the ``x + shortcut`` of a residual
-block, by a `TorchFunctionMode`. Nothing is traced symbolically, so any Python in a forward is fine.
+Hooks record the modules. A `TorchFunctionMode` records the functions between them, such as the
+``x + shortcut`` of a residual block. Nothing is traced symbolically, so a forward may hold any
+Python.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from torch.utils._pytree import tree_leaves
 from ricciq.evaluation import evaluating
 
 Value = tuple[int, int]
-"""A tensor at a moment: its identity and its version, since in-place operations change it."""
+"""A tensor's identity and version; in-place operations change the version."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an childless module, or of a function outside such modules.
+    """One call of a module without children, or of a function outside such modules.
 
     Attributes:
-        name: the module's dotted name, or the name of the module whose forward called the function.
-        kind: class name of the module, or name of the function.
-        is_module: whether it was a module.
+        name: dotted name of the module, or of the module whose forward called the function.
+        kind: class name of the module, or the function's name.
+        is_module: whether a module was called.
         inputs: the tensors read, in order.
-        outputs: the tensors made.
+        outputs: the tensors returned.
     """
 
     name: str
@@ -44,16 +45,16 @@ class Call:
 
 @dataclass
 class Recording:
-    """The calls of one forward pass, in order, and who touched each tensor.
+    """The calls of one forward pass, in order, and the readers of each tensor.
 
     Attributes:
-        calls: every childless module call and every function call between modules.
-        readers: the calls that read a value.
-        returned_by: names of the modules that returned just this value, innermost first.
+        calls: calls of modules without children, and of functions between them.
+        readers: the calls that read each value.
+        returned_by: names of the modules that returned exactly this value, innermost first.
         times: how often each module ran.
-        first_argument: what each module was last called with, if that was a tensor.
+        first_argument: the first argument of each module's last call, if it was a tensor.
         result: the values the model returned.
-        constants: parameters, buffers and what was computed from nothing else.
+        constants: parameters, buffers, and what was computed from them alone.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -65,7 +66,7 @@ class Recording:
     constants: set[Value] = field(default_factory=set)
 
     def add(self, call: Call) -> None:
-        """Append a call, unless it only handed its input on, as Identity and idle dropout do."""
+        """Append a call, unless it returned its input unchanged, as Identity does."""
         if set(call.outputs) <= set(call.inputs):
             return
         self.calls.append(call)
@@ -73,10 +74,6 @@ class Recording:
             self.constants.update(call.outputs)
         for value in dict.fromkeys(call.inputs):
             self.readers[value].append(call)
-
-    def producer(self, value: Value) -> Call | None:
-        """The call that made a value, or None for the model's input and for constants."""
-        return next((c for c in self.calls if value in c.outputs and value not in c.inputs), None)
 
 
 def _tensors(*trees: Any) -> Iterator[Tensor]:
@@ -86,12 +83,12 @@ def _tensors(*trees: Any) -> Iterator[Tensor]:
 
 
 def value_of(tensor: Tensor) -> Value:
-    """What identifies a tensor at this moment."""
+    """Identity and version of a tensor."""
     return (id(tensor), tensor._version)
 
 
 class _FunctionRecorder(TorchFunctionMode):
-    """Reports the functions called while no childless module is running."""
+    """Reports every function that torch calls."""
 
     def __init__(self, report: Callable[[str, tuple[Value, ...], Any], None]) -> None:
         super().__init__()
@@ -109,19 +106,19 @@ class _FunctionRecorder(TorchFunctionMode):
 
 @torch.no_grad()
 def record(model: nn.Module, example: Tensor) -> Recording:
-    """Run ``model(example)`` in evaluation mode and note what it did.
+    """Run ``model(example)`` in evaluation mode and record its calls.
 
     Args:
         model: any module; its training mode is restored afterwards.
         example: (B, C, H, W) input on the model's device.
 
     Returns:
-        The recording; a function that makes no tensor is left out.
+        The recording, without functions that return no tensor.
     """
     with evaluating(model):
-        model(example)  # some models make constants when first called, and keep them
+        model(example)  # some models cache constants in their first call
     recording = Recording(constants={value_of(t) for t in [*model.parameters(), *model.buffers()]})
-    alive: list[Any] = []  # identities are unique only as long as nothing recorded is freed
+    alive: list[Any] = []  # an id is unique only while its tensor is alive
     running: list[tuple[str, bool, tuple[Value, ...]]] = []
 
     def enter(name: str, whole: bool) -> Callable[..., None]:
@@ -138,7 +135,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         name, whole, inputs = running.pop()
         outputs = tuple(value_of(t) for t in _tensors(output))
         recording.times[name] += 1
-        if isinstance(output, Tensor):  # a point can stand behind one tensor, not behind a tuple
+        if isinstance(output, Tensor):  # a tuple has no output quantizer
             recording.returned_by[outputs[0]].append(name)
         if whole and not any(outer for _, outer, _ in running):
             recording.add(Call(name, type(module).__name__, True, inputs, outputs))

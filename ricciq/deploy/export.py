@@ -1,4 +1,4 @@
-"""Discrete model -> ONNX: one file, standard operators, packed weights, integer kernels."""
+"""Export to ONNX: one file, standard operators, packed weights, integer kernels."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ from ricciq.layers.operators import OPSET
 from ricciq.system.files import replacing
 
 LARGEST_FILE = 2**31 - 2**24
-"""Bytes of tensors in one file: protobuf's limit, less room for the graph. More go beside it."""
+"""Most bytes of tensors inside the file: protobuf's limit, less some room for the graph."""
 
 
 def add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Store more in a file `export_onnx` wrote; its graph stays as it is.
+    """Add metadata to a file that `export_onnx` wrote; the graph does not change.
+
+    Args:
+        path: the ONNX file.
+        metadata: JSON values by key; a key that the file has already is replaced.
 
     Raises:
         ModelError: the file is missing or damaged.
@@ -44,7 +48,7 @@ def add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """Let timm's attention layers multiply by themselves: torch's exporter knows 4-D ones only."""
+    """Switch off timm's fused attention: torch's exporter supports it for 4-D tensors only."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
@@ -61,30 +65,31 @@ def export_onnx(
     preprocessing: Preprocessing,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a float or deployed model as one ONNX file with a dynamic batch.
+    """Write a float, converted or deployed model as an ONNX file with a dynamic batch size.
 
     Args:
-        model: maps (B, C, H, W) float32 to (B, classes) logits; a converted model that is not
-            deployed yet is deployed first, as a copy.
-        path: the file to write; it appears only once it is complete. The tensors of a model over
-            2 GB stand beside it, in a file of the same name with ``.data`` behind.
-        preprocessing: stored in the file, so that a deployer needs nothing else.
-        metadata: what else to store in the file, as JSON.
+        model: maps (B, C, H, W) float32 to (B, classes) logits. Of a converted model, a deployed
+            copy is exported.
+        path: the file to write; it appears once it is complete. The tensors of a model over 2 GB
+            go to a second file beside it, named like it with ``.data`` appended.
+        preprocessing: of the input; stored in the file.
+        metadata: more JSON values to store in the file.
 
     Returns:
         The path.
 
     Raises:
-        RicciqError: torch's exporter cannot express the model.
+        RicciqError: torch's exporter does not support the model, the disk is full, or the folder
+            cannot be written.
     """
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         model = deploy(model)
     if next(iter([*model.parameters(), *model.buffers()])).device.type != "cpu":
-        model = copy.deepcopy(model).cpu()  # where torch's exporter puts operators of ONNX
+        model = copy.deepcopy(model).cpu()  # torch's exporter makes ONNX operators for the CPU
     example = torch.zeros(2, *preprocessing.input_size)
     try:
         with torch.no_grad(), _plain_attention(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own, about its own internals
+            warnings.simplefilter("ignore")  # they are about the exporter's internals
             program = torch.onnx.export(
                 model.eval(),
                 (example,),
@@ -102,8 +107,8 @@ def export_onnx(
             cause = cause.__cause__
         reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         raise RicciqError(
-            f"torch's ONNX exporter cannot express {type(model).__name__} ({reason}); "
-            "export another model or report this"
+            f"torch's ONNX exporter does not support {type(model).__name__} ({reason}); "
+            "export another model, or report this"
         ) from error
     assert program is not None
     first_names = {module: name for name, module in model.named_modules()}

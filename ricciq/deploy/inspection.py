@@ -1,4 +1,4 @@
-"""What an ONNX file holds, layer by layer and byte by byte, and what the runtime made of it."""
+"""The layers and bytes of an ONNX file, and which layers onnxruntime runs in integer kernels."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "Con
 _PER_BYTE_BITS = {8: 1, 4: 2, 2: 4, 1: 8}
 _TERNARY_PER_BYTE = 5
 _FLOAT_BITS = 32
-"""As --bits counts them; the package that knows it imports torch."""
+"""The same value as in `ricciq.quant`, which cannot be imported without torch."""
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A convolution or matrix product with constant weights.
+    """A convolution or matrix product whose weight is constant.
 
     Attributes:
-        name: the layer's name.
-        operator: ONNX operator.
+        name: dotted name of the layer.
+        operator: its ONNX operator.
         shape: of the weight.
         weight_bits: 1 to 8, ``"ternary"``, or 32 for float.
         act_bits: width of the input's codes, or 32 for float.
-        bytes: what the file spends on weight, steps and bias of this layer alone.
-        fused: whether onnxruntime runs it in integers.
+        bytes: size of the weight, scales and bias that only this layer uses.
+        fused: whether onnxruntime runs it in an integer kernel.
     """
 
     name: str
@@ -50,16 +50,16 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An ONNX file's layers and totals, and the operators onnxruntime runs.
+    """Layers and totals of an ONNX file, and the operators that onnxruntime runs.
 
     Attributes:
         layers: in the order of the graph.
         file_bytes: with external data; the sum of the layers' bytes and the three below.
-        shared_bytes: constants that several layers use, such as the tables that unpack weights.
-        other_bytes: constants no layer counts as its own, such as the steps of activations.
+        shared_bytes: constants that several layers use, such as lookup tables for packed weights.
+        other_bytes: constants that belong to no layer, such as scales of activations.
         graph_bytes: everything but constants: operators, names and metadata.
-        runtime_operators: how often each operator is in the graph onnxruntime runs.
-        metadata: what ricciq says of the file in it, or None.
+        runtime_operators: count of each operator in the graph that onnxruntime runs.
+        metadata: what ricciq stored in the file; None if another tool wrote the file.
     """
 
     layers: list[LayerRow]
@@ -89,16 +89,16 @@ class Inspection:
         }
 
     def fused_share(self, operator: str = "Conv") -> float:
-        """Percent of an operator's layers that run in integers; 100 where there is none."""
+        """Percent of an operator's layers that run in integer kernels; 100 if there are none."""
         fused = [layer.fused for layer in self.layers if layer.operator == operator]
         return 100 * sum(fused) / len(fused) if fused else 100.0
 
 
 def inspect_onnx(path: Path) -> Inspection:
-    """Read a file's layers, and load it to see which of them onnxruntime fuses.
+    """Read a file's layers, and load it in onnxruntime to see which of them are fused.
 
     Raises:
-        ModelError: the file is missing, damaged, unsafe or refused by onnxruntime.
+        ModelError: the file is missing, damaged or unsafe, or onnxruntime cannot load it.
     """
     with tempfile.TemporaryDirectory() as scratch:
         optimized_path = Path(scratch) / "optimized.onnx"
@@ -107,7 +107,7 @@ def inspect_onnx(path: Path) -> Inspection:
         runs = [(node.name or "", node.op_type) for node in optimized.graph]
     try:
         metadata = session_metadata(session, path)
-    except ModelError:  # a file from elsewhere is inspected all the same
+    except ModelError:  # a file that another tool wrote is inspected, too
         metadata = None
     integer = {_original(name) for name, operator in runs if operator in INTEGER}
     model = _load(path)
@@ -134,20 +134,20 @@ def inspect_onnx(path: Path) -> Inspection:
 
 
 def _load(path: Path) -> ir.Model:
-    """A file's graph, its constants all made initializers."""
+    """A file's graph, with all constants as initializers."""
     try:
         model = ir.load(path)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    except Exception as error:  # protobuf and onnx_ir raise many kinds
+    except Exception as error:  # protobuf and onnx_ir raise many types
         reason = on_one_line(error, 160)
         raise ModelError(
-            f"{path} is no readable ONNX file ({reason}); give an intact one"
+            f"{path} cannot be read as an ONNX file ({reason}); give an intact one"
         ) from None
     return model
 
 
 def _original(name: str) -> str:
-    """A fused node is named after the one it replaces, with a number behind."""
+    """Name of the node that a fused one replaces; onnxruntime appends a number."""
     return re.sub(r"_token_\d+$", "", name)
 
 
@@ -156,7 +156,7 @@ def _bytes(constant: ir.Value) -> int:
 
 
 def _layer_constants(node: ir.Node) -> set[ir.Value]:
-    """The constants a layer computes with; none if its weight is no constant."""
+    """The constants that a layer uses; none if its weight is not constant."""
     if node.op_type not in WEIGHTED or len(node.inputs) < 2 or node.inputs[0] is None:
         return set()
     _, weight, *bias = node.inputs
@@ -165,7 +165,7 @@ def _layer_constants(node: ir.Node) -> set[ir.Value]:
 
 
 def _constants(value: ir.Value | None) -> set[ir.Value]:
-    """The constants a value is computed from; none if an input of the model takes part."""
+    """The constants a value is computed from; none if it depends on the model's input."""
     found: set[ir.Value] = set()
     seen: set[ir.Value] = set()
     waiting = [value]
@@ -213,7 +213,7 @@ def _weight_bits(constants: set[ir.Value]) -> int | str:
 
 
 def _shape(value: ir.Value) -> list[int]:
-    """The shape of a weight, through the operators that unpack it."""
+    """The shape of a weight, found through the operators that unpack it."""
     while value.shape is None or not value.shape.is_static():
         producer = value.producer()
         if producer is None or not producer.inputs or producer.inputs[0] is None:
@@ -227,7 +227,7 @@ def _shape(value: ir.Value) -> list[int]:
 
 
 def _act_bits(value: ir.Value) -> int:
-    """Width of the codes between a Clip and a DequantizeLinear."""
+    """Width of the codes that a DequantizeLinear reads, by the Clip before it."""
     dequantizing = value.producer()
     if dequantizing is None or dequantizing.op_type != "DequantizeLinear":
         return _FLOAT_BITS

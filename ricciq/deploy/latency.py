@@ -1,4 +1,4 @@
-"""Latency of ONNX files on this machine: interleaved rounds, medians, their ratio and spread."""
+"""Latency of ONNX files on this machine, measured in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from ricciq.deploy.session import open_session, picture_input, run_session
+from ricciq.deploy.session import image_input, open_session, run_session
 from ricciq.errors import UsageError
 
 WARM_UP = 3
 _LARGEST_BATCH = 2**31
-"""Numbers in a batch: 8 GiB."""
+"""Numbers in a batch of inputs, which take 8 GiB."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of one file, in milliseconds a batch.
+    """Times of one file.
 
     Attributes:
-        rounds: in the order they were taken; round i of all files was timed at about one moment.
+        rounds: milliseconds of each call, in order. Calls of the same round, of several files,
+            directly follow each other.
     """
 
     rounds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Middle of the rounds."""
+        """Median of the rounds, in milliseconds."""
         return float(np.median(self.rounds))
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """First and third quartile of the rounds."""
+        """First and third quartile of the rounds, in milliseconds."""
         return _quartiles(self.rounds)
 
 
@@ -49,39 +50,47 @@ def _quartiles(values: tuple[float, ...]) -> tuple[float, float]:
 def measure_latency(
     files: Mapping[str, Path], *, batch: int = 1, threads: int = 1, rounds: int = 31
 ) -> dict[str, Latency]:
-    """Time ONNX files on random pictures; they may take inputs of different shapes.
+    """Time ONNX files on random images; their inputs may have different shapes.
 
     Args:
         files: ONNX files by name.
-        batch: pictures in a call.
-        threads: threads onnxruntime may use.
+        batch: images in a call.
+        threads: threads that onnxruntime may use.
         rounds: timed calls of each file.
 
+    Returns:
+        The latency of each file, by name.
+
     Raises:
-        ModelError: a file is missing, cannot be loaded, or takes no pictures.
+        ModelError: a file is missing, cannot be loaded, or does not take images.
         UsageError: the batch is too large for any machine.
     """
     random = np.random.default_rng(0)
     calls: dict[str, Callable[[], object]] = {}
     for name, path in files.items():
         session = open_session(path, threads=threads)
-        entry = picture_input(session, path)
+        entry = image_input(session, path)
         if batch * math.prod(entry.size) > _LARGEST_BATCH:
-            raise UsageError(f"--batch {batch} is too large for pictures of {path}; give a smaller")
-        pictures = random.standard_normal((batch, *entry.size), dtype=np.float32)
-        run_session(session, entry.name, pictures, path)
-        calls[name] = partial(session.run, None, {entry.name: pictures})
+            raise UsageError(
+                f"--batch {batch} is too large for the images of {path}; give a smaller one"
+            )
+        images = random.standard_normal((batch, *entry.size), dtype=np.float32)
+        run_session(session, entry.name, images, path)
+        calls[name] = partial(session.run, None, {entry.name: images})
     return interleave(calls, rounds=rounds)
 
 
 def interleave(
     calls: Mapping[str, Callable[[], object]], *, rounds: int = 31
 ) -> dict[str, Latency]:
-    """Time several calls by turns, so that whatever else the machine does hits all of them alike.
+    """Time several functions in turn, so that other load on the machine affects all alike.
 
     Args:
-        calls: what to time, by name; each is called ``rounds`` times after warming up.
+        calls: functions by name. Before the first round, each is called a few times to warm up.
         rounds: timed calls of each.
+
+    Returns:
+        The latency of each function, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(-WARM_UP, rounds):
@@ -96,12 +105,18 @@ def interleave(
 def bench_files(file: Path, against: Path | None, *, batch: int, threads: int) -> dict[str, Any]:
     """Latencies of one or two files as plain values.
 
+    Args:
+        file: an ONNX file.
+        against: a file to compare it with, or None.
+        batch: images in a call.
+        threads: threads that onnxruntime may use.
+
     Returns:
         Medians and quartiles of the rounds. ``ratio``, of the medians, says how many times faster
-        ``file`` is than ``against``; ``ratio_quartiles`` how far single rounds are from that.
+        ``file`` is than ``against``; ``ratio_quartiles`` are those of the rounds' ratios.
 
     Raises:
-        ModelError: a file is missing, cannot be loaded, or takes no pictures.
+        ModelError: a file is missing, cannot be loaded, or does not take images.
         UsageError: the batch is too large for any machine.
     """
     files = {"file": file} if against is None else {"file": file, "against": against}

@@ -1,7 +1,7 @@
-"""ONNX files read with suspicion: parsed alone, their external data looked at only from outside.
+"""ONNX files from strangers: parsed and checked before onnxruntime opens them.
 
-A file may say that its weights lie in other files, and older versions of onnxruntime read whatever
-is named there. So a file is checked here before anything else opens it.
+A file may keep its weights in other files, and older versions of onnxruntime read any file that is
+named there. Here, external data are not read; only where they are, and how large, is checked.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ricciq.errors import ModelError
 
 _LARGEST = 2**31
 _VALUES_A_BYTE = 8
-"""No type of ONNX packs more."""
+"""No ONNX type packs more values into a byte."""
 
 
 def read_model_file(path: Path) -> onnx.ModelProto:
-    """Parse an ONNX file, leaving its external data unread.
+    """Parse an ONNX file without reading its external data.
 
     Raises:
-        ModelError: the file is missing or no ONNX file, holds fewer weights than it declares, or
-            names external data that are missing or lie outside its folder.
+        ModelError: the file is missing or is not an ONNX file, it has fewer weights than it
+            declares, or its external data are missing or outside its folder.
     """
     model = _parse(path)
     for tensor in _tensors(model):
@@ -35,10 +35,10 @@ def read_model_file(path: Path) -> onnx.ModelProto:
 
 
 def size_with_external_data(path: Path) -> int:
-    """Bytes of an ONNX file and of the files it keeps weights in.
+    """Bytes of an ONNX file and of its external data.
 
     Raises:
-        ModelError: as `read_model_file`.
+        ModelError: as in `read_model_file`.
     """
     external = {_external_file(t, path) for t in _tensors(read_model_file(path)) if _is_external(t)}
     return sum(file.stat().st_size for file in (path, *external))
@@ -52,25 +52,27 @@ def _parse(path: Path) -> onnx.ModelProto:
     try:
         if path.stat().st_size >= _LARGEST:
             raise ModelError(
-                f"{path} is larger than the 2 GiB an ONNX file can have; give one whose weights "
+                f"{path} is larger than 2 GiB, the limit of an ONNX file; give one whose weights "
                 "are external data"
             )
         content = path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); allow it") from None
+        raise ModelError(
+            f"{path} cannot be read ({error.strerror}); check its permissions"
+        ) from None
     try:
         model: onnx.ModelProto = onnx.ModelProto.FromString(content)
-    except Exception:  # protobuf's error is no part of onnx
-        raise ModelError(f"{path} is no ONNX file or is damaged; give an intact one") from None
+    except Exception:  # onnx does not export protobuf's error
+        raise ModelError(f"{path} is not an ONNX file, or is damaged; give an intact one") from None
     if _has_bytes_for_text(model):
-        raise ModelError(f"{path} holds names that are no UTF-8 text; give an intact ONNX file")
+        raise ModelError(f"{path} has names that are not UTF-8 text; give an intact ONNX file")
     if not model.HasField("graph"):
-        raise ModelError(f"{path} holds no ONNX graph; give an intact ONNX file")
+        raise ModelError(f"{path} has no ONNX graph; give an intact ONNX file")
     return model
 
 
 def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
-    """Every tensor in a message: initializers, attributes, those of subgraphs and functions."""
+    """Every tensor in a message: in initializers, attributes, subgraphs and functions."""
     if isinstance(message, onnx.TensorProto):
         yield message
         return
@@ -81,7 +83,7 @@ def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
 
 
 def _has_bytes_for_text(message: Any) -> bool:
-    """Whether a name in a message is no UTF-8, which protobuf then gives as bytes."""
+    """Whether a name in a message is not UTF-8; protobuf gives it as bytes then."""
     for field, value in message.ListFields():
         parts = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
         if field.type == field.TYPE_STRING and any(isinstance(part, bytes) for part in parts):
@@ -99,35 +101,35 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
     there = _external_bytes(tensor, path) if _is_external(tensor) else tensor.ByteSize()
     if any(n < 0 for n in tensor.dims) or math.prod(tensor.dims) > _VALUES_A_BYTE * there:
         raise ModelError(
-            f"{path} declares weights {tensor.name!r} of shape {list(tensor.dims)} but holds "
+            f"{path} declares weights {tensor.name!r} of shape {list(tensor.dims)} but has only "
             f"{there} bytes of them; give an intact file"
         )
 
 
 def _external_file(tensor: onnx.TensorProto, path: Path) -> Path:
-    """The file a tensor's data lie in.
+    """The file that has a tensor's data.
 
     Raises:
-        ModelError: it is not in the folder of the model.
+        ModelError: it is outside the folder of the model.
     """
     named = [entry.value for entry in tensor.external_data if entry.key == "location"]
     location = named[0] if len(named) == 1 else ""
     folder = Path(os.path.realpath(path.parent))
-    # To onnxruntime, "*" as a folder means an address in memory.
+    # onnxruntime takes a location with "*" for an address in memory.
     if not location or "*" in location or "\0" in location or Path(location).is_absolute():
         file = folder
     else:
         file = Path(os.path.realpath(folder / location))
     if file == folder or not file.is_relative_to(folder):
         raise ModelError(
-            f"{path} keeps weights in {location[:80]!r}, which is no file in its folder; give a "
-            "model whose external data lie beside it"
+            f"{path} keeps weights in {location[:80]!r}, which is not a file in its folder; give a "
+            "model with its external data beside it"
         )
     return file
 
 
 def _external_bytes(tensor: onnx.TensorProto, path: Path) -> int:
-    """How many bytes of a tensor its external file holds."""
+    """Number of bytes that a tensor has in its external file."""
     file = _external_file(tensor, path)
     if not os.path.isfile(file):
         raise ModelError(
@@ -142,6 +144,6 @@ def _external_bytes(tensor: onnx.TensorProto, path: Path) -> int:
         offset = length = -1
     if offset < 0 or length < 0 or offset + length > size:
         raise ModelError(
-            f"{path} needs more than {file} holds; give the two files that were written together"
+            f"{path} needs more data than {file} has; give the two files that were written together"
         )
     return length

@@ -1,4 +1,4 @@
-"""Passes over an exported ONNX graph: fold, move clips into the quantizers, name, strip."""
+"""Passes over an exported ONNX graph: fold constants, move clips, name nodes, strip the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 from onnxscript.rewriter.rules.common import successive_clip_relu_rule, successive_clip_rule
 
 IR_VERSION = 10
-"""The newest that onnxruntime 1.20 reads."""
+"""The newest version that onnxruntime 1.20 reads."""
 
 _UNPACKING = {"Cast", "Gather", "Reshape", "Slice", "Add", "Mul", "DequantizeLinear"}
 _LARGEST_TABLE = 256 * 8
@@ -22,14 +22,17 @@ _WEIGHT = ".weight_quantizer"
 
 
 def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
-    """Make an exported graph as small, fast and readable as it can be, in place.
+    """Make an exported graph smaller, faster and more readable, in place.
 
-    What the exporter left computable is folded, but never the unpacking of weights. A node is named
-    after the module it comes from, or the one whose weight it uses.
+    Constants are folded, but not the operators that unpack weights. A node is named after the
+    module whose weight it uses, or else after the module it comes from.
 
     Args:
-        model: as torch's exporter made it.
-        names: every name of a module, mapped to the one it is to go by.
+        model: the output of torch's exporter.
+        names: for each name of a module, the name to use for it in the file.
+
+    Returns:
+        The same model.
     """
     optimizer.optimize_ir(
         model, should_fold=lambda node: False if node.op_type in _UNPACKING else None
@@ -46,8 +49,8 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
         used[name] = used.get(name, 0) + 1
         unpacks = _WEIGHT in scope and node.op_type != "DequantizeLinear"
         node.name = None if unpacks else name if used[name] == 1 else f"{name}.{used[name]}"
-        node.metadata_props.clear()  # torch's notes on every node weigh more than a small net
-    # So do the names and shapes of what flows between nodes; runtimes infer the shapes.
+        node.metadata_props.clear()  # torch's metadata of nodes can be larger than the network
+    # The same holds for names and shapes of values; runtimes infer the shapes.
     between = [
         value for node in model.graph for value in node.outputs if not value.is_graph_output()
     ]
@@ -65,13 +68,13 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
 
 
 def _scope(node: ir.Node) -> str:
-    """The module a node comes from, by torch's note of the modules it is nested in."""
+    """Name of the module that a node comes from, by torch's metadata."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
 
 
 def _lender(node: ir.Node, scopes: Mapping[ir.Node, str]) -> str | None:
-    """The module whose packed weight a node reads, perhaps transposed."""
+    """Name of the module whose packed weight a node reads, transposed or not."""
     weight = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] else None
     if weight is not None and weight.op_type == "Transpose" and weight.inputs[0] is not None:
         weight = weight.inputs[0].producer()
@@ -86,12 +89,13 @@ def _clip_then_quantize(op: Any, x: Any, low: Any, high: Any, scale: Any, zero_p
 def _quantize_then_clip(
     op: Any, x: ir.Value, low: ir.Value, high: ir.Value, scale: ir.Value, zero_point: ir.Value
 ) -> Any:
-    """The same codes, since rounding is monotone: what the kernels of a ReLU6 need.
+    """Clip the codes, not the values. The result is the same, since rounding is monotone.
 
-    A float Clip between a convolution and its quantizer would keep the convolution float.
+    With a float Clip between them, as of a ReLU6, onnxruntime does not fuse a convolution with its
+    quantizer, and the convolution stays float.
     """
     codes = op.QuantizeLinear(x, scale, zero_point)
-    codes.dtype, codes.shape = zero_point.dtype, x.shape  # the next rule asks for the type
+    codes.dtype, codes.shape = zero_point.dtype, x.shape  # the next rule needs them
     ends = [np.rint(_number(end) / _number(scale)) + _number(zero_point) for end in (low, high)]
     bounds = [ir.tensor(end.clip(0, 255).astype(np.uint8)) for end in ends]
     return op.Clip(codes, *(op.Constant(value=bound) for bound in bounds))
@@ -114,7 +118,7 @@ def _gelu_of_torch(op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
 def _gelu_of_onnxruntime(
     op: Any, x: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value
 ) -> Any:
-    """The same to the bit, since halving is exact, in the order that onnxruntime fuses to Gelu."""
+    """The order that onnxruntime fuses to Gelu; the result is bit-identical: halving is exact."""
     return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
 
 

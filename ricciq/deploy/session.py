@@ -1,4 +1,4 @@
-"""onnxruntime sessions: open a file as users run it, predict with it, read its metadata."""
+"""onnxruntime sessions: open an ONNX file, predict with it, read its metadata."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA_KEY = "ricciq"
-"""The key of the JSON a ricciq file carries in its metadata."""
+"""Metadata key of the JSON that ricciq stores in an ONNX file."""
 
 _SILENT = 4
-"""Severity of fatal errors: whatever else onnxruntime has to say, it also raises."""
-_LARGEST_PICTURE = 2**26
-"""Numbers in a picture; one of 4096 x 4096 pixels has fewer."""
+"""Log severity: only fatal errors. Other errors are raised as exceptions, too."""
+_LARGEST_IMAGE = 2**26
+"""Numbers in an image; 4096 x 4096 RGB pixels are fewer."""
 
 
 def open_session(
@@ -33,21 +33,20 @@ def open_session(
     """Load an ONNX file for the CPU.
 
     Args:
-        path: the file.
-        optimize: False switches every graph optimization off.
-        threads: threads inside an operator; 0 leaves the choice to onnxruntime, and has them sleep
-            while they wait.
-        save_optimized: where to write the graph onnxruntime runs after its optimizations; its
-            weights go to a file beside it.
+        path: the ONNX file.
+        optimize: False turns all graph optimizations off.
+        threads: threads within an operator; with 0, onnxruntime chooses the number, and threads
+            sleep while they wait.
+        save_optimized: where to write the optimized graph; its weights go to a file beside it.
 
     Raises:
-        ModelError: the file is missing, unsafe, or onnxruntime does not accept it.
+        ModelError: the file is missing or unsafe, or onnxruntime cannot load it.
     """
     read_model_file(path)
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     options.intra_op_num_threads = threads
-    if not threads:  # those that spin while they wait hold processors which torch's threads want
+    if not threads:  # spinning threads would take processors from torch's threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -58,22 +57,26 @@ def open_session(
             "session.optimized_model_external_initializers_file_name", f"{save_optimized.name}.data"
         )
     try:
-        # A fallback would try the same again, and say so on stdout.
+        # A fallback would try the same again, and print so on stdout.
         return ort.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
-    except Exception as error:  # onnxruntime's exceptions share no public base
+    except Exception as error:  # onnxruntime's exceptions have no public base class
         raise ModelError(
             f"onnxruntime {ort.__version__} cannot load {path} ({_reason(error)}); give an intact "
-            "file of operators, opset and IR version that it knows"
+            "file with operators, opset and IR version that it supports"
         ) from None
 
 
 def session_metadata(session: ort.InferenceSession, path: Path) -> dict[str, Any]:
-    """What ricciq wrote into a file.
+    """The metadata that ricciq stored in an ONNX file.
+
+    Args:
+        session: of the file.
+        path: of the file, for messages.
 
     Raises:
-        ModelError: there is nothing of the kind in it.
+        ModelError: it has none.
     """
     try:
         stored = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
@@ -82,17 +85,17 @@ def session_metadata(session: ort.InferenceSession, path: Path) -> dict[str, Any
         stored = None
     if not isinstance(stored, dict) or "preprocessing" not in stored:
         raise ModelError(
-            f"{path} carries no ricciq metadata, so its preprocessing is unknown; "
+            f"{path} has no ricciq metadata, so its preprocessing is unknown; "
             "export it with `ricciq export`"
         )
     return stored
 
 
-class PictureInput(NamedTuple):
-    """The one input of a vision model.
+class ImageInput(NamedTuple):
+    """The single input of a vision model.
 
     Attributes:
-        name: what the file calls it.
+        name: its name in the file.
         size: (channels, height, width).
     """
 
@@ -100,11 +103,15 @@ class PictureInput(NamedTuple):
     size: tuple[int, int, int]
 
 
-def picture_input(session: ort.InferenceSession, path: Path) -> PictureInput:
-    """The input a file takes its pictures by.
+def image_input(session: ort.InferenceSession, path: Path) -> ImageInput:
+    """The input of a model that takes images.
+
+    Args:
+        session: of the file.
+        path: of the file, for messages.
 
     Raises:
-        ModelError: it takes something else than float pictures of a fixed size.
+        ModelError: its input is not a batch of float images of a fixed size.
     """
     entries = [(entry.name, entry.type, entry.shape) for entry in session.get_inputs()]
     for name, kind, shape in entries:
@@ -112,9 +119,9 @@ def picture_input(session: ort.InferenceSession, path: Path) -> PictureInput:
         if (
             (len(entries), kind, len(size)) == (1, "tensor(float)", 3)
             and all(isinstance(n, int) and n > 0 for n in size)
-            and math.prod(size) <= _LARGEST_PICTURE
+            and math.prod(size) <= _LARGEST_IMAGE
         ):
-            return PictureInput(name, size)
+            return ImageInput(name, size)
     found = ", ".join(f"{kind} {shape}" for _, kind, shape in entries) or "nothing"
     raise ModelError(
         f"{path} takes {_shortened(found)}; give a vision model with one float input of shape "
@@ -123,19 +130,25 @@ def picture_input(session: ort.InferenceSession, path: Path) -> PictureInput:
 
 
 def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Tensor], Tensor]:
-    """A function from (B, C, H, W) pictures to (B, classes) logits, both on the CPU.
+    """A function from (B, C, H, W) images to (B, classes) logits, both on the CPU.
+
+    The function raises a ModelError for images of a wrong shape, and if its result is not a row of
+    logits for each image.
+
+    Args:
+        session: of the file.
+        path: of the file, for messages.
 
     Raises:
-        ModelError: the file takes no pictures or answers with something else than logits; or,
-            later, it is called with pictures of a shape the file does not take.
+        ModelError: the model does not take images, or has other outputs than float logits.
     """
-    import torch  # which `ricciq inspect` and `bench` do without
+    import torch  # here, so that `ricciq inspect` and `bench` start without it
 
-    name, _ = picture_input(session, path)
+    name, _ = image_input(session, path)
     kinds = [entry.type for entry in session.get_outputs()]
     if kinds != ["tensor(float)"]:
         raise ModelError(
-            f"{path} answers with {_shortened(', '.join(kinds))}; give a classifier whose only "
+            f"{path} has outputs {_shortened(', '.join(kinds))}; give a classifier whose only "
             "output is float logits"
         )
 
@@ -143,8 +156,8 @@ def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Te
         logits = run_session(session, name, images.cpu().numpy(), path)[0]
         if logits.ndim != 2 or len(logits) != len(images):
             raise ModelError(
-                f"{path} answers {len(images)} pictures with numbers of shape {logits.shape}; "
-                "give a classifier, with a row of logits for each picture"
+                f"{path} has an output of shape {logits.shape} for {len(images)} images; "
+                "give a classifier, with a row of logits for each image"
             )
         return torch.from_numpy(logits)
 
@@ -152,27 +165,33 @@ def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Te
 
 
 def run_session(
-    session: ort.InferenceSession, name: str, pictures: np.ndarray[Any, Any], path: Path
+    session: ort.InferenceSession, name: str, images: np.ndarray[Any, Any], path: Path
 ) -> list[Any]:
-    """Everything a session answers to a batch of pictures.
+    """All outputs of a session for a batch of images.
+
+    Args:
+        session: of the file.
+        name: of its input.
+        images: (B, C, H, W) float32.
+        path: of the file, for messages.
 
     Raises:
-        ModelError: the file does not take them.
+        ModelError: onnxruntime cannot run the model on them.
     """
     options = ort.RunOptions()
     options.log_severity_level = _SILENT
     try:
-        answers: list[Any] = session.run(None, {name: pictures}, options)
-    except Exception as error:  # onnxruntime's exceptions share no public base
+        outputs: list[Any] = session.run(None, {name: images}, options)
+    except Exception as error:  # onnxruntime's exceptions have no public base class
         raise ModelError(
-            f"{path} does not take pictures of shape {pictures.shape} ({_reason(error)}); "
-            "give pictures of the shape it was made for"
+            f"{path} does not take images of shape {images.shape} ({_reason(error)}); "
+            "give images of the shape it was made for"
         ) from None
-    return answers
+    return outputs
 
 
 def _reason(error: Exception) -> str:
-    """What onnxruntime says, without where in its sources it says so."""
+    """onnxruntime's message, without the place in its sources."""
     text = on_one_line(error)
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"^Load model from .*? failed:", "", text)

@@ -1,7 +1,7 @@
-"""Paired study of estimators: one recipe, several methods, the same seeds, and what can be said.
+"""Paired study of methods: one recipe, several gradient estimators, the same seeds.
 
-Every method starts each seed from the same weights and sees the same pictures in the same order, so
-that differences are counted seed by seed.
+For each seed, all methods start from the same weights and see the same images in the same order, so
+differences are taken seed by seed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ Split = Literal["val", "holdout"]
 
 
 class Trial(NamedTuple):
-    """One run of a study."""
+    """One run of a study.
+
+    Attributes:
+        method: as given to --methods, with changes of its settings.
+        lr_scale: factor of the learning rate.
+        seed: seed of the run.
+    """
 
     method: str
     lr_scale: float
@@ -54,7 +60,7 @@ class Trial(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the run's folder."""
         method = self.method.replace(":", "_")
         return f"{method}-lr{self.lr_scale:g}-seed{self.seed}"
 
@@ -62,20 +68,20 @@ class Trial(NamedTuple):
         """The study's recipe with this method, rate and seed.
 
         Raises:
-            RecipeError: the method is unknown, or what follows its name does not hold.
+            RecipeError: the method is unknown, or one of its settings is invalid.
         """
         name, *changes = self.method.split(":")
         section: dict[str, Any] = {"name": name}
         others: dict[str, Any] = {}
         for change in changes:
             key, _, value = change.partition("=")
-            # What has a dot is a key of another section, as in ricci:training.ema=0.99.
+            # A key with a dot belongs to another section, as in ricci:training.ema=0.99.
             part = others if "." in key else section
             try:
                 part[key if key != "name" else "name="] = parse_yaml(value)
             except ValueError:
                 raise RecipeError(
-                    f"--methods {self.method} has no value in {change!r}; write it as block=9"
+                    f"--methods {self.method} has no valid value in {change!r}; write it as block=9"
                 ) from None
         if name == base.method.name:
             shared = base.method.model_dump(exclude_none=True)
@@ -103,47 +109,46 @@ def compare(
     dry_run: bool = False,
     journal: Journal | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Train one recipe under several methods and seeds, and compare what comes out.
+    """Train one recipe with several methods and seeds, and compare the results.
 
     Args:
-        recipe: everything but the method and the seed; its seed is the first one.
-        methods: names of `ricciq.estimators.catalog.CATALOG`, each with changes of its values if
-            need be, as in ``"ricci:block=9:time=0.05"``, or of the recipe's, as in
-            ``"ricci:training.ema=0.99"``; differences are taken to the first.
-        seeds: how many, at least 2.
+        recipe: everything but method and seed; its seed is the first one.
+        methods: names of `ricciq.estimators.catalog.CATALOG`, each with changes of its settings,
+            such as ``"ricci:block=9:time=0.05"``, or of other keys of the recipe, such as
+            ``"ricci:training.ema=0.99"``; differences are taken to the first method.
+        seeds: number of seeds, at least 2.
         output: the study's folder; by default a new one under ``runs``.
-        lr_scales: factors of the learning rate, each a study of its own, to see how robust a
-            method is to it.
-        split: the pictures to judge by; choices among methods belong on ``"holdout"``.
-        resume: go on with a study of the same recipe; its runs are not repeated, and it may have
-            got more methods, seeds or rates.
-        overwrite: replace a study that the folder holds.
-        dry_run: only find out what there is to do, and write nothing.
-        journal: where progress is shown.
+        lr_scales: factors of the learning rate; the methods are compared at each of them.
+        split: the images to judge by. Use ``"holdout"`` to choose a method.
+        resume: continue a study of the same recipe. Finished runs are not repeated; methods, seeds
+            and learning rates may be added.
+        overwrite: replace the study in the folder.
+        dry_run: only describe the study, and write nothing.
+        journal: shows progress.
 
     Returns:
-        What compare.json holds, or would be about with the steps of a run, and the folder. A row
-        of rows.csv is a run.
+        The contents of compare.json, or the description of a dry run; and the folder. There,
+        rows.csv has a row for each run.
 
     Raises:
-        UsageError: fewer than two methods or seeds, or a folder that cannot be used.
-        RicciqError: whatever a run raises, but for a divergence, which is counted.
+        UsageError: there are fewer than two methods or seeds, or the folder cannot be used.
+        RicciqError: any error of a run, except a divergence, which counts as a result.
         InterruptedRunError: the user stopped it.
     """
     if recipe.data.batch_size == "auto":
         raise UsageError(
-            "batch_size auto may differ from run to run, which a comparison must not; give "
-            "--batch-size 64 or another"
+            "batch_size auto may differ from run to run, but a comparison needs one batch size; give "
+            "a number, such as --batch-size 64"
         )
     if (processes := process_number()[1]) > 1:
         raise UsageError(
-            f"compare was started in {processes} processes and runs in one; start it without "
+            f"compare was started in {processes} processes but runs in one; start it without "
             "torchrun"
         )
     if split == "val" and not open_data(recipe.data.name, recipe.data.dir).labelled:
         raise UsageError(
-            f"data {recipe.data.name} has no labels to judge by; give --split holdout, which "
-            "counts agreement with the float model"
+            f"data {recipe.data.name} has no labels to measure accuracy with; give --split "
+            "holdout, which measures agreement with the float model"
         )
     trials = _plan(recipe, methods, seeds, lr_scales)
     about = {
@@ -176,7 +181,7 @@ def compare(
 
 
 def _planned(recipe: Recipe, session: Session) -> dict[str, Any]:
-    """What one run of the study takes; its widths are not searched for."""
+    """What one run of the study needs; automatic bits are not searched for."""
     job = prepare(recipe, session, weights=False, pseudo_labels=False)
     run = describe(job)
     return {key: run[key] for key in ("device", "epochs", "steps")}
@@ -185,18 +190,18 @@ def _planned(recipe: Recipe, session: Session) -> dict[str, Any]:
 def _plan(
     recipe: Recipe, methods: Sequence[str], seeds: int, lr_scales: Sequence[float]
 ) -> list[Trial]:
-    """Every run of the study, seed by seed, so that a stopped one has whole pairs."""
+    """All runs of the study, seed by seed, so that a stopped study has complete pairs."""
     if len(methods) < 2 or len(set(methods)) < len(methods):
         raise UsageError(
-            f"--methods {','.join(methods)} leaves nothing to compare; give two or more, as in "
-            "ste,ricci"
+            f"--methods {','.join(methods)} leaves nothing to compare; give two or more different "
+            "ones, such as ste,ricci"
         )
     if seeds < 2:
-        raise UsageError(f"--seeds {seeds} has no spread to compare with; give 2 or more")
+        raise UsageError(f"--seeds {seeds} gives no spread to compare with; give 2 or more")
     written = [f"{scale:g}" for scale in lr_scales]
     if len(set(written)) < len(written) or any(not 0 < scale < math.inf for scale in lr_scales):
         raise UsageError(
-            f"--lr-scales {','.join(written)} are no different factors; give numbers above 0"
+            f"--lr-scales {','.join(written)} are not different factors; give numbers above 0"
         )
     trials = [
         Trial(method, scale, recipe.seed + n)
@@ -204,13 +209,13 @@ def _plan(
         for scale in lr_scales
         for method in methods
     ]
-    for trial in trials:  # a mistake in the last method is found before the first run
+    for trial in trials:  # finds a mistake in the last method before the first run
         trial.recipe(recipe)
     return trials
 
 
 def _judged(trial: Trial, base: Recipe, study: StudyFolder, split: Split, session: Session) -> Row:
-    """A run's row with the accuracy it is judged by; what was done before is read."""
+    """A run's row with the accuracy to judge it by; the row of a finished run is read."""
     folder = study.trial(trial.name)
     result = folder.path / RESULT
     recipe = trial.recipe(base)
@@ -221,32 +226,35 @@ def _judged(trial: Trial, base: Recipe, study: StudyFolder, split: Split, sessio
         with session.trial(recipe, folder) as own:
             row = {**trial._asdict(), **_trained(recipe, own)}
             write_atomically(result, json.dumps(row) + "\n")
-            for state in (folder.last, folder.previous):  # the weights stay
+            for state in (folder.last, folder.previous):  # only the chosen weights are kept
                 state.unlink(missing_ok=True)
     if split == "holdout":
         return row | {"top1": row["holdout_top1"], "loss": row["holdout_loss"]}
     if "top1" not in row:
-        row |= {"top1": row["holdout_top1"], "loss": row["holdout_loss"]}  # of a diverged run
+        row |= {
+            "top1": row["holdout_top1"],
+            "loss": row["holdout_loss"],
+        }  # final, if the run diverged
         if not row["diverged"]:
             trained = rebuild(folder.path)
-            pictures = open_data(recipe.data.name, recipe.data.dir).loader(
+            batches = open_data(recipe.data.name, recipe.data.dir).loader(
                 "val",
                 trained.metadata.preprocessing,
                 batch_size=recipe.data.known_batch_size,
                 workers=recipe.data.workers,
                 training=False,
             )
-            metrics = evaluate({"quantized": deploy(trained.model)}, pictures)["quantized"]
+            metrics = evaluate({"quantized": deploy(trained.model)}, batches)["quantized"]
             row |= {"top1": metrics.top1, "loss": metrics.loss}
         write_atomically(result, json.dumps(row) + "\n")
     return row
 
 
 def _read_row(path: Path) -> Row:
-    """What was stored of a run that is done.
+    """The stored row of a finished run.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
     try:
         row = TypeAdapter(Row).validate_json(path.read_bytes())
@@ -254,17 +262,17 @@ def _read_row(path: Path) -> Row:
         numbers += [row[name] for name in ("top1", "loss") if name in row]
         numbers += [row[name] for name in ("train_loss", "seconds") if row[name] is not None]
         if not (isinstance(row["diverged"], bool) and all(map(math.isfinite, numbers))):
-            raise ValueError("numbers that are none")
+            raise ValueError("not all values are numbers")
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = on_one_line(error, 160)
         raise InputError(
-            f"{path} is no result of a run ({reason}); remove it to repeat the run"
+            f"{path} is not the result of a run ({reason}); remove it to repeat the run"
         ) from None
     return row
 
 
 def _trained(recipe: Recipe, session: Session) -> Row:
-    """Train one run, or go on with it; what came out on the hold-out."""
+    """Train one run, or resume it; returns its results on the hold-out."""
     folder, journal = session.folder, session.journal
     journal.say(folder.path.name)
     job = prepare(recipe, session)
@@ -275,7 +283,7 @@ def _trained(recipe: Recipe, session: Session) -> Row:
         model, done = train(job, session)
     except DivergedError as error:
         journal.say(f"{folder.path.name} diverged: {error}")
-        # A network that has learned nothing guesses.
+        # It counts as a network that has learned nothing, and guesses.
         classes = job.data.num_classes
         guess = {"holdout_top1": 100 / classes, "holdout_loss": math.log(classes)}
         return {"diverged": True, **guess, "train_loss": None, "seconds": None}
@@ -296,7 +304,7 @@ def _trained(recipe: Recipe, session: Session) -> Row:
 
 
 def _curves(trials: Sequence[Trial], study: StudyFolder) -> dict[str, list[list[float]]]:
-    """Hold-out top-1 over the epochs, a list a seed, of each method at the first rate."""
+    """Hold-out top-1 by epoch, for each method a list per seed, at the first learning rate."""
     curves: dict[str, list[list[float]]] = {}
     for trial in trials:
         if trial.lr_scale == trials[0].lr_scale:

@@ -1,6 +1,6 @@
-"""The environment: versions, devices, and what is missing or does harm, with its remedy.
+"""Examine the environment: versions, devices, and problems with their remedies.
 
-Everything is looked at as it is now, nothing is taken from the network.
+Nothing is taken from the network.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from ricciq._version import __version__
 from ricciq.errors import on_one_line
 
 LITTLE = 2e9
-"""Bytes of memory or disk below which a run of a usual size ends early."""
+"""Bytes of memory or disk that a usual run needs."""
 _MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
-_INTEGER_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
+INTEGER_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
+"""CPU flags of integer dot products. x86 CPUs without any (VNNI) may saturate in 8-bit kernels."""
 _WIDE_INSTRUCTIONS = ("avx2", "avx512f")
 
 
 class Problem(NamedTuple):
-    """Something missing or harmful.
+    """Something that is missing or does harm.
 
     Attributes:
-        what: it is.
-        remedy: what to do.
-        essential: whether nothing works until then.
+        what: the problem.
+        remedy: what to do about it.
+        essential: whether nothing works until it is solved.
     """
 
     what: str
@@ -39,18 +40,18 @@ class Problem(NamedTuple):
 
 
 def examine() -> dict[str, Any]:
-    """What this installation and machine are, as plain values; the problems come last."""
+    """Examine this installation and machine; plain values, the problems come last."""
     versions = {"python": platform.python_version(), "ricciq": __version__}
     problems = list(_dependencies(versions))
     values: dict[str, Any] = {"versions": versions}
-    if not any(problem.essential for problem in problems):  # what looks at the rest is there
+    if not any(problem.essential for problem in problems):  # the rest needs these libraries
         values |= {"cpu": _cpu(), **_room(), **_devices()}
         problems += [*_slow(values), *_lacking()]
     return values | {"problems": [problem._asdict() for problem in problems]}
 
 
 def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
-    """Import what ricciq says it needs, and note the versions."""
+    """Import what ricciq depends on, and note the versions."""
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
@@ -59,7 +60,7 @@ def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
     try:
         needed = metadata.requires("ricciq") or []
     except metadata.PackageNotFoundError:
-        yield Problem("ricciq itself is not installed, only found", "pip install .")
+        yield Problem("ricciq is found but not installed", "pip install .")
         needed = ["torch", "timm", "onnx", "onnxruntime"]
     for requirement in map(Requirement, [*needed, "torchvision"]):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -71,15 +72,15 @@ def _dependencies(versions: dict[str, str]) -> Iterator[Problem]:
             import_module(_MODULES.get(package, package.replace("-", "_")))
         except metadata.PackageNotFoundError:
             yield Problem(f"{package} is not installed", remedy, essential=True)
-        except Exception as error:  # a broken library raises whatever it likes
+        except Exception as error:  # a broken library may raise anything
             reason = on_one_line(error, 160)
             if package == "torchvision":
-                remedy = f"install the torchvision that goes with torch {versions.get('torch')}"
-            what = f"{package} {versions[package]} does not import ({reason})"
+                remedy = f"install the torchvision that matches torch {versions.get('torch')}"
+            what = f"{package} {versions[package]} cannot be imported ({reason})"
             yield Problem(what, remedy, essential=True)
         else:
             if not wanted.contains(versions[package], prereleases=True):
-                yield Problem(f"{package} {versions[package]} is not {wanted}", remedy)
+                yield Problem(f"{package} is {versions[package]}, but {wanted} is needed", remedy)
     if util.find_spec("datasets") is None:
         yield Problem("--data hfds/NAME needs datasets", "pip install 'ricciq[hf]'")
 
@@ -95,21 +96,30 @@ def _room() -> dict[str, Any]:
     }
 
 
+def cpu_flags() -> set[str]:
+    """Names of the CPU's instruction sets; empty where Linux does not list them."""
+    info = _cpu_info()
+    return set(info.get("flags", info.get("Features", "")).split())
+
+
+def _cpu_info() -> dict[str, str]:
+    listed = Path("/proc/cpuinfo")
+    if not listed.is_file():
+        return {}
+    lines = (line.partition(":") for line in listed.read_text().splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
+
+
 def _cpu() -> dict[str, Any]:
-    """Name, cores, and the instructions that matter here; those only where Linux lists them."""
+    """Name, cores, and instructions that matter for speed; None where they are not known."""
     import psutil
 
-    about: dict[str, str] = {}
-    listed = Path("/proc/cpuinfo")
-    if listed.is_file():
-        lines = (line.partition(":") for line in listed.read_text().splitlines())
-        about = {key.strip(): value.strip() for key, _, value in lines}
-    flags = set(about.get("flags", about.get("Features", "")).split())
+    flags = cpu_flags()
     process: Any = psutil.Process()  # macOS has no affinity
     usable = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count()
-    known = [name for name in (*_WIDE_INSTRUCTIONS, *_INTEGER_INSTRUCTIONS) if name in flags]
+    known = [name for name in (*_WIDE_INSTRUCTIONS, *INTEGER_INSTRUCTIONS) if name in flags]
     return {
-        "name": about.get("model name") or platform.processor() or platform.machine(),
+        "name": _cpu_info().get("model name") or platform.processor() or platform.machine(),
         "cores": psutil.cpu_count(logical=False),
         "usable": usable,
         "instructions": known if flags else None,
@@ -117,14 +127,14 @@ def _cpu() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
-    """What torch and onnxruntime can compute on."""
+    """The devices of torch and onnxruntime."""
     import onnxruntime
     import torch
 
     cuda = []
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        cuda.append({"name": about.name, "memory_gb": about.total_memory / 1e9})
+        properties = torch.cuda.get_device_properties(index)
+        cuda.append({"name": properties.name, "memory_gb": properties.total_memory / 1e9})
     return {
         "threads": torch.get_num_threads(),
         "cuda": cuda,
@@ -134,13 +144,13 @@ def _devices() -> dict[str, Any]:
 
 
 def _slow(values: dict[str, Any]) -> Iterator[Problem]:
-    """What makes runs or exported files slower than they could be."""
+    """Problems that make runs or exported files slow."""
     instructions = values["cpu"]["instructions"]
-    if instructions is not None and not {*instructions} & {*_INTEGER_INSTRUCTIONS}:
+    if instructions is not None and not {*instructions} & {*INTEGER_INSTRUCTIONS}:
         yield Problem(
-            "this CPU has no instructions for integer products (VNNI), so that 8-bit files gain "
+            "this CPU has no instructions for integer dot products (VNNI), so 8-bit files gain "
             "little speed on it",
-            "run `ricciq bench` on the machine that will use them",
+            "run `ricciq bench` on the machine that will run the files",
         )
     if values["cuda_build"] is None:
         yield Problem(
@@ -149,8 +159,8 @@ def _slow(values: dict[str, Any]) -> Iterator[Problem]:
         )
     elif not values["cuda"]:
         yield Problem(
-            f"torch is built for CUDA {values['cuda_build']} and finds no device",
-            "with an NVIDIA GPU, look at its driver with nvidia-smi; else ignore this",
+            f"torch is built for CUDA {values['cuda_build']} but finds no device",
+            "with an NVIDIA GPU, check its driver with nvidia-smi; else ignore this",
         )
     if values["threads"] < values["cpu"]["usable"] // 2:
         yield Problem(
@@ -160,7 +170,7 @@ def _slow(values: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _lacking() -> Iterator[Problem]:
-    """What the folder and the machine have too little of."""
+    """Problems with the folder, the disk and the memory."""
     import psutil
 
     try:
@@ -168,19 +178,22 @@ def _lacking() -> Iterator[Problem]:
             pass
     except OSError as error:
         yield Problem(
-            f"{Path.cwd()} cannot be written ({error.strerror})", "go to another, or give --output"
+            f"{Path.cwd()} cannot be written ({error.strerror})",
+            "change to another folder, or give --output",
         )
     if (free := shutil.disk_usage(".").free) < LITTLE:
-        yield Problem(f"{_gigabytes(free)} are free on this disk", "make room, or give --output")
+        yield Problem(
+            f"only {_gigabytes(free)} are free on this disk", "make room, or give --output"
+        )
     if (memory := psutil.virtual_memory().available) < LITTLE:
         yield Problem(
-            f"{_gigabytes(memory)} of memory are available",
+            f"only {_gigabytes(memory)} of memory are available",
             "end other programs, or give a smaller --batch-size",
         )
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < LITTLE / 8:
         yield Problem(
-            f"{shared} holds {_gigabytes(size)}, and --workers pass pictures through it",
+            f"{shared} has only {_gigabytes(size)}, and --workers pass images through it",
             "give --workers 0, or start the container with --shm-size 2g",
         )
 

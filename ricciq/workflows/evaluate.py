@@ -1,4 +1,4 @@
-"""Top-1, top-5, loss and latency of a file, a run or a checkpoint."""
+"""Evaluate models, ONNX files, runs and checkpoints."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     reference: str | None = None,
 ) -> dict[str, Metrics]:
-    """Show the same images to several models or files.
+    """Evaluate several models or files on the same images.
 
     Args:
         models: by name; an ONNX file, a run folder, a model on any device, or a function from
             (B, C, H, W) to (B, classes) logits.
         batches: images and integer targets (B,), as `PictureData.loader` gives them.
-        reference: which of them agreement is counted with; by default the first.
+        reference: name of the model to measure agreement with; by default the first.
 
     Returns:
-        The metrics of each.
+        The metrics of each, by name.
 
     Raises:
-        DataError: there was no image, or a target is not among the classes.
-        ModelError: a file cannot be opened, or a model does not answer with a row of logits an
+        DataError: there are no images, or a target is not among the classes.
+        ModelError: a file cannot be opened, or a model's output is not a row of logits for each
             image.
-        DivergedError: a model answers with NaN or infinite numbers.
+        DivergedError: a model's output is NaN or infinite.
     """
     with ExitStack() as modes:
         predictors: dict[str, Predict] = {}
@@ -70,20 +70,22 @@ def _on_its_device(model: nn.Module) -> Predict:
 
 
 def _check_classes(target: Target, path: Path, data: PictureData) -> None:
-    """Refuse data whose classes a target does not know.
+    """Check that the data have the classes of a target.
 
     Raises:
-        DataError: their number or a name differs.
+        DataError: the number or a name of the classes differs.
     """
     known, given = target.class_names, data.class_names
     nameless = not (target.labelled and data.labelled)
     if known == given or (nameless and len(known) == len(given)):
         return
-    difference = f"{len(given)} classes but {path} knows {len(known)}"
+    difference = f"{len(given)} classes but {path} has {len(known)}"
     if len(known) == len(given):
         at = next(i for i, pair in enumerate(zip(given, known, strict=True)) if len(set(pair)) > 1)
-        difference = f"{given[at]!r} as class {at} but {path} knows {known[at]!r}"
-    raise DataError(f"data {data.name} has {difference}; give the data it was made for")
+        difference = f"{given[at]!r} as class {at} but {path} has {known[at]!r}"
+    raise DataError(
+        f"data {data.name} has {difference}; give data with the classes it was trained on"
+    )
 
 
 def evaluate_target(
@@ -95,25 +97,27 @@ def evaluate_target(
     batch_size: int = 64,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Metrics of a target on validation data, as plain values.
+    """Metrics of a target on the validation images, as plain values.
 
     Args:
-        path: an ONNX file, a run folder or a checkpoint a run wrote.
+        path: an ONNX file, a run folder, or a checkpoint that a run wrote.
         data_name: as for --data.
         data_dir: as for --data-dir.
-        reference: another target to count agreement with.
-        batch_size: pictures in a call.
-        workers: processes that load pictures.
+        reference: another target, to measure agreement with.
+        batch_size: images in a call.
+        workers: processes that load images.
 
     Raises:
-        InputError: a target or the data is missing, damaged, or they do not fit each other.
+        UsageError: the data have no labels, and there is no reference.
+        ModelError: a target cannot be evaluated, or the two need different preprocessing.
+        InputError: a target or the data is missing or damaged, or they do not fit each other.
     """
     target = open_target(path)
     data = open_data(data_name, data_dir)
     if not data.labelled:
         if reference is None:
             raise UsageError(
-                f"data {data_name} has no labels; give --reference and what to agree with"
+                f"data {data_name} has no labels; give a --reference to measure agreement with"
             )
         data.class_names = list(target.class_names)
     _check_classes(target, path, data)
@@ -123,7 +127,7 @@ def evaluate_target(
         _check_classes(other, reference, data)
         if other.preprocessing != target.preprocessing:
             raise ModelError(
-                f"{reference} prepares its pictures unlike {path}; compare targets of one model"
+                f"{reference} prepares its images unlike {path}; compare targets of one model"
             )
         predictors["reference"] = other.predict
     loading = partial(
@@ -145,9 +149,9 @@ def evaluate_target(
     except DivergedError as error:
         both = path if reference is None else f"{path} with --reference {reference}"
         raise ModelError(f"{both} cannot be evaluated: {error}") from None
-    picture = torch.zeros(1, *target.preprocessing.input_size)
+    image = torch.zeros(1, *target.preprocessing.input_size)
     with torch.inference_mode():
-        latency = interleave({name: partial(p, picture) for name, p in predictors.items()})
+        latency = interleave({name: partial(p, image) for name, p in predictors.items()})
     found = metrics["target"]
     result: dict[str, Any] = {
         "target": str(path),
@@ -173,13 +177,13 @@ def evaluate_target(
 def check_gates(
     target: Path, result: Mapping[str, Any], min_top1: float | None, min_agreement: float | None
 ) -> None:
-    """Compare what `evaluate_target` found with the least that is asked for, in percent.
+    """Compare the result of `evaluate_target` with the demanded minimum.
 
     Args:
         target: what was evaluated, for the message.
-        result: of `evaluate_target`.
-        min_top1: the least top-1; None asks for nothing.
-        min_agreement: the least agreement with the reference.
+        result: from `evaluate_target`.
+        min_top1: smallest acceptable top-1 in percent; None accepts any.
+        min_agreement: smallest acceptable agreement with the reference, in percent.
 
     Raises:
         GateError: a gate is not met.

@@ -1,4 +1,4 @@
-"""The ONNX file of a run, written again."""
+"""Write the ONNX file of a run again."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ricciq.workflows.saved import rebuild
 def export_run(
     path: Path, output: Path | None = None, *, format_: str = DEFAULT.name, dry_run: bool = False
 ) -> Path:
-    """Write the ONNX file of a run again, with the accuracy its report tells of it.
+    """Write the ONNX file of a run again; the default format also gets the reported accuracy.
 
     Args:
-        path: a run folder or a checkpoint file a run wrote.
-        output: the file to write; by default the file of the format, beside the weights.
-        format_: what the file is made of, by a name of `ricciq.deploy.formats.catalog`.
-        dry_run: open the run, and write nothing.
+        path: a run folder, or a checkpoint that a run wrote.
+        output: the file to write; by default one in the run's folder, named by the format.
+        format_: name of a format in `ricciq.deploy.formats.catalog`.
+        dry_run: open the run, but write nothing.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         CheckpointError: the run has no usable best.safetensors.
-        InputError: its report.json is damaged.
-        UsageError: there is no such format, the run's folder is in use, the checkpoint is in none
-            and `output` is None, or the folder of `output` does not exist.
+        InputError: report.json is damaged.
+        UsageError: the format is unknown, the run's folder is in use, the folder of `output` does
+            not exist, or `output` is None and the checkpoint is not in a run's folder.
     """
     chosen = find_format(format_)
     trained = rebuild(path)
@@ -44,10 +44,14 @@ def export_run(
     if chosen is DEFAULT and folder.is_finished and path in (folder.path, folder.best):
         stored |= accuracy_for_onnx(load_report(folder.report).onnx)
     if output is None and not folder.is_ours:
-        raise UsageError(f"{path} lies in no folder of a run; give --output and the file to write")
+        raise UsageError(
+            f"{path} is not in the folder of a run; give --output and the file to write"
+        )
     written = output or folder.path / chosen.file
     if not os.path.isdir(written.parent):
-        raise UsageError(f"there is no folder {written.parent}; make it or give another --output")
+        raise UsageError(
+            f"there is no folder {written.parent}; create it, or give another --output"
+        )
     if dry_run:
         return written
     with nullcontext() if output else folder.locked():

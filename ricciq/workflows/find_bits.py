@@ -1,4 +1,4 @@
-"""Bits found for the user: a plan whose layers have the widths that a budget is spent on best."""
+"""Automatic bits: choose the width of each layer's weights for a budget of bits or bytes."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from ricciq.system.tables import read_csv, write_csv
 from ricciq.workflows.job import Job
 from ricciq.workflows.session import Session, in_first_process
 
-PICTURES = 512
-"""How many are shown to the network for each layer and width."""
+IMAGES = 512
+"""Images that the sensitivity of a layer is measured on."""
 FEW = 8
-"""Pictures that give a file its steps where it is only weighed."""
+"""Images to calibrate a model on whose file is only weighed."""
 SPARE = 1000
-"""Bytes left for what a file is told after training: its accuracy."""
+"""Bytes reserved for metadata that are added after training: the accuracy."""
 
 
 class Budget(NamedTuple):
-    """What the weights between the first and the last layer may take.
+    """Budget for the weights between the first and the last layer.
 
     Attributes:
-        bits: all of them together, with what a file has beside their codes.
-        overhead: that, by width; None where only the weights count.
-        smallest: the widths of the smallest file, where it is the file that counts; it fits.
-        chosen: the widths that a run found before it was stopped.
+        bits: bits of all weights together, including the overhead.
+        overhead: what a file needs in addition to the codes; None if only the weights count.
+        smallest: the widths of the smallest file, which fits; None if only the weights count.
+        chosen: the widths that this run found before it was interrupted.
     """
 
     bits: float = 0.0
@@ -55,14 +55,14 @@ class Budget(NamedTuple):
 
 @in_first_process
 def find_budget(job: Job, session: Session) -> Budget | None:
-    """What a recipe lets layers share, known before anything is measured; None: it gives bits.
+    """The budget of a recipe; it is checked before the sensitivities are measured.
 
     Args:
         job: from `prepare`.
-        session: where a run that goes on has found bits, they are kept.
+        session: if it resumes a run that has found widths, they are kept.
 
     Returns:
-        The budget.
+        The budget; None if the recipe gives the width itself.
 
     Raises:
         UsageError: the budget is too small, or there is no layer between the first and the last.
@@ -90,18 +90,17 @@ def find_budget(job: Job, session: Session) -> Budget | None:
 
 
 def choose_bits(job: Job, budget: Budget | None, session: Session) -> Job:
-    """Replace the widths of a plan by those that a budget is spent on best; others stay.
+    """Choose the widths of the weights that lose least within a budget.
 
-    The first and the last layer keep the recipe's ``edge_bits``, as they do with any ``--bits``.
+    The first and the last layer keep the recipe's ``edge_bits``.
 
     Args:
         job: from `prepare`.
-        budget: from `find_budget`; None leaves every width as it is.
-        session: shows the choice; its folder, if it has one, receives sensitivity.csv and its
-            plot.
+        budget: from `find_budget`; None leaves all widths unchanged.
+        session: shows the choice, and writes sensitivity.csv and its plot if it has a folder.
 
     Returns:
-        The job with another plan.
+        The job, with the chosen widths in its plan.
     """
     return job if budget is None else job._replace(plan=_chosen_plan(job, budget, session))
 
@@ -112,9 +111,9 @@ def _chosen_plan(job: Job, budget: Budget, session: Session) -> Plan:
         return _planned(job.plan, budget.chosen)
     names = [layer.name for layer in job.plan.layers[1:-1]]
     kinds = job.recipe.quantization.kinds
-    pictures = list(job.calibration_images(most=PICTURES))
-    found = measure_sensitivity(job.model, job.plan, names, kinds, pictures, session.journal)
-    chosen = _spent(job, found, budget, [pictures[0][:FEW]])
+    batches = list(job.calibration_images(most=IMAGES))
+    found = measure_sensitivity(job.model, job.plan, names, kinds, batches, session.journal)
+    chosen = _allocated(job, found, budget, [batches[0][:FEW]])
     rows = _rows(found, chosen)
     session.journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
     if session.has_folder:
@@ -123,10 +122,10 @@ def _chosen_plan(job: Job, budget: Budget, session: Session) -> Plan:
     return _planned(job.plan, chosen)
 
 
-def _spent(
+def _allocated(
     job: Job, found: Sequence[Sensitivity], budget: Budget, few: list[torch.Tensor]
 ) -> Mapping[str, int]:
-    """The best widths of a budget, whose file, where one was asked for, is small enough."""
+    """The best widths within the budget. If it is one of bytes, the file is weighed."""
     largest = job.recipe.quantization.max_bytes
     if largest is None:
         return allocate(found, budget.bits)
@@ -140,7 +139,7 @@ def _spent(
         over = _size(job, _deployed(job, chosen, few)) - largest
         if over <= 0:
             return chosen
-        bits -= 8.0 * over  # layers' names differ in length
+        bits -= 8.0 * over  # the overhead is an average over the layers
 
 
 def _planned(plan: Plan, chosen: Mapping[str, int]) -> Plan:
@@ -152,24 +151,24 @@ def _planned(plan: Plan, chosen: Mapping[str, int]) -> Plan:
 
 
 def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
-    """What a file of that size leaves to the weights, from files that are written and weighed.
+    """The budget of weights for a file size, from files that are written and weighed.
 
     Args:
-        job: as for `find_budget`.
-        weights: how many each layer has.
-        max_bytes: of the ONNX file.
+        job: from `prepare`.
+        weights: number of weights of each layer.
+        max_bytes: size of the ONNX file.
 
     Raises:
-        UsageError: it is too small for the fewest bits.
+        UsageError: even the smallest file is larger.
     """
     whole, few = sum(weights.values()), list(job.calibration_images(most=FEW))
     once: dict[int, float] = {}
     planes: dict[int, int] = {}
-    rest: dict[int, float] = {}  # by the number of planes that codes are packed into
+    rest: dict[int, float] = {}  # by the number of bit planes of packed codes
     for bits in widths_of(job.recipe.quantization.kinds):
         deployed = _deployed(job, dict.fromkeys(weights, bits), few)
         packed = [m for m in deployed.modules() if isinstance(m, DeployedWeight)]
-        # What undoes the packing; equal tables are stored once.
+        # Lookup tables that unpack the codes; equal ones are stored once.
         tables = {
             m.get_buffer(f"table{n}").numpy().tobytes() for m in packed for n in range(m.planes)
         }
@@ -180,30 +179,30 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
     each = {bits: (rest[planes[bits]] - common) / len(weights) for bits in planes}
     overhead = Overhead(each, once)
     alike = [Sensitivity(name, count, dict.fromkeys(each, 0.0)) for name, count in weights.items()]
-    smallest = allocate(alike, math.inf, overhead)  # of widths that lose as little
+    smallest = allocate(alike, math.inf, overhead)  # widths that lose the same
     least = _size(job, _deployed(job, smallest, few))
     if max_bytes < least:
         raise UsageError(
-            f"max_bytes {max_bytes} is too small for {job.recipe.model.name}, whose file takes "
-            f"about {least} bytes with the fewest bits there are; give more"
+            f"max_bytes {max_bytes} is too small for {job.recipe.model.name}, whose smallest file "
+            f"takes about {least} bytes; give more"
         )
     return Budget(8.0 * max_bytes - common, overhead, smallest)
 
 
 def _deployed(job: Job, chosen: Mapping[str, int], few: list[torch.Tensor]) -> nn.Module:
-    """The network as it is exported, untrained, calibrated on a few pictures."""
+    """The untrained network as it is exported, calibrated on a few images."""
     net = convert(
         copy.deepcopy(job.model), _planned(job.plan, chosen), job.recipe.quantization.kinds
     )
     calibrate(net, few)
-    steps = (m.log_scale for m in net.modules() if isinstance(m, ActivationQuantizer))
-    for number, step in enumerate(steps):  # equal ones would be one in the file
-        step.data += number / 1000
+    scales = (m.log_scale for m in net.modules() if isinstance(m, ActivationQuantizer))
+    for number, scale in enumerate(scales):  # equal scales are stored once
+        scale.data += number / 1000
     return deploy(net).cpu()
 
 
 def _size(job: Job, deployed: nn.Module) -> int:
-    """Bytes of the file, as it will be when training is over."""
+    """Bytes of the ONNX file, with room for the metadata that training adds."""
     with TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
         export_onnx(deployed, path, job.preprocessing, job.metadata.for_onnx())
@@ -211,7 +210,7 @@ def _size(job: Job, deployed: nn.Module) -> int:
 
 
 def _rows(found: Sequence[Sensitivity], chosen: Mapping[str, int]) -> list[dict[str, Any]]:
-    """A row a layer: its width, and what every width would lose, in nats."""
+    """A row for each layer: its width, and the divergence of every width in nats."""
     return [
         {
             "layer": layer.name,

@@ -1,4 +1,4 @@
-"""A recipe made ready: its data open, its model loaded, its conversion planned."""
+"""A job: a recipe with its data opened, its model loaded and its conversion planned."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from ricciq.workflows.session import Session
 
 
 class Job(NamedTuple):
-    """A recipe with everything it names loaded, and the plan made.
+    """A recipe, everything that it names, and the plan of the conversion.
 
     Attributes:
-        recipe: what to do, completed by what the data ask for.
-        device: where the model is.
-        data: with the float model's predictions as labels where there are none.
-        model: in float until `ricciq.workflows.train.train` converts it in place.
+        recipe: what to do; adapted if the data have no labels.
+        device: device of the model.
+        data: without labels, with the float model's predictions in their place.
+        model: float until `ricciq.workflows.train.train` converts it in place.
         preprocessing: of the model's input.
-        plan: what becomes discrete.
-        correction: what happens to the gradients between backward and step.
-        messages: what was changed to make the weights fit.
+        plan: the layers to quantize.
+        correction: what changes the gradients between backward pass and optimizer step.
+        messages: what was changed to load the weights.
     """
 
     recipe: Recipe
@@ -60,14 +60,14 @@ class Job(NamedTuple):
         batch_size: int | None = None,
         world: World | None = None,
     ) -> DataLoader[Batch]:
-        """Batches of one split as the recipe wants them, or as the arguments do.
+        """Batches of one split, as the recipe says unless the arguments say otherwise.
 
         Args:
             split: see `PictureData.loader`.
             training: shuffle and augment.
-            samples: take so many of them.
-            batch_size: pictures in a batch.
-            world: the processes to share the pictures with.
+            samples: number of images; by default all, or the recipe's.
+            batch_size: images in a batch.
+            world: the processes to share the images with.
         """
         settings = self.recipe.data
         if samples is None and split == "fit":
@@ -86,12 +86,11 @@ class Job(NamedTuple):
         )
 
     def calibration_images(self, parts: int = 1, most: int | None = None) -> Iterator[Tensor]:
-        """Training pictures as they are, of every class alike, one batch in memory at a time.
+        """Batches of unaugmented training images, the classes in proportion.
 
         Args:
-            parts: in how many parts the batches of a step are taken; as many times the pictures.
-            most: stop at so many pictures. They too are of every class, which the first of more
-                would not be: a folder is read class by class.
+            parts: number of batches in an optimizer step; so many times more images are taken.
+            most: largest number of images.
         """
         settings = self.recipe.data
         wanted = settings.calibration_batches * settings.known_batch_size * parts
@@ -102,7 +101,7 @@ class Job(NamedTuple):
 
     @property
     def metadata(self) -> RunMetadata:
-        """What is needed to rebuild the model without its data."""
+        """The metadata from which the model can be rebuilt without its data."""
         return RunMetadata(
             preprocessing=self.preprocessing,
             class_names=self.data.class_names,
@@ -115,20 +114,17 @@ class Job(NamedTuple):
 def prepare(
     recipe: Recipe, session: Session, *, weights: bool = True, pseudo_labels: bool = True
 ) -> Job:
-    """Open the data, load the model and plan its conversion; nothing is written.
+    """Open the data, load the model and plan its conversion. Nothing is written.
 
     Args:
         recipe: what to do.
-        session: where to do it.
-        weights: load those that timm knows; a plan can do without.
-        pseudo_labels: where data have no labels, use the float model's predictions, which takes a
-            pass over the held-out and the validation images.
-
-    Returns:
-        The job.
+        session: gives the device and shows messages.
+        weights: load timm's pretrained weights; a plan does not need them.
+        pseudo_labels: if the data have no labels, predict them with the float model. This takes a
+            pass over the hold-out and the validation images.
 
     Raises:
-        UsageError: the data have no labels, and the recipe asks for what needs them.
+        UsageError: the data have no labels, and the recipe needs them.
         RicciqError: the recipe, the data or the model cannot be used.
     """
     correction = correction_of(recipe)
@@ -143,7 +139,9 @@ def prepare(
         input_size=recipe.data.input_size,
         seed=recipe.seed,
     )
-    if recipe.training.grad_checkpointing:  # found out now, switched on by the trainer
+    if (
+        recipe.training.grad_checkpointing
+    ):  # refuses a model without support; the trainer switches it on
         recompute_activations(loaded.model, True)
         recompute_activations(loaded.model, False)
     recipe.data.augmentation.transform(loaded.preprocessing)  # refuses an unknown policy
@@ -151,7 +149,7 @@ def prepare(
         WithFeatures(loaded.model)  # refuses a model that has none
     for message in loaded.messages:
         session.journal.say(message)
-    # Convolutions are faster so, on GPUs and CPUs.
+    # Convolutions are faster in this format, on GPUs and CPUs.
     model = loaded.model.to(session.device).to(memory_format=torch.channels_last)
     bits = recipe.quantization
     example = torch.zeros(2, *loaded.preprocessing.input_size, device=session.device)
@@ -175,50 +173,50 @@ def prepare(
 
 
 def _without_labels(recipe: Recipe, plan: Plan, journal: Journal) -> Recipe:
-    """A recipe for pictures without labels: the float model alone teaches.
+    """Adapt a recipe to images without labels: distillation is the only loss.
 
     Raises:
-        UsageError: it asks for what needs labels.
+        UsageError: the recipe needs labels.
     """
     name, training = recipe.data.name, recipe.training
     augmentation = recipe.data.augmentation
     if not plan.layers:
         raise UsageError(
-            f"data {name} has no labels, which training in float needs; give --bits 1 to 8"
+            f"data {name} has no labels, but training in float needs them; give --bits 1 to 8"
         )
     if not training.distill:
         raise UsageError(
-            f"data {name} has no labels, so only the float model can teach; give training.distill "
-            "more than 0"
+            f"data {name} has no labels, so training needs distillation; give training.distill a "
+            "value above 0"
         )
     if augmentation.mixup or augmentation.cutmix:
         raise UsageError(
-            f"data {name} has no labels for --mixup or --cutmix to mix; leave them out"
+            f"data {name} has no labels, but --mixup and --cutmix need them; leave these out"
         )
     if training.distill < 1:
         journal.say(
-            f"data {name} has no labels: the float model alone teaches, and training.distill "
-            f"{training.distill:g} counts as 1"
+            f"data {name} has no labels: the model learns from the float model alone, and "
+            f"training.distill {training.distill:g} counts as 1"
         )
     return recipe.override({"training.distill": 1.0})
 
 
 @torch.no_grad()
 def _use_predictions_as_labels(job: Job) -> None:
-    """Use the float model's predictions as labels of the images to judge by.
+    """Use the float model's predictions as labels of the hold-out and validation images.
 
-    The accuracy of such a run is agreement with that model.
+    The accuracy of the run is then agreement with the float model.
     """
     model = job.model.eval()
     splits: tuple[Split, ...] = ("holdout", "val")
-    answers = {
+    predictions = {
         split: torch.cat([model(x.to(job.device)).argmax(1).cpu() for x, _ in job.loader(split)])
         for split in splits
     }
-    job.data.set_answers(job.data.num_classes, {s: a.numpy() for s, a in answers.items()})
+    job.data.set_answers(job.data.num_classes, {s: p.numpy() for s, p in predictions.items()})
 
 
 def is_distilled(job: Job) -> bool:
-    """Whether the float model teaches: not where nothing becomes discrete."""
+    """Whether the float model is the teacher; never if no layer is quantized."""
     settings = job.recipe.training
     return bool(job.plan.layers and (settings.distill or settings.distill_features))

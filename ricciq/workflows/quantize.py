@@ -1,4 +1,4 @@
-"""The whole story on one page: from a float model and pictures to a checked low-bit ONNX file."""
+"""The main workflow: from a float model and images to an evaluated low-bit ONNX file."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def run(
     overwrite: bool = False,
     journal: Journal | None = None,
 ) -> tuple[Report, Path]:
-    """Load, convert, calibrate, fine-tune, export, evaluate the export, report.
+    """Load, convert, calibrate, fine-tune, export, evaluate the ONNX file, and report.
 
     Args:
         recipe: what to do.
         output: the run's folder; by default a new one under ``runs``.
-        resume: go on with an unfinished run of the same recipe.
-        overwrite: replace a run that the folder holds.
-        journal: where progress is shown.
+        resume: continue an unfinished run of the same recipe.
+        overwrite: replace the run in the folder.
+        journal: shows progress.
 
     Returns:
         The report, and the run's folder.
 
     Raises:
-        RicciqError: whatever `ricciq.errors` lists; nothing is written before data and model are
-            known to be usable.
+        RicciqError: any error that `ricciq.errors` lists. Nothing is written before the data and
+            the model are known to be usable.
         InterruptedRunError: the user stopped it.
     """
     with Session.open(
@@ -74,14 +74,14 @@ def run(
 
 
 def plan_run(recipe: Recipe, journal: Journal | None = None) -> dict[str, Any]:
-    """What `run` would do, as plain values; nothing is written.
+    """Describe what `run` would do. Nothing is written.
 
     Args:
         recipe: what to do.
-        journal: where progress is shown; by default nowhere.
+        journal: shows progress; by default nothing is shown.
 
     Returns:
-        As `ricciq.workflows.sizing.describe`.
+        Plain values, as from `ricciq.workflows.sizing.describe`.
 
     Raises:
         RicciqError: the recipe, the data or the model cannot be used.
@@ -93,7 +93,12 @@ def plan_run(recipe: Recipe, journal: Journal | None = None) -> dict[str, Any]:
 
 
 class Reference(NamedTuple):
-    """How the float model did on the validation images, and what it predicted."""
+    """Results of the float model on the validation images.
+
+    Attributes:
+        metrics: accuracy and loss.
+        predictions: the most likely class of each image, and its probability.
+    """
 
     metrics: Metrics
     predictions: Predictions
@@ -101,10 +106,14 @@ class Reference(NamedTuple):
 
 @in_first_process
 def evaluate_float(job: Job, session: Session) -> Reference:
-    """Measure the float model; every validation image is read before hours are spent.
+    """Evaluate the float model. This also reads every validation image before training starts.
+
+    Args:
+        job: from `prepare`.
+        session: shows the result.
 
     Raises:
-        CheckpointError: the weights are no good.
+        CheckpointError: the model's output is not finite.
         DataError: an image cannot be read.
     """
     model = job.model.eval()
@@ -114,20 +123,25 @@ def evaluate_float(job: Job, session: Session) -> Reference:
     except DivergedError:  # before any training
         raise CheckpointError(
             f"the float weights of {job.recipe.model.checkpoint or job.recipe.model.name} give NaN "
-            "or infinite answers; give some that trained well"
+            "or infinite logits; give weights of a trained model"
         ) from None
     found = metrics["float"]
     if job.data.labelled:
         said = f"top-1 {found.top1:.2f} % on {found.samples} validation samples"
     else:
-        said = f"its answers stand for labels, on {found.samples} validation samples too"
+        said = f"its predictions replace labels, also of {found.samples} validation samples"
     session.journal.say(f"float model: {said}")
     return Reference(found, predictions["float"])
 
 
 @in_first_process
 def export_float(job: Job, session: Session) -> None:
-    """Write float.onnx."""
+    """Write float.onnx.
+
+    Args:
+        job: from `prepare`, not converted yet.
+        session: of the run.
+    """
     stored = job.metadata.for_onnx(is_float=True)
     model = copy.deepcopy(job.model).cpu()
     export_onnx(model, session.folder.float_onnx, job.preprocessing, stored)
@@ -135,13 +149,20 @@ def export_float(job: Job, session: Session) -> None:
 
 @in_first_process
 def export_and_report(job: Job, trained: Trained, reference: Reference, session: Session) -> Report:
-    """Export, evaluate what was written, store the outcome in it, and report."""
+    """Export, evaluate the written file, store its accuracy in it, and report.
+
+    Args:
+        job: the job of the trained model.
+        trained: from `train`.
+        reference: from `evaluate_float`.
+        session: of the run.
+    """
     folder, journal = session.folder, session.journal
     journal.say("exporting")
     deployed = deploy(trained.model).cpu()
     stored = job.metadata.for_onnx()
     export_onnx(deployed, folder.onnx, job.preprocessing, stored)
-    if not job.plan.layers:  # a float run: what it trained is the float model
+    if not job.plan.layers:  # a float run: the trained model is the float model
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
     predictors: dict[str, Predict] = {
@@ -251,7 +272,7 @@ def _report(
 
 
 def _geometry(folder: RunFolder, epoch: int, applied: bool) -> dict[str, float | bool]:
-    """Means over the layers at the last epoch, from geometry.csv, and whether the flow acted."""
+    """Means over the layers at the last epoch of geometry.csv, and whether the flow was applied."""
     rows = [row for row in read_csv(folder.geometry, {"epoch": int}) if row["epoch"] == epoch]
     names = ("perturbation_start", "perturbation_end", "decay", "mismatch_cosine")
     if not rows:

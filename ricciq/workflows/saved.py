@@ -1,4 +1,4 @@
-"""What a run left behind, opened again: its model, its ONNX file, or a predictor for either."""
+"""Reopen what a run saved: its model, its ONNX file, or a function that predicts with either."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ from torch import nn
 from ricciq.convert.rewrite import convert
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.deploy.modules import deploy
-from ricciq.deploy.session import open_session, picture_input, session_metadata, session_predictor
-from ricciq.errors import (
-    CheckpointError,
-    ModelError,
-    on_one_line,
-)
+from ricciq.deploy.session import image_input, open_session, session_metadata, session_predictor
+from ricciq.errors import CheckpointError, ModelError, on_one_line
 from ricciq.evaluation import Predict
 from ricciq.models.factory import load_model
 from ricciq.runs.folder import RunFolder
@@ -26,23 +22,28 @@ from ricciq.system.tensor_files import load_model_state, load_tensors
 
 
 class Rebuilt(NamedTuple):
-    """A trained model rebuilt from what its run saved."""
+    """A trained model rebuilt from the files of its run.
+
+    Attributes:
+        model: in evaluation mode on the CPU.
+        metadata: what the run stored with the weights.
+    """
 
     model: nn.Module
     metadata: RunMetadata
 
 
 def rebuild(path: Path) -> Rebuilt:
-    """Open the trained model of a run folder, or of a checkpoint file a run wrote.
+    """Open the trained model of a run folder, or of a checkpoint that a run wrote.
 
     Args:
-        path: a run folder, or its best.safetensors wherever it was copied.
+        path: a run folder, or a copy of its best.safetensors.
 
     Returns:
-        The model in evaluation mode on the CPU, converted where the run converted it.
+        The model, converted as in the run, and its metadata.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
+        CheckpointError: the file is missing, damaged, or was not written by ricciq.
     """
     file = _weights_of(path)
     tensors, stored = load_tensors(file)
@@ -61,7 +62,7 @@ def rebuild(path: Path) -> Rebuilt:
     except (ValueError, ModelError) as error:
         reason = on_one_line(error)
         raise CheckpointError(
-            f"{file} does not say how to rebuild its model ({reason}); give a run's "
+            f"{file} has no valid description of its model ({reason}); give a run's "
             "best.safetensors"
         ) from None
     load_model_state(model, tensors, file)
@@ -69,34 +70,34 @@ def rebuild(path: Path) -> Rebuilt:
 
 
 def _weights_of(path: Path) -> Path:
-    """The file of a run folder's weights, or the file itself."""
+    """The weights of a run folder, or the file itself."""
     return RunFolder(path).best if os.path.isdir(path) else path
 
 
 def onnx_predictor(path: Path, *, optimize: bool = True) -> Predict:
-    """Logits of an ONNX file, which needs no metadata for it.
+    """A predictor of any ONNX classifier; metadata of ricciq are not needed.
 
     Args:
-        path: of the file.
-        optimize: let onnxruntime optimize the graph.
+        path: the ONNX file.
+        optimize: whether onnxruntime optimizes the graph.
 
     Returns:
         A function from (B, C, H, W) images to (B, classes) logits, both on the CPU.
 
     Raises:
-        ModelError: the file is missing, damaged or no classifier.
+        ModelError: the file is missing, damaged, or not a classifier.
     """
     return session_predictor(open_session(path, optimize=optimize), path)
 
 
 class Target(NamedTuple):
-    """Something that can be evaluated.
+    """Something to evaluate.
 
     Attributes:
-        predict: (B, C, H, W) on the CPU -> (B, classes) logits.
-        preprocessing: what its pictures must look like.
+        predict: maps (B, C, H, W) images on the CPU to (B, classes) logits.
+        preprocessing: of its input.
         class_names: in the order of the logits.
-        labelled: whether these are names that data gave, and not just numbers.
+        labelled: whether the class names come from data; otherwise they are numbers.
     """
 
     predict: Predict
@@ -109,11 +110,11 @@ def open_target(path: Path) -> Target:
     """Open an ONNX file, a run folder or a checkpoint for evaluation.
 
     Raises:
-        ModelError: there is nothing of the kind, or the ONNX file is not usable.
-        CheckpointError: a run's file is damaged.
+        ModelError: there is no such file, or the ONNX file cannot be used.
+        CheckpointError: the file of a run is missing or damaged.
     """
     if not os.path.exists(path):  # Path.exists raises where a name is too long
-        raise ModelError(f"there is no {path}; give an .onnx file, a run folder or a checkpoint")
+        raise ModelError(f"{path} does not exist; give an .onnx file, a run folder or a checkpoint")
     if path.is_dir() or path.suffix.lower() != ".onnx":
         trained = rebuild(path)
         return Target(deploy(trained.model), *_described(trained.metadata))
@@ -127,12 +128,12 @@ def open_target(path: Path) -> Target:
             f"{path} has damaged ricciq metadata ({error}); export it again with `ricciq export`"
         ) from None
     expected, classes = metadata.preprocessing.input_size, len(metadata.class_names)
-    size, answer = picture_input(session, path).size, None
+    size, logits = image_input(session, path).size, None
     if size == expected:
-        answer = predict(torch.zeros(1, *size))
-    if answer is None or answer.shape[1] != classes:
+        logits = predict(torch.zeros(1, *size))
+    if logits is None or logits.shape[1] != classes:
         raise ModelError(
-            f"{path} has metadata of another model, with pictures of {expected} "
+            f"{path} has the metadata of another model, with images of {expected} "
             f"and {classes} classes; export it again with `ricciq export`"
         )
     return Target(predict, *_described(metadata))
@@ -146,7 +147,7 @@ def float_source(path: Path) -> dict[str, Any]:
     """Name, weights and input size of a float model that a run trained, as recipe values.
 
     Raises:
-        CheckpointError: the run's model is discrete already.
+        CheckpointError: the file is missing or damaged, or its model is quantized already.
     """
     file = _weights_of(path)
     _, stored = load_tensors(file)
@@ -158,7 +159,7 @@ def float_source(path: Path) -> dict[str, Any]:
         ) from None
     if metadata.plan.layers:
         raise CheckpointError(
-            f"{path} holds a model that is discrete already; start from a float one (--bits 32)"
+            f"{path} has a model that is quantized already; start from a float run (--bits 32)"
         )
     recipe = metadata.recipe
     return {

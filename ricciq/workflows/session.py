@@ -1,4 +1,4 @@
-"""A session of work: device, processes, random state, journal, and the folder of the run."""
+"""The session of a run: device, processes, random state, journal and folder."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ T = TypeVar("T")
 
 
 class Session:
-    """Where a run works. Only the first process speaks and writes.
+    """What a run works with. Only the first process prints and writes.
 
-    `Session.open` makes the session of a run or a study. One made directly is a single process
-    that holds no lock; without a folder it can only plan.
+    `Session.open` makes the session of a run or a study. A session made directly is one process
+    without a lock; without a folder it can only plan.
 
     Args:
         device: where to compute.
-        journal: where progress is shown; by default nowhere.
-        world: the processes that train together.
-        folder: what the run writes to; nothing is written before `begin`.
-        resume: go on with the run in the folder.
-        check: called once the folder is locked, and raises if it cannot be used any more.
+        journal: shows progress; by default nothing is shown.
+        world: the processes that train together; by default this one.
+        folder: what the run writes to, from `begin` on.
+        resume: continue the run in the folder.
+        check: called once the folder is locked; it raises an error if the folder cannot be used
+            any more.
 
     Attributes:
-        begun: whether `begin` was called, so that there is something to resume.
+        begun: whether `begin` was called, so the run can be resumed.
     """
 
     def __init__(
@@ -67,23 +68,23 @@ class Session:
         overwrite: bool = False,
         journal: Journal | None = None,
     ) -> Iterator[Session]:
-        """The session of a run or a study; the folder is chosen, and written to from `begin` on.
+        """Open the session of a run or a study. The folder is written to from `begin` on.
 
         Args:
-            recipe: names the device and the seed.
+            recipe: gives the device and the seed.
             output: the folder; by default a new one under ``runs``.
-            kind: of a run, or of a study.
-            resume: go on with what the folder holds, if it is of the same recipe.
-            overwrite: replace what the folder holds.
-            journal: where progress is shown; by default nowhere.
+            kind: folder of a run, or of a study.
+            resume: continue the run in the folder, which must have the same recipe.
+            overwrite: replace the run in the folder.
+            journal: shows progress; by default nothing is shown.
 
         Yields:
-            The session. Its end frees the lock, restores the random state and leaves the group of
-            processes.
+            The session. At its end the lock is released, the random state is restored, and the
+            process group is left.
 
         Raises:
             UsageError: the device or the folder cannot be used.
-            InterruptedRunError: the user stopped it after `begin`.
+            InterruptedRunError: the user stopped the run after `begin`.
         """
         device = choose_device(recipe.device)
         choose = partial(choose_run_folder, recipe, resume=resume, overwrite=overwrite, kind=kind)
@@ -104,7 +105,7 @@ class Session:
                     if not session.begun:
                         raise
                     stopped = InterruptedRunError(
-                        f"stopped; `--output {folder.path} --resume` goes on from the last saved "
+                        f"stopped; `--output {folder.path} --resume` continues from the last saved "
                         "state"
                     )
                     stopped.said = not world.is_first
@@ -112,10 +113,10 @@ class Session:
 
     @contextmanager
     def trial(self, recipe: Recipe, folder: RunFolder) -> Iterator[Session]:
-        """The session of one run of a study, with a random state of its own.
+        """The session of one run of a study, with its own random state.
 
         Args:
-            recipe: of the run, which goes on if the folder holds it already.
+            recipe: of the run, which is resumed if the folder has the same recipe.
             folder: of the run.
         """
         resume = folder.is_ours and folder.load_recipe() == recipe
@@ -125,27 +126,27 @@ class Session:
 
     @property
     def has_folder(self) -> bool:
-        """Whether this session can write."""
+        """Whether this session has a folder to write to."""
         return self._folder is not None
 
     @property
     def folder(self) -> RunFolder:
-        """What this session writes to.
+        """The folder that this session writes to.
 
         Raises:
-            ValueError: it was made without one.
+            ValueError: the session has no folder.
         """
         if self._folder is None:
             raise ValueError("this session has no folder; give one to Session")
         return self._folder
 
     def begin(self, recipe: Recipe, announcement: str | None = None) -> None:
-        """Lock the folder and write the recipe into it; from here on a stopped run can go on.
+        """Lock the folder and write the recipe into it. From here on, the run can be resumed.
 
         Args:
             recipe: what the run does.
-            announcement: the line that names the folder, from which on the journal writes to its
-                log.txt; without one it goes on where it writes.
+            announcement: a line that names the folder; with it, the journal starts to write to
+                the folder's log.txt.
 
         Raises:
             UsageError: another process has taken the folder since it was chosen.
@@ -166,9 +167,9 @@ class Session:
 
 
 def in_first_process(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function with a `Session` among its arguments to run in the first process only.
+    """Decorator: run a function with a `Session` among its arguments in the first process only.
 
-    All processes have to call it. Each of them gets what the first one returns or raises.
+    All processes must call it. Each of them gets what the first one returns or raises.
     """
 
     @wraps(function)
@@ -182,17 +183,22 @@ def in_first_process(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's generators for the length of a block, and restore them afterwards."""
+    """Seed torch's random generators for the duration of the block, and restore them afterwards.
+
+    Args:
+        device: whose generator is seeded, in addition to that of the CPU.
+        seed: for both.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a recipe names.
+    """The device that a recipe names; "auto" is CUDA if there is a GPU.
 
     Raises:
-        UsageError: this machine has none of that name.
+        UsageError: this machine has no such device.
     """
     name = local_device(name)
     if name == "auto":
@@ -201,6 +207,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"--device {name} is not on this machine ({torch.cuda.device_count()} CUDA devices); "
-            "take --device cpu"
+            "give --device cpu"
         )
     return device

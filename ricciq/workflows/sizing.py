@@ -1,4 +1,4 @@
-"""What a run would take: steps, bytes, memory, and the batch size that fits."""
+"""What a run will need: steps, bytes, memory, and the batch size that fits."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from ricciq.workflows.job import Job, is_distilled
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """The plan of a run that has not started, as plain values: sizes and memory in bytes.
+    """Describe a run that has not started, as plain values; sizes and memory in bytes.
 
-    The memory is what can be counted beforehand; see `ricciq.training.memory.StepMemory`.
+    Memory is as far as it can be counted beforehand, see `ricciq.training.memory.StepMemory`.
     """
     settings = job.recipe.training
     layers: list[dict[str, Any]] = []
@@ -45,7 +45,7 @@ def describe(job: Job) -> dict[str, Any]:
         )
     discrete = sum(layer["parameters"] for layer in layers)
     whole = sum(p.numel() for p in job.model.parameters())
-    _, memory = _tried(job)
+    _, memory = _trial(job)
     batch_size = batch_size_for(job, memory)
     world = World(0, process_number()[1])
     batches = len(job.loader("fit", training=True, batch_size=batch_size, world=world))
@@ -66,9 +66,13 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 def find_batch_size(job: Job) -> int:
-    """The largest power of two whose gradients fit, up to that of `ricciq.training.memory`."""
+    """The largest power of two that fits into memory; `ricciq.training.memory` has a limit.
+
+    Returns:
+        The batch size; 0 if not even a trainer fits.
+    """
     try:
-        trainer, memory = _tried(job)
+        trainer, memory = _trial(job)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             return 0
@@ -81,8 +85,8 @@ def find_batch_size(job: Job) -> int:
     return halve_until(fits, batch_size_for(job, memory))
 
 
-def _tried(job: Job) -> tuple[Trainer, StepMemory]:
-    """A trainer of a converted copy of a job's model, and what its steps take."""
+def _trial(job: Job) -> tuple[Trainer, StepMemory]:
+    """A trainer of a converted copy of a job's model, and the memory of its steps."""
     recipe = job.recipe
     model = copy.deepcopy(job.model)
     convert(model, job.plan, recipe.quantization.kinds)
@@ -94,12 +98,17 @@ def _tried(job: Job) -> tuple[Trainer, StepMemory]:
 
 
 def batch_size_for(job: Job, memory: StepMemory) -> int:
-    """That of the recipe, or what should fit into the memory there is."""
+    """The recipe's batch size; if it is "auto", what should fit into the free memory.
+
+    Args:
+        job: from `prepare`.
+        memory: of a step, by batch size.
+    """
     wanted = job.recipe.data.batch_size
     if wanted != "auto":
         return wanted
     _, processes = process_number()
     free = free_memory(job.device)
     size = largest_batch(memory, free if job.device.type == "cuda" else free // processes)
-    pictures = len(job.loader("fit").dataset) // processes  # type: ignore[arg-type]
-    return halve_until(lambda size: size <= max(pictures, 1), size)
+    images = len(job.loader("fit").dataset) // processes  # type: ignore[arg-type]
+    return halve_until(lambda size: size <= max(images, 1), size)

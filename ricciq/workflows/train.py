@@ -20,23 +20,20 @@ from ricciq.training.loop import finetune
 from ricciq.training.memory import LARGEST_BATCH
 from ricciq.training.state import Progressed, last_state
 from ricciq.training.step import discrete_weights
-from ricciq.workflows.job import (
-    Job,
-    is_distilled,
-)
+from ricciq.workflows.job import Job, is_distilled
 from ricciq.workflows.session import Session, in_first_process
 from ricciq.workflows.sizing import find_batch_size
 
 FLOW_TIMES = [n / 50 for n in range(16)]
-"""At which the decay of the perturbation is drawn."""
+"""Times of the flow at which the decay of the perturbation is plotted."""
 
 
 class Trained(NamedTuple):
-    """What training made of a job.
+    """The result of training.
 
     Attributes:
-        model: converted, with the chosen epoch's weights in the first process.
-        progress: how far the run came.
+        model: the converted model; in the first process, with the weights of the chosen epoch.
+        progress: epochs and steps that were done.
     """
 
     model: nn.Module
@@ -44,28 +41,25 @@ class Trained(NamedTuple):
 
 
 def train(job: Job, session: Session) -> Trained:
-    """Convert, calibrate and fine-tune a job's model in place, taught by a copy of it.
+    """Convert, calibrate and fine-tune a job's model in place, with its float copy as the teacher.
 
     Args:
         job: from `prepare`.
-        session: begun; its folder receives the states and the rows of every epoch.
-
-    Returns:
-        The trained model, and how far the run came.
+        session: a session that has begun; states and rows are written to its folder.
 
     Raises:
-        RicciqError: as `ricciq.training.loop.finetune`.
+        RicciqError: as in `ricciq.training.loop.finetune`.
     """
     recipe, world, journal, folder = job.recipe, session.world, session.journal, session.folder
-    # Every process sees all pictures that are calibrated on: those of so many whole steps.
+    # Every process calibrates on the same images: those of whole optimizer steps.
     images = partial(job.calibration_images, world.size * recipe.training.grad_accum_steps)
     batch_size = _batch_size(job, session)
-    # A copy of convolution weights may differ in strides, and so in the last bit of what it learns.
+    # The copy is the teacher: weights of a copy may have other strides, which changes last bits.
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
     model = convert(job.model, job.plan, recipe.quantization.kinds)
     journal.say(
-        f"converted {len(job.plan.layers)} layers, placed {len(job.plan.points)} 8-bit points, "
-        f"kept {len(job.plan.kept)} parts float"
+        f"converted {len(job.plan.layers)} layers, added {len(job.plan.points)} 8-bit output "
+        f"quantizers, kept {len(job.plan.kept)} parts float"
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
         calibrate(model, images(), recipe.quantization.scale_search)
@@ -95,7 +89,7 @@ def train(job: Job, session: Session) -> Trained:
     )
     if not world.is_first:
         return Trained(model, done)
-    if not folder.best.is_file():  # no epoch was asked for: what calibration gave is the best
+    if not folder.best.is_file():  # without training, the calibrated weights are the best
         save_tensors(folder.best, model.state_dict(), job.metadata.to_dict())
     tensors, _ = load_tensors(folder.best)
     load_model_state(model, tensors, folder.best)
@@ -112,7 +106,7 @@ def train(job: Job, session: Session) -> Trained:
 
 
 def _batch_size(job: Job, session: Session) -> int:
-    """The recipe's; where it says "auto" that of the run so far, or what is found to fit."""
+    """The recipe's batch size; for "auto", that of the resumed run, or the largest that fits."""
     if job.recipe.data.batch_size != "auto":
         return job.recipe.data.batch_size
     if so_far := _batch_size_so_far(session):
@@ -120,8 +114,8 @@ def _batch_size(job: Job, session: Session) -> int:
     size = min(session.world.gather(find_batch_size(job)))
     if not size:
         raise RicciqError(
-            f"the memory of {job.device} is not enough for one picture of {job.recipe.model.name}; "
-            "choose a smaller model or input size"
+            f"the memory of {job.device} is not enough for one image of {job.recipe.model.name}; "
+            "give a smaller model or input size"
         )
     session.journal.say(f"batch size {size}: the largest of 1, 2, 4 … {LARGEST_BATCH} that fits")
     return size
@@ -129,6 +123,6 @@ def _batch_size(job: Job, session: Session) -> int:
 
 @in_first_process
 def _batch_size_so_far(session: Session) -> int:
-    """That of the run that goes on; 0 if there is none."""
+    """The batch size of the run to resume; 0 if there is none."""
     state = last_state(session.folder, session.journal) if session.resume else None
     return Progressed.of(state).batch_size if state else 0

@@ -622,7 +622,7 @@ def test_data_of_other_classes(
 
 def test_a_reference_with_other_preprocessing(ricciq: Callable[..., Answer], file: Path) -> None:
     save(file, metadata=with_preprocessing(mean=[0.25]))
-    ricciq(EVALUATIONS["reference"], "--json").refuses(str(file), "prepares its pictures unlike")
+    ricciq(EVALUATIONS["reference"], "--json").refuses(str(file), "prepares its images unlike")
 
 
 # Names and graphs that could do harm

@@ -111,7 +111,7 @@ def test_a_model_goes_before_a_folder_of_its_name(
         f"{MODEL} is taken as the name of the model, not of what lies here; give ./{MODEL} to "
         "start from that"
     ]
-    with pytest.raises(CheckpointError, match="discrete already"):
+    with pytest.raises(CheckpointError, match="quantized already"):
         asked(f"./{MODEL}")
 
 

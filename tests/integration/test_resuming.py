@@ -205,7 +205,7 @@ def test_a_signal_saves_the_step_it_came_in(undisturbed, tmp_path, number, flags
     os.killpg(process.pid, number)
     err = finish(process, expect=130)
     assert err.splitlines()[-1] == (
-        f"ricciq: stopped; `--output {output} --resume` goes on from the last saved state"
+        f"ricciq: stopped; `--output {output} --resume` continues from the last saved state"
     )
     saved = progress(output)
     assert saved["batch"] > 0

@@ -317,7 +317,7 @@ def test_a_report_says_that_accuracy_is_agreement(run: Run) -> None:
         assert "its answer in top 5" in text
         assert "| top-1 |" not in text
     assert "The pictures have no labels" in page
-    assert "its answers stand for labels" in run.shown.err
+    assert "its predictions replace labels" in run.shown.err
     assert "training.distill 0.5 counts as 1" in run.shown.err
     _, about = load_tensors(run.folder / "best.safetensors")
     assert about["recipe"]["training"]["distill"] == 1

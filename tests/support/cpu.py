@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
+
+from ricciq.workflows.doctor import INTEGER_INSTRUCTIONS, cpu_flags
 
 
 def saturates() -> bool:
@@ -11,7 +12,6 @@ def saturates() -> bool:
 
     Then a file with optimizations on need not give what torch does, see Known limits in the README.
     """
-    listed = Path("/proc/cpuinfo")
-    if platform.machine() not in ("x86_64", "AMD64") or not listed.is_file():
-        return False
-    return not {"avx512_vnni", "avx_vnni"} & set(listed.read_text().split())
+    flags = cpu_flags()
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return bool(is_x86 and flags and not flags & {*INTEGER_INSTRUCTIONS})

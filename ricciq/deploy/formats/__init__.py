@@ -1,1 +1,1 @@
-"""The operators that a file is made of, a module a format."""
+"""Export formats, one module each."""

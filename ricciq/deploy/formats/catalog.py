@@ -1,6 +1,6 @@
-"""The formats of `ricciq export`. Importing this imports none of their libraries.
+"""The formats of `ricciq export`. Importing this module does not import torch.
 
-To add a format, write a module with `apply` in this package and name it here.
+To add a format, write a module with a function `apply` in this package and list it here.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: how --format names it, and the module that changes a deployed model to it.
+    """An export format.
 
     Attributes:
-        name: what a user writes.
-        module: the module of this package whose ``apply(deployed)`` makes a model of the format.
+        name: value of --format.
+        module: module of this package whose ``apply(deployed)`` prepares a model for the format.
         help: a line about it.
-        file: what its file is called in a run's folder.
+        file: name of its file in a run's folder.
     """
 
     name: str
@@ -32,51 +32,48 @@ class Format:
     file: str
 
     def apply(self, deployed: nn.Module) -> nn.Module:
-        """Change a deployed model, in place, so that its export is of this format.
+        """Change a deployed model, in place, so that its export has this format.
 
         Args:
-            deployed: as `ricciq.deploy.modules.deploy` made it.
+            deployed: from `ricciq.deploy.modules.deploy`.
 
         Returns:
-            The same model, which computes the same numbers.
+            The same model, with the same outputs.
         """
         module = import_module(f"ricciq.deploy.formats.{self.module}")
         return cast("nn.Module", module.apply(deployed))
 
 
 DEFAULT = Format("qdq", "qdq", "packed weights and integer kernels", "model.onnx")
-"""What a run writes, and whose accuracy its report tells."""
+"""The format that a run writes, and whose accuracy it reports."""
 FORMATS = (
     DEFAULT,
     Format(
         "float",
         "float_ops",
-        "float operators that compute the same, for runtimes without integer ones",
+        "float operators with the same results, for runtimes without integer ones",
         "model-float.onnx",
     ),
 )
 
 
 def find_format(name: str) -> Format:
-    """The format of a name.
+    """Find a format by name.
 
     Args:
         name: as given to --format.
 
-    Returns:
-        The entry of the catalogue.
-
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such format.
     """
     for known in FORMATS:
         if known.name == name:
             return known
     names = [known.name for known in FORMATS]
     given = f"{', '.join(names[:-1])} or {names[-1]}"
-    raise UsageError(f"--format {name} is not known; give {given}")
+    raise UsageError(f"--format {name} is unknown; give {given}")
 
 
 def format_help() -> str:
-    """The help of --format: every name, and what it is."""
+    """Help text of --format: the name of each format, and a line about it."""
     return f"{'; '.join(f'{known.name}: {known.help}' for known in FORMATS)}."

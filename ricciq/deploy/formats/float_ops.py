@@ -1,7 +1,4 @@
-"""Float weights that hold the discrete values, and float arithmetic on them.
-
-For runtimes without quantized operators.
-"""
+"""Float weights with discrete values, and float arithmetic: for runtimes without quantization."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from ricciq.layers.base import names_of
 
 
 class _FloatActivation(nn.Module):
-    """An activation quantizer of Div, Round, Clip and Mul, also in the exported file."""
+    """An activation quantizer that is exported as Div, Round, Clip and Mul."""
 
     scale: Tensor
     zero_point: Tensor
@@ -25,12 +22,12 @@ class _FloatActivation(nn.Module):
             self.register_buffer(name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as x."""
+        """Quantize x; the shape stays."""
         return in_float(x, self.scale, self.zero_point, self.lowest, self.highest)
 
 
 class _Constant(nn.Module):
-    """A tensor where a module is expected."""
+    """A module that returns a constant tensor."""
 
     value: Tensor
 
@@ -39,7 +36,7 @@ class _Constant(nn.Module):
         self.register_buffer("value", value)
 
     def forward(self) -> Tensor:
-        """The tensor."""
+        """Return the tensor."""
         return self.value
 
 
@@ -47,14 +44,16 @@ def apply(deployed: nn.Module) -> nn.Module:
     """Change a deployed model, in place, to export float weights and float arithmetic.
 
     Args:
-        deployed: the model.
+        deployed: from `ricciq.deploy.modules.deploy`.
 
     Returns:
-        The same model, which computes the same numbers.
+        The same model, with the same outputs.
     """
     modules = list(deployed.modules())
     for module in modules:
-        if isinstance(module, DeployedLayer):  # reads its quantizers, so that they are changed last
+        if isinstance(
+            module, DeployedLayer
+        ):  # reads its input quantizers, so these are replaced later
             module.bias = module.float_bias()
             module.weight_quantizer = _Constant(module.weight_quantizer())
     for module in modules:

@@ -1,4 +1,4 @@
-"""QuantizeLinear and DequantizeLinear: what deployed modules describe themselves as."""
+"""QuantizeLinear and DequantizeLinear, as which deployed modules are exported."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 def apply(deployed: nn.Module) -> nn.Module:
-    """Leave a deployed model as it is.
+    """Return a deployed model unchanged.
 
     Args:
-        deployed: the model.
+        deployed: from `ricciq.deploy.modules.deploy`.
 
     Returns:
         The same model.

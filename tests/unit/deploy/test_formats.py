@@ -73,7 +73,7 @@ def test_help_and_the_error_name_every_format(chosen: Format) -> None:
 def test_an_unknown_format_is_refused_before_the_run_is_opened() -> None:
     answer = ricciq("export", "nowhere", "--format", "int3")
     assert answer.code == UsageError.exit_code
-    assert answer.err == "ricciq: --format int3 is not known; give qdq or float\n"
+    assert answer.err == "ricciq: --format int3 is unknown; give qdq or float\n"
 
 
 def test_the_catalogue_imports_no_library() -> None:

@@ -45,7 +45,7 @@ def test_what_does_not_import_is_told_and_fails(monkeypatch, module):
     monkeypatch.setattr(doctor, "import_module", broken)
     answer = ricciq("doctor", "--json")
     assert answer.code == 1
-    assert "does not import (operator nms does not exist); " in answer.err
+    assert "cannot be imported (operator nms does not exist); " in answer.err
     (problem,) = (p for p in json.loads(answer.out)["problems"] if p["essential"])
     assert module.removeprefix("py") in problem["what"]
 
@@ -55,7 +55,7 @@ def test_missing_and_old_packages_are_told(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: needed)
     monkeypatch.setattr(doctor.util, "find_spec", lambda _: None)
     problems = {p["what"]: p for p in doctor.examine()["problems"]}
-    assert problems[f"torch {version('torch')} is not >=99.1"]["essential"] is False
+    assert problems[f"torch is {version('torch')}, but >=99.1 is needed"]["essential"] is False
     assert problems["no-such-package is not installed"] == {
         "what": "no-such-package is not installed",
         "remedy": "pip install 'no-such-package>=1'",
@@ -69,7 +69,7 @@ def test_a_source_tree_that_is_not_installed_is_told(monkeypatch):
         raise doctor.metadata.PackageNotFoundError
 
     monkeypatch.setattr(doctor.metadata, "requires", missing)
-    assert "ricciq itself is not installed, only found" in whats()
+    assert "ricciq is found but not installed" in whats()
 
 
 def test_a_full_disk_a_locked_folder_and_little_memory_are_told(monkeypatch):
