@@ -1,6 +1,6 @@
 """ricciq: quantize pretrained vision models to 1-8 bits with Ricci-flow-corrected gradients.
 
-The public names are resolved when first used, so that importing the package does not import torch.
+Public names are imported when first used, so importing the package does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""python -m ricciq."""
+"""Run the command line: python -m ricciq."""
 
 from ricciq.cli import main
 

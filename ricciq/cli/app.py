@@ -1,4 +1,4 @@
-"""The verbs: parse, call, print, exit code. torch is imported only by the verb that needs it."""
+"""The commands: parse, call, print, exit. Only commands that need torch import it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ricciq.system.offline import forbid_network, forbid_telemetry, is_network_f
 
 app = typer.Typer(
     name="ricciq",
-    help="Quantize pretrained vision models to 1-8 bits and export ONNX that runs fast.\n\n"
+    help="Quantize pretrained vision models to 1-8 bits, and export fast ONNX files.\n\n"
     "Example: ricciq quantize digits_resnet8 --data digits --bits 2",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipes")
 
-# Newer versions of Typer carry a click of their own; this is the base of its errors in any of them.
+# Newer versions of Typer include their own click; this is the base of its errors in all versions.
 CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 
@@ -100,7 +100,7 @@ def quantize(
 
     Example: ricciq quantize resnet50 --recipe resnet50-w4a4 --data ./imagenet
 
-    Example: ricciq quantize resnet18 --data ./pictures --bits auto:2.5 --dry-run
+    Example: ricciq quantize resnet18 --data ./images --bits auto:2.5 --dry-run
     """
     if offline:
         forbid_network()
@@ -140,9 +140,9 @@ def quantize(
     report, folder = run(merged, output, resume=resume, overwrite=overwrite, journal=journal)
     if is_first():
         written = f"{folder / 'report.html'} and {folder / 'model.onnx'} are written."
-        told = Group(report.to_table(), Text(written, overflow="fold"))
+        shown = Group(report.to_table(), Text(written, overflow="fold"))
         values = {**report.to_dict(), "run_folder": str(folder)}
-        show(values, as_json, lambda _: told, quiet)
+        show(values, as_json, lambda _: shown, quiet)
 
 
 @app.command("eval")
@@ -151,11 +151,13 @@ def evaluate(
     data: options.Data,
     data_dir: options.DataDir = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Count agreement with this .onnx, run or checkpoint.")
+        Path | None, typer.Option(help="Measure agreement with this .onnx file, run or checkpoint.")
     ] = None,
-    min_top1: Annotated[float | None, typer.Option(help="Exit 4 below this, percent.")] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Exit with 4 below this top-1, percent.")
+    ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Exit 4 below this agreement, percent.")
+        float | None, typer.Option(help="Exit with 4 below this agreement, percent.")
     ] = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
@@ -171,11 +173,11 @@ def evaluate(
     if offline:
         forbid_network()
     for flag, gate in (("--min-top1", min_top1), ("--min-agreement", min_agreement)):
-        if gate is not None and not math.isfinite(gate):  # nothing is below NaN
-            raise UsageError(f"{flag} {gate} is no gate; give a percentage")
+        if gate is not None and not math.isfinite(gate):  # no accuracy is below NaN
+            raise UsageError(f"{flag} {gate} is not a percentage; give one, such as 70")
     if min_agreement is not None and reference is None:
         raise UsageError(
-            f"--min-agreement {min_agreement} needs something to agree with; give --reference"
+            f"--min-agreement {min_agreement} needs a file or run to compare with; give --reference"
         )
     from ricciq.workflows.evaluate import check_gates, evaluate_target
 
@@ -234,7 +236,7 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="ONNX file.")],
     as_json: options.Json = False,
 ) -> None:
-    """Show the layers of an ONNX FILE, what onnxruntime fused, bytes, accuracy, preprocessing.
+    """Show layers, bytes, fused operators, accuracy and preprocessing of an ONNX FILE.
 
     Example: ricciq inspect model.onnx --json
     """
@@ -246,12 +248,12 @@ def inspect(
 @app.command()
 def bench(
     file: Annotated[Path, typer.Argument(help="ONNX file.")],
-    against: Annotated[Path | None, typer.Option(help="Compare with this file.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in a call.")] = 1,
+    against: Annotated[Path | None, typer.Option(help="Compare with this ONNX file.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a call.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime.")] = 1,
     as_json: options.Json = False,
 ) -> None:
-    """Time an ONNX FILE, and another by turns with it.
+    """Measure the latency of an ONNX FILE, alone or interleaved with another one.
 
     Example: ricciq bench model.onnx --against float.onnx
 
@@ -266,7 +268,7 @@ def bench(
 def compare(
     model: options.Model,
     methods: options.Methods,
-    seeds: Annotated[int, typer.Option(help="Runs of each method.")],
+    seeds: Annotated[int, typer.Option(help="Number of seeds, each a run of every method.")],
     data: options.MaybeData = None,
     data_dir: options.DataDir = None,
     bits: options.Bits = None,
@@ -275,7 +277,9 @@ def compare(
     max_bytes: options.MaxBytes = None,
     recipe: options.RecipeName = None,
     checkpoint: options.Checkpoint = None,
-    lr_scales: Annotated[str, typer.Option(help="Factors of the learning rate.")] = "1",
+    lr_scales: Annotated[
+        str, typer.Option(help="Factors of the learning rate, such as 0.3,1,3.")
+    ] = "1",
     split: options.Split = "val",
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
@@ -284,25 +288,27 @@ def compare(
     device: options.Device = None,
     workers: options.Workers = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on; done runs stay.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a study; finished runs are kept.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study.")] = False,
     offline: options.Offline = False,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train MODEL under several methods with the same seeds, and compare them pair by pair.
+    """Train MODEL with several methods and the same seeds, and compare them in pairs.
 
     Example: ricciq compare digits_resnet8 --data digits --methods ste,ricci --seeds 5
 
     Example: ricciq compare digits_resnet8 --data digits --methods ricci,ricci:block=9 --seeds 3
 
-    Example: ricciq compare resnet18 --data ./pictures --methods ste,lne --seeds 3 --dry-run
+    Example: ricciq compare resnet18 --data ./images --methods ste,lne --seeds 3 --dry-run
     """
     if offline:
         forbid_network()
     if split not in ("val", "holdout"):
-        raise UsageError(f"--split {split} is no part to judge by; give val or holdout")
+        raise UsageError(f"--split {split} is unknown; give val or holdout")
     merged, messages = requested_recipe(
         model,
         checkpoint,
@@ -322,14 +328,16 @@ def compare(
     try:
         scales = [float(scale) for scale in lr_scales.split(",")]
     except ValueError:
-        raise UsageError(f"--lr-scales {lr_scales} are no numbers; give some as 0.3,1,3") from None
+        raise UsageError(
+            f"--lr-scales {lr_scales} are not numbers; give some, such as 0.3,1,3"
+        ) from None
 
     from ricciq.workflows.compare import compare as compare_methods
 
     journal = begin(messages, quiet)
     verdict, folder = compare_methods(
         merged,
-        re.split(r",(?![^\[]*\])", methods),  # not within a list, as in training.progressive=[8,4]
+        re.split(r",(?![^\[]*\])", methods),  # not in a list: training.progressive=[8,4]
         seeds,
         output,
         lr_scales=scales,
@@ -345,7 +353,7 @@ def compare(
 
 @app.command()
 def doctor(as_json: options.Json = False) -> None:
-    """Show versions, devices and what is missing here, with its remedy.
+    """Show versions and devices, and problems with their remedies.
 
     Example: ricciq doctor --json
     """
@@ -359,10 +367,10 @@ def doctor(as_json: options.Json = False) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line and exit with the code `ricciq.errors` lists."""
+    """Run a command line, and exit with a code that `ricciq.errors` lists."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments[:1]
-    if is_network_forbidden():  # by the environment; --offline says so later
+    if is_network_forbidden():  # by the environment; --offline is parsed later
         forbid_telemetry()
     try:
         sys.exit(app(arguments, standalone_mode=False))
@@ -381,6 +389,6 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    if message:  # a bare `ricciq` has shown its help and has nothing to add
+    if message:  # without arguments, help was shown and there is no message
         print(f"ricciq: {printable(shortened(message))}", file=sys.stderr)
     sys.exit(code)

@@ -1,6 +1,6 @@
-"""What a shell offers at TAB: names that an argument or an option takes.
+"""Shell completion: the values of arguments and options.
 
-A completion that fails offers nothing and says nothing, since it would spoil the command line.
+A completion that fails offers nothing and prints nothing, so that the command line stays intact.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Completion = Callable[[str], list[str]]
 
 
 def one_of(names: Callable[[], Iterable[str]]) -> Completion:
-    """Completes a word to those of these names that begin with it."""
+    """Complete a word to the names that begin with it."""
 
     def complete(incomplete: str) -> list[str]:
         try:
             with redirect_stderr(io.StringIO()):  # libraries warn while they are imported
                 return [name for name in names() if name.startswith(incomplete)]
-        except Exception:  # a broken installation is told by the command, not by its completion
+        except Exception:  # the command itself will report a broken installation
             return []
 
     return complete
 
 
 def some_of(names: Callable[[], Iterable[str]]) -> Completion:
-    """As `one_of`, of the last word in a list with commas."""
+    """Complete the last word of a comma-separated list."""
     complete_one = one_of(names)
 
     def complete(incomplete: str) -> list[str]:
@@ -44,22 +44,22 @@ def some_of(names: Callable[[], Iterable[str]]) -> Completion:
 
 
 def method_names() -> Iterable[str]:
-    """What --method takes."""
+    """Values of --method."""
     return CATALOG
 
 
 def recipe_names() -> Iterable[str]:
-    """The shipped recipes."""
+    """Names of the shipped recipes."""
     from ricciq.recipe import shipped_recipes
 
     return shipped_recipes()
 
 
 def model_names() -> list[str]:
-    """Models that timm and this package know, with and without the tags of their weights.
+    """Models of timm and of this package, with and without the tags of their weights.
 
-    Importing timm takes seconds, so that the list is kept in the user's cache folder, in a file
-    named for the versions it is of.
+    Importing timm takes seconds, so the list is kept in the user's cache folder, in a file for each
+    pair of versions.
     """
     cached = _cache_folder() / f"models-timm-{version('timm')}-ricciq-{__version__}.txt"
     with suppress(OSError, UnicodeDecodeError):
@@ -70,7 +70,7 @@ def model_names() -> list[str]:
     from ricciq.system.files import write_atomically
 
     names = sorted({*list_models(), *list_models(pretrained=True)})
-    with suppress(OSError, RicciqError):  # where it cannot be kept, the next TAB is as slow
+    with suppress(OSError, RicciqError):  # without a cache, the next TAB is as slow
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cached, "\n".join(names))
     return names

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its type, default and description, from the recipe's own schema."""
+"""The keys of a recipe with type, default and description, from its JSON schema."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def recipe_keys(section: str | None = None) -> list[dict[str, Any]]:
     """The keys of a recipe, or of one section.
 
     Args:
-        section: such as ``training`` or ``data.augmentation``; None is all of them.
+        section: such as ``training`` or ``data.augmentation``; None for all keys.
 
     Returns:
-        A row a key: its dotted name, type, default as in YAML, and description.
+        A row for each key: dotted name, type, default, and description.
 
     Raises:
         UsageError: there is no such section.
@@ -74,7 +74,7 @@ def _bounds(key: Schema) -> str:
     if low is not None and high is not None:
         return f" {low:g} to {high:g}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    # The largest seed is 2**63 - 1, which says nothing to a reader.
+    # Bounds like that of the seed, 2**63 - 1, do not help a reader.
     found = [
         f"{sign} {key[name]:g}" for name, sign in signs.items() if abs(key.get(name, 1e9)) < 1e9
     ]

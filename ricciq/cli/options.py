@@ -1,4 +1,4 @@
-"""Arguments and options of the verbs, under timm's names where timm has them."""
+"""Arguments and options of the commands, named as in timm where timm has them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ricciq.cli import completion
-from ricciq.cli.start import hushed
+from ricciq.cli.start import silence
 from ricciq.data.sources.catalog import data_help, root_help
 from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError
@@ -20,18 +20,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Data = Annotated[str, typer.Option(help=data_help())]
 MaybeData = Annotated[str | None, typer.Option(help=data_help())]
 DataDir = Annotated[Path | None, typer.Option(help=root_help())]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load pictures.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images in a batch.")]
 TrainingBatchSize = Annotated[
     str | None,
-    typer.Option("--batch-size", help="Pictures in a batch of a process; auto finds what fits."),
+    typer.Option("--batch-size", help="Images in a batch of a process; auto finds what fits."),
 ]
 AccumulatedBatches = Annotated[
-    int | None, typer.Option("--grad-accum-steps", help="Batches whose gradients make a step.")
+    int | None, typer.Option("--grad-accum-steps", help="Batches per optimizer step.")
 ]
 GradCheckpointing = Annotated[
     bool | None,
-    typer.Option("--grad-checkpointing", help="Recompute activations, to save memory."),
+    typer.Option("--grad-checkpointing", help="Recompute activations to save memory."),
 ]
 METHODS = named()
 Method = Annotated[
@@ -41,11 +41,11 @@ Method = Annotated[
 Methods = Annotated[
     str,
     typer.Option(
-        help=f"Two or more of {METHODS}; changed as in ricci:block=9:time=0.05.",
+        help=f"Two or more of {METHODS}; with settings, as in ricci:block=9:time=0.05.",
         autocompletion=completion.some_of(completion.method_names),
     ),
 ]
-WIDTHS = "1 to 8, ternary, 32 for float, or auto:2.5 for the best of that average"
+WIDTHS = "1 to 8, ternary, 32 for float, or auto:2.5 to find the best with that average"
 _of_activations = completion.one_of(lambda: [*"12345678", "32"])
 _of_weights = completion.one_of(lambda: [*"12345678", "32", "ternary"])
 Model = Annotated[
@@ -66,21 +66,24 @@ ActBits = Annotated[
     str | None, typer.Option(help="Activations: 1 to 8, or 32.", autocompletion=_of_activations)
 ]
 MaxBytes = Annotated[
-    str | None, typer.Option(help="Find the bits of layers for a file this large, as 4MB.")
+    str | None,
+    typer.Option(help="Find the bits of each layer for a file of this size, such as 4MB."),
 ]
-RECIPE = "Shipped recipe's name, or a file."
+RECIPE = "Name of a shipped recipe, or a file."
 of_recipes = completion.one_of(completion.recipe_names)
 RecipeName = Annotated[str | None, typer.Option(help=RECIPE, autocompletion=of_recipes)]
 Checkpoint = Annotated[Path | None, typer.Option(help="Float weights to start from.")]
 AutoAugment = Annotated[
-    str | None, typer.Option("--aa", help="timm's policy of augmentation, as rand-m7-mstd0.5.")
+    str | None, typer.Option("--aa", help="timm's augmentation policy, such as rand-m7-mstd0.5.")
 ]
-Mixup = Annotated[float | None, typer.Option(help="Alpha of Mixup, which blends pictures.")]
-CutMix = Annotated[float | None, typer.Option("--cutmix", help="Alpha of CutMix, which pastes.")]
+Mixup = Annotated[float | None, typer.Option(help="Alpha of Mixup, which blends images.")]
+CutMix = Annotated[
+    float | None, typer.Option("--cutmix", help="Alpha of CutMix, which pastes parts.")
+]
 Reprob = Annotated[float | None, typer.Option(help="Probability of erasing a rectangle.")]
-Epochs = Annotated[int | None, typer.Option(help="0 calibrates without training.")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training; 0 for none.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
-Seed = Annotated[int | None, typer.Option(help="Start of everything random.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -93,13 +96,11 @@ Compile = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.")
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder of the run.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run.")]
-Offline = Annotated[
-    bool, typer.Option("--offline", help="Use what is on this machine, never the network.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", callback=hushed, help="Say nothing but errors.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and write nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", callback=silence, help="Print errors only.")]
 Format = Annotated[
     str,
     typer.Option(
@@ -111,7 +112,7 @@ Format = Annotated[
 Split = Annotated[
     str,
     typer.Option(
-        help="Judge by val, or by holdout to choose a method.",
+        help="Images to judge by: val, or holdout to choose a method.",
         autocompletion=completion.one_of(lambda: ["val", "holdout"]),
     ),
 ]
@@ -124,17 +125,17 @@ def widths(
     max_bytes: str | None,
     messages: list[str],
 ) -> dict[str, Any]:
-    """The keys under `quantization` that the flags about widths ask for.
+    """Turn the options about widths into keys of a recipe's `quantization` section.
 
     Args:
-        bits: of weights and activations, as typed.
-        weight_bits: goes before it.
-        act_bits: goes before it.
-        max_bytes: a budget in the place of widths of weights.
-        messages: receives what is to be said about them.
+        bits: width of weights and activations, as typed.
+        weight_bits: width of weights; overrides `bits`.
+        act_bits: width of activations; overrides `bits`.
+        max_bytes: a budget instead of a width of weights.
+        messages: receives messages for the user.
 
     Raises:
-        UsageError: one of them is no width, or they contradict each other.
+        UsageError: one of them is not a width, or they contradict each other.
     """
     both, weights = _width("--bits", bits), _width("--weight-bits", weight_bits)
     activations = both
@@ -142,12 +143,14 @@ def widths(
         activations = 2 if not isinstance(both, float) else math.ceil(both)
         if act_bits is None:
             messages.append(
-                f"--bits {bits} sets the weights; activations get {activations} bits, unless "
-                "--act-bits says so"
+                f"--bits {bits} sets the weights; activations get {activations} bits unless "
+                "--act-bits is given"
             )
     weights = both if weights is None else weights
     if weights is not None and max_bytes is not None:
-        raise UsageError(f"--max-bytes {max_bytes} finds the bits itself; leave out those given")
+        raise UsageError(
+            f"--max-bytes {max_bytes} finds the bits of weights itself; leave out their bits"
+        )
     asked: dict[str, Any] = {}
     if weights is not None or max_bytes is not None:
         average = weights if isinstance(weights, float) else None
@@ -159,7 +162,7 @@ def widths(
 
 
 def _width(flag: str, text: str | None, weights: bool = True) -> int | float | str | None:
-    """A width; of weights also "ternary", or as a fraction the average that auto: asks for."""
+    """Parse a width. For weights also "ternary", and auto:2.5 as the float 2.5."""
     if text is None or (weights and text == "ternary"):
         return text
     if (width := _whole(text)) in (*range(1, 9), 32):
@@ -173,12 +176,12 @@ def _width(flag: str, text: str | None, weights: bool = True) -> int | float | s
 
 
 def _whole(text: str) -> int | None:
-    """A whole number from 0 on, of no more digits than Python reads at once."""
+    """Parse a whole number of at most 19 digits: Python refuses to read very long ones."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def training_batch_size(text: str | None) -> int | str | None:
-    """The number of pictures, or "auto".
+    """Parse --batch-size of training: a number of images, or "auto".
 
     Raises:
         UsageError: it is neither.
@@ -187,4 +190,4 @@ def training_batch_size(text: str | None) -> int | str | None:
         return text
     if size := _whole(text):
         return size
-    raise UsageError(f"--batch-size {text} is no number of pictures; give one from 1, or auto")
+    raise UsageError(f"--batch-size {text} is not a number of images; give 1 or more, or auto")

@@ -1,4 +1,4 @@
-"""`ricciq recipes`: the shipped recipes, to list, read, copy and check."""
+"""`ricciq recipes`: list, show, copy and check recipes."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ def list_recipes(as_json: options.Json = False) -> None:
 
 @app.command("show")
 def show_recipe(name: Name) -> None:
-    """Print a recipe that holds as it is written, comments included.
+    """Print a valid recipe as it is written, including comments.
 
     Example: ricciq recipes show resnet50-w4a4
     """
     from ricciq.recipe import Recipe, find_recipe
 
-    Recipe.load(name)  # what is no recipe is refused, rather than sent to the terminal
+    Recipe.load(name)  # an invalid file is refused, not sent to the terminal
     print(find_recipe(name).read_text(encoding="utf-8"), end="")
 
 
 @app.command("cp")
 def copy_recipe(
     name: Name,
-    target: Annotated[Path, typer.Argument(help="File or folder to copy it to.")] = Path("."),
+    target: Annotated[Path, typer.Argument(help="File or folder to copy to.")] = Path("."),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file.")] = False,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Copy a recipe, to change it and give the copy to --recipe.
+    """Copy a recipe, to edit the copy and use it with --recipe.
 
     Example: ricciq recipes cp resnet50-w4a4 mine.yaml
 
@@ -71,13 +71,13 @@ def copy_recipe(
     from ricciq.recipe import Recipe, find_recipe
     from ricciq.system.files import write_atomically
 
-    Recipe.load(name)  # refuses what is none
+    Recipe.load(name)  # refuses an invalid file
     source = find_recipe(name)
     file = target / source.name if os.path.isdir(target) else target
     if os.path.exists(file) and not overwrite:
-        raise UsageError(f"{file} is there already; give --overwrite or another TARGET")
+        raise UsageError(f"{file} exists already; give --overwrite or another TARGET")
     if not os.path.isdir(file.parent):
-        raise UsageError(f"there is no folder {file.parent}; make it or give another TARGET")
+        raise UsageError(f"there is no folder {file.parent}; create it, or give another TARGET")
     if not dry_run:
         try:
             write_atomically(file, source.read_bytes())
@@ -104,7 +104,7 @@ def show_keys(
 
 @app.command("check")
 def check_recipes(names: Names, as_json: options.Json = False) -> None:
-    """Check whether recipes hold; all of them are looked at, and a bad one makes it exit with 2.
+    """Check whether recipes are valid. All are checked; if one is invalid, exit with 2.
 
     Example: ricciq recipes check resnet50-w4a4 fashion-low
     """
@@ -114,13 +114,13 @@ def check_recipes(names: Names, as_json: options.Json = False) -> None:
         show({"recipes": rows}, as_json)
     else:
         for name, error in errors.items():
-            print(f"{name} does not hold" if error else f"{name} holds")
+            print(f"{name} is invalid" if error else f"{name} is valid")
     if bad := [error for error in errors.values() if error]:
         raise RecipeError("; ".join(bad))
 
 
 def _error_in(name: str) -> str | None:
-    """Why a recipe does not hold, also by what is only looked at when a run begins."""
+    """Why a recipe is invalid, including what only a run checks."""
     from ricciq.data.preprocessing import Preprocessing
     from ricciq.estimators.registry import named_estimator
     from ricciq.recipe import Recipe

@@ -1,4 +1,4 @@
-"""What a verb that takes long starts with: a journal on stderr, and signals that stop it."""
+"""How a long command starts: a journal on stderr, and a handler for SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,31 +16,36 @@ if TYPE_CHECKING:
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks, of those that torchrun started."""
+    """Whether this is the process that prints, of those that torchrun started."""
     from ricciq.system.distributed import process_number
 
     return process_number()[0] == 0
 
 
-def hushed(quiet: bool) -> bool:
-    """Keep the warnings of libraries from stderr where nothing but errors is to be said.
+def silence(quiet: bool) -> bool:
+    """Callback of --quiet: keep warnings of libraries from stderr.
 
     Args:
-        quiet: whether that is asked for.
+        quiet: whether --quiet was given.
 
     Returns:
-        The same.
+        The same value.
     """
     if quiet:
         warnings.simplefilter("ignore")
-        # Where there is no handler at all, Python shows what libraries log.
+        # Without any handler, Python would print what libraries log.
         logging.getLogger().addHandler(logging.NullHandler())
-        forbid_telemetry()  # or onnxruntime tells where it cannot keep its identifier
+        forbid_telemetry()  # or onnxruntime prints where it cannot store its identifier
     return quiet
 
 
 def begin(messages: list[str], quiet: bool) -> Journal:
-    """A journal on stderr that starts with these messages; SIGTERM stops as Ctrl-C does."""
+    """Open a journal on stderr, and let SIGTERM stop the command as Ctrl-C does.
+
+    Args:
+        messages: what the journal shows first.
+        quiet: show nothing.
+    """
     from ricciq.system.journal import Journal
 
     journal = Journal(Console(stderr=True) if is_first() and not quiet else None)

@@ -137,7 +137,7 @@ def compare(
     """
     if recipe.data.batch_size == "auto":
         raise UsageError(
-            "batch_size auto may differ from run to run, but a comparison needs one batch size; give "
+            "batch_size auto may differ from run to run, but a comparison needs a fixed one; give "
             "a number, such as --batch-size 64"
         )
     if (processes := process_number()[1]) > 1:

@@ -108,8 +108,8 @@ def test_a_model_goes_before_a_folder_of_its_name(
     recipe, messages = asked(MODEL)
     assert (recipe.model.name, recipe.model.checkpoint) == (MODEL, None)
     assert messages == [
-        f"{MODEL} is taken as the name of the model, not of what lies here; give ./{MODEL} to "
-        "start from that"
+        f"{MODEL} is taken as the name of a model, not of the file or folder here; give ./{MODEL} "
+        "to start from that"
     ]
     with pytest.raises(CheckpointError, match="quantized already"):
         asked(f"./{MODEL}")

@@ -358,4 +358,4 @@ def test_a_recipe_that_does_not_hold_removes_nothing(
 @pytest.mark.parametrize("gate", ["nan", "inf"])
 def test_a_gate_is_a_number(ricciq: Callable[..., Answer], finished_run: Path, gate: str) -> None:
     answer = ricciq("eval", finished_run / "model.onnx", "--data", "digits", f"--min-top1={gate}")
-    check_refusal(answer, 2, "--min-top1", "is no gate")
+    check_refusal(answer, 2, "--min-top1", "is not a percentage")

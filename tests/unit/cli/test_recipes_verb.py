@@ -51,7 +51,7 @@ def test_a_copy_goes_where_it_is_asked_and_replaces_nothing_unasked(tmp_path):
     for more in ([], ["--dry-run"]):
         refused = ricciq("recipes", "cp", "fashion-low", *more)
         assert refused.code == 2
-        assert "fashion-low.yaml is there already; give --overwrite" in refused.err
+        assert "fashion-low.yaml exists already; give --overwrite" in refused.err
     assert (tmp_path / "fashion-low.yaml").read_text() == "# changed"
     assert ricciq("recipes", "cp", "fashion-low", "--overwrite").code == 0
     assert (tmp_path / "fashion-low.yaml").read_bytes() == source
@@ -62,7 +62,7 @@ def test_a_copy_goes_where_it_is_asked_and_replaces_nothing_unasked(tmp_path):
     assert (tmp_path / "folder" / "fashion-low.yaml").read_bytes() == source
     refused = ricciq("recipes", "cp", "fashion-low", "no/such/folder/x.yaml")
     assert refused.code == 2
-    assert "there is no folder no/such/folder; make it" in refused.err
+    assert "there is no folder no/such/folder; create it" in refused.err
     for target in ("x" * 300, "y" * 5000 + ".yaml"):
         assert ricciq("recipes", "cp", "fashion-low", target).code == 2
     (tmp_path / "none.yaml").write_bytes(b"\xff\x00")
@@ -82,11 +82,11 @@ def test_all_recipes_are_checked_and_a_bad_one_is_told(tmp_path):
     )
     assert answer.code == 2
     assert answer.out.splitlines() == [
-        "key.yaml does not hold",
-        "digits-float holds",
-        "method.yaml does not hold",
-        "opt.yaml does not hold",
-        "none does not hold",
+        "key.yaml is invalid",
+        "digits-float is valid",
+        "method.yaml is invalid",
+        "opt.yaml is invalid",
+        "none is invalid",
     ]
     (sentence,) = answer.err.splitlines()
     for words in ("epoch; did you mean epochs", "dsq has no rho", "sgdd", "no recipe none"):
