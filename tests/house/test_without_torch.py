@@ -1,4 +1,4 @@
-"""Verbs that compute nothing with torch do not wait the seconds that importing it takes."""
+"""Commands that do not need torch do not import it, which takes seconds."""
 
 from __future__ import annotations
 

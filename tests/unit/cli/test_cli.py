@@ -1,4 +1,4 @@
-"""What a command line answers: exit codes, one sentence on stderr, one JSON object on stdout."""
+"""The command line: exit codes, one sentence on stderr, one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_files_that_are_something_else(
         check_refusal(ricciq("eval", name, "--data", "digits"), 3, name)
 
 
-def test_a_checkpoint_that_says_nothing_about_its_model(
+def test_a_checkpoint_without_metadata_of_its_model(
     ricciq: Callable[..., Answer], tmp_path: Path
 ) -> None:
     save_tensors(tmp_path / "bare.safetensors", {"x": torch.zeros(1)}, {})
@@ -138,47 +138,45 @@ def test_a_checkpoint_that_says_nothing_about_its_model(
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    """Two classes of eight grey pictures each, in train/ and val/."""
+def image_folder(tmp_path: Path) -> Path:
+    """Two classes of eight grey images each, in train/ and val/."""
     random = np.random.default_rng(0)
     for part in ("train", "val"):
         for number, label in enumerate(("dark", "light")):
-            folder = tmp_path / "pictures" / part / label
+            folder = tmp_path / "images" / part / label
             folder.mkdir(parents=True)
             for i in range(8):
                 pixels = random.integers(100 * number, 100 * number + 100, (8, 8), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
-def test_a_truncated_validation_picture_is_named_before_anything_is_written(
-    ricciq: Callable[..., Answer], picture_folder: Path, tmp_path: Path
+def test_a_truncated_validation_image_is_named_before_anything_is_written(
+    ricciq: Callable[..., Answer], image_folder: Path, tmp_path: Path
 ) -> None:
-    broken = picture_folder / "val" / "light" / "3.png"
+    broken = image_folder / "val" / "light" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    answer = ricciq("quantize", "digits_resnet8", "--data", picture_folder, "--output", "run")
+    answer = ricciq("quantize", "digits_resnet8", "--data", image_folder, "--output", "run")
     check_refusal(answer, 3, str(broken))
-    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
+    assert [p.name for p in tmp_path.iterdir()] == ["images"]
 
 
-def test_an_empty_class_folder_is_named(
-    ricciq: Callable[..., Answer], picture_folder: Path
-) -> None:
-    for picture in (picture_folder / "train" / "light").iterdir():
-        picture.unlink()
-    answer = ricciq("quantize", "digits_resnet8", "--data", picture_folder)
+def test_an_empty_class_folder_is_named(ricciq: Callable[..., Answer], image_folder: Path) -> None:
+    for image in (image_folder / "train" / "light").iterdir():
+        image.unlink()
+    answer = ricciq("quantize", "digits_resnet8", "--data", image_folder)
     check_refusal(answer, 3, "light")
 
 
-def test_a_folder_without_validation_pictures(
-    ricciq: Callable[..., Answer], picture_folder: Path
+def test_a_folder_without_validation_images(
+    ricciq: Callable[..., Answer], image_folder: Path
 ) -> None:
-    (picture_folder / "val").rename(picture_folder / "other")
-    answer = ricciq("quantize", "digits_resnet8", "--data", picture_folder)
+    (image_folder / "val").rename(image_folder / "other")
+    answer = ricciq("quantize", "digits_resnet8", "--data", image_folder)
     check_refusal(answer, 3, "val")
 
 
-def test_an_output_folder_that_is_not_ours(ricciq: Callable[..., Answer], tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_a_run(ricciq: Callable[..., Answer], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for flag in ([], ["--overwrite"], ["--resume"]):
@@ -210,7 +208,7 @@ def test_one_bit_and_ternary_leave_activations_at_two_bits_and_say_so(
     assert json.loads(asked.out)["recipe"]["quantization"]["act_bits"] == 1
 
 
-def test_flags_go_before_the_recipe_and_the_recipe_before_the_defaults(
+def test_flags_override_the_recipe_and_the_recipe_overrides_the_defaults(
     ricciq: Callable[..., Answer], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text(
@@ -267,14 +265,14 @@ def test_values_out_of_range_exit_2(
     check_refusal(ricciq(*arguments), 2, *words)
 
 
-def test_calibration_sees_every_class_of_a_sorted_folder(picture_folder: Path) -> None:
+def test_calibration_sees_every_class_of_a_sorted_folder(image_folder: Path) -> None:
     values = {
         "model": {"name": "digits_resnet8", "pretrained": False},
-        "data": {"name": str(picture_folder), "batch_size": 4, "calibration_batches": 1},
+        "data": {"name": str(image_folder), "batch_size": 4, "calibration_batches": 1},
     }
     job = pipeline.prepare(Recipe.from_values(values), Session(torch.device("cpu")))
     (seen,) = job.calibration_images()
-    brightness = sorted(float(picture.mean()) for picture in seen)
+    brightness = sorted(float(image.mean()) for image in seen)
     assert brightness[-1] - brightness[0] > 0.5  # the two classes lie 100 of 255 apart
 
 
@@ -294,7 +292,7 @@ def stored_in(path: Path) -> dict[str, Any]:
     return session_metadata(open_session(path), path)
 
 
-def test_a_file_says_all_that_a_deployer_needs(finished_run: Path) -> None:
+def test_a_file_has_the_metadata_that_a_deployer_needs(finished_run: Path) -> None:
     report = json.loads((finished_run / "report.json").read_text())
     stored = stored_in(finished_run / "model.onnx")
     assert stored["ricciq"] == __version__
@@ -330,7 +328,7 @@ def test_export_carries_the_accuracy_along(
     assert not (tmp_path / "x.onnx").exists()
 
 
-def test_inspect_shows_what_the_file_says_of_itself(
+def test_inspect_shows_the_metadata_of_a_file(
     ricciq: Callable[..., Answer], finished_run: Path
 ) -> None:
     shown = json.loads(ricciq("inspect", finished_run / "model.onnx", "--json").out)
@@ -341,7 +339,7 @@ def test_inspect_shows_what_the_file_says_of_itself(
         assert words in answer.out
 
 
-def test_a_recipe_that_does_not_hold_removes_nothing(
+def test_an_invalid_recipe_removes_nothing(
     ricciq: Callable[..., Answer], finished_run: Path, tmp_path: Path
 ) -> None:
     copied = shutil.copytree(finished_run, tmp_path / "copy")
@@ -356,6 +354,8 @@ def test_a_recipe_that_does_not_hold_removes_nothing(
 
 
 @pytest.mark.parametrize("gate", ["nan", "inf"])
-def test_a_gate_is_a_number(ricciq: Callable[..., Answer], finished_run: Path, gate: str) -> None:
+def test_a_minimum_accuracy_is_a_number(
+    ricciq: Callable[..., Answer], finished_run: Path, gate: str
+) -> None:
     answer = ricciq("eval", finished_run / "model.onnx", "--data", "digits", f"--min-top1={gate}")
     check_refusal(answer, 2, "--min-top1", "is not a percentage")

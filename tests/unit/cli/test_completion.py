@@ -1,4 +1,4 @@
-"""What a shell offers at TAB, asked as bash asks."""
+"""Shell completion, called as bash calls it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def test_models_are_asked_of_timm_once(cache):
+def test_timm_is_asked_for_its_models_once(cache):
     names, imported = tab("ricciq quantize resnet50", cache)
     assert imported
     assert {"resnet50", "resnet50.a1_in1k", "resnet50d"} <= set(names)
@@ -80,7 +80,7 @@ def test_other_names_are_offered_without_timm(cache, line, offered):
     assert tab(line, cache) == (offered, False)
 
 
-def test_names_are_offered_where_nothing_can_be_kept(tmp_path, monkeypatch):
+def test_names_are_offered_without_a_cache(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "digits_resnet8" in completion.model_names()

@@ -61,7 +61,7 @@ def test_the_verb_shows_a_section():
     assert "training.lr" in ricciq("recipes", "keys").out
 
 
-def test_a_section_that_there_is_not_is_one_sentence():
+def test_an_unknown_section_is_one_sentence():
     answer = ricciq("recipes", "keys", "trainin")
     assert answer.code == 2
     assert "no section trainin; did you mean training" in answer.err

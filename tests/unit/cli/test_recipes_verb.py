@@ -70,7 +70,7 @@ def test_a_copy_goes_where_it_is_asked_and_replaces_nothing_unasked(tmp_path):
     assert not (tmp_path / "z.yaml").exists()
 
 
-def test_all_recipes_are_checked_and_a_bad_one_is_told(tmp_path):
+def test_all_recipes_are_checked_and_invalid_ones_are_reported(tmp_path):
     assert ricciq("recipes", "check", *shipped_recipes()).code == 0
     (tmp_path / "key.yaml").write_text("training: {epoch: 3}\n")
     (tmp_path / "method.yaml").write_text("method: {name: dsq, rho: 0.5}\n")

@@ -1,4 +1,4 @@
-"""What a forward pass did: values, readers and makers, whatever Python the forward holds."""
+"""Recording a forward pass: calls, values and their readers, with any Python in the forward."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ricciq.convert.trace import Call, Recording, record
 
-PICTURE = torch.zeros(1, 3, 8, 8)
+IMAGE = torch.zeros(1, 3, 8, 8)
 
 
 class Model(nn.Module):
@@ -58,7 +58,7 @@ def forward_method(m, x):
     "forward", [forward_functional, forward_operator, forward_in_place, forward_method]
 )
 def test_an_addition_reads_what_the_modules_made(forward):
-    recording = record(Model(forward, a=conv(), b=conv()), PICTURE)
+    recording = record(Model(forward, a=conv(), b=conv()), IMAGE)
     a, b, addition = recording.calls
     assert [c.name for c in (a, b, addition)] == ["a", "b", ""]
     assert (a.is_module, b.is_module, addition.is_module) == (True, True, False)
@@ -77,7 +77,7 @@ def test_a_value_changed_in_place_is_another_value():
         y += 1
         return before + m.c(y)
 
-    recording = record(Model(forward, a=conv(), b=conv(), c=conv()), PICTURE)
+    recording = record(Model(forward, a=conv(), b=conv(), c=conv()), IMAGE)
     made = call_of(recording, "a").outputs[0]
     readers = [c.name or c.kind for c in recording.readers[made]]
     assert readers[0] == "b"
@@ -88,9 +88,9 @@ def test_a_value_changed_in_place_is_another_value():
     assert recording.readers[read_by_c] == [call_of(recording, "c")]
 
 
-def test_an_inplace_relu_makes_a_value_of_its_own():
+def test_an_inplace_relu_makes_a_new_value():
     model = nn.Sequential(conv(), nn.ReLU(inplace=True), conv())
-    recording = record(model, PICTURE)
+    recording = record(model, IMAGE)
     first, relu, last = recording.calls
     assert relu.kind == "ReLU"
     assert relu.inputs == first.outputs
@@ -99,7 +99,7 @@ def test_an_inplace_relu_makes_a_value_of_its_own():
 
 
 def test_a_shared_module_runs_twice():
-    recording = record(Model(lambda m, x: m.a(m.a(x)), a=conv()), PICTURE)
+    recording = record(Model(lambda m, x: m.a(m.a(x)), a=conv()), IMAGE)
     assert recording.times["a"] == 2
     first, second = recording.calls
     assert (first.name, second.name) == ("a", "a")
@@ -107,8 +107,8 @@ def test_a_shared_module_runs_twice():
 
 
 @pytest.mark.parametrize("idle", [nn.Identity(), nn.Dropout(0.5), nn.Dropout2d(0.5)])
-def test_what_hands_its_input_on_is_no_call(idle):
-    recording = record(nn.Sequential(conv(), idle, conv()), PICTURE)
+def test_a_module_that_returns_its_input_is_no_call(idle):
+    recording = record(nn.Sequential(conv(), idle, conv()), IMAGE)
     first, last = recording.calls
     assert (first.name, last.name) == ("0", "2")
     assert last.inputs == first.outputs
@@ -119,7 +119,7 @@ def test_what_hands_its_input_on_is_no_call(idle):
 
 def test_a_value_is_returned_by_the_innermost_module_first():
     block = nn.Sequential(nn.Sequential(conv(), nn.ReLU()))
-    recording = record(nn.Sequential(block, conv()), PICTURE)
+    recording = record(nn.Sequential(block, conv()), IMAGE)
     relu = call_of(recording, "0.0.1")
     assert recording.returned_by[relu.outputs[0]] == ["0.0.1", "0.0", "0"]
     assert recording.returned_by[recording.result[0]] == ["1", ""]
@@ -127,7 +127,7 @@ def test_a_value_is_returned_by_the_innermost_module_first():
 
 def test_functions_carry_the_name_of_the_module_they_are_called_in():
     inner = Model(lambda m, x: F.relu(m.a(x)), a=conv())
-    recording = record(Model(lambda m, x: m.inner(x).mean((2, 3)), inner=inner), PICTURE)
+    recording = record(Model(lambda m, x: m.inner(x).mean((2, 3)), inner=inner), IMAGE)
     assert kinds(recording) == [
         ("inner.a", "Conv2d", True),
         ("inner", "relu", False),
@@ -135,9 +135,9 @@ def test_functions_carry_the_name_of_the_module_they_are_called_in():
     ]
 
 
-def test_what_happens_inside_a_childless_module_is_not_reported():
+def test_functions_in_a_module_without_children_are_not_recorded():
     whole = Model(lambda m, x: F.relu(x + 1))  # noqa: ARG005
-    recording = record(Model(lambda m, x: m.whole(x), whole=whole), PICTURE)
+    recording = record(Model(lambda m, x: m.whole(x), whole=whole), IMAGE)
     assert kinds(recording) == [("whole", "Model", True)]
 
 
@@ -146,7 +146,7 @@ def test_keyword_arguments_and_several_results_are_values():
         first, second = m.a(x).chunk(2, dim=1)
         return torch.add(input=first, other=second)
 
-    recording = record(Model(forward, a=nn.Conv2d(3, 4, 1)), PICTURE)
+    recording = record(Model(forward, a=nn.Conv2d(3, 4, 1)), IMAGE)
     _, chunk, addition = recording.calls
     assert len(chunk.outputs) == 2
     assert addition.inputs == chunk.outputs
@@ -157,7 +157,7 @@ def test_reading_a_shape_is_no_call():
         y = m.a(x)
         return y.view(y.shape[0], y.size(1), -1)
 
-    recording = record(Model(forward, a=conv()), PICTURE)
+    recording = record(Model(forward, a=conv()), IMAGE)
     assert [c.kind for c in recording.calls] == ["Conv2d", "view"]
 
 
@@ -172,7 +172,7 @@ def test_the_training_mode_and_statistics_are_left_as_they_were(training):
 def test_a_frozen_norm_stays_frozen():
     model = nn.Sequential(conv(), nn.BatchNorm2d(3)).train()
     model[1].eval()
-    record(model, PICTURE)
+    record(model, IMAGE)
     assert model[0].training
     assert not model[1].training
 
@@ -183,14 +183,14 @@ def hooks(model: nn.Module) -> int:
 
 def test_hooks_are_removed():
     model = nn.Sequential(conv(), nn.Sequential(nn.ReLU()))
-    record(model, PICTURE)
+    record(model, IMAGE)
     assert hooks(model) == 0
 
 
 def test_hooks_are_removed_after_a_failure():
     model = nn.Sequential(conv(), nn.Linear(5, 2))
     with pytest.raises(RuntimeError):
-        record(model, PICTURE)
+        record(model, IMAGE)
     assert hooks(model) == 0
     assert torch.relu(torch.tensor(-1.0)) == 0  # and no function mode is left behind
 
@@ -198,5 +198,5 @@ def test_hooks_are_removed_after_a_failure():
 def test_the_training_mode_is_restored_after_a_failure():
     model = nn.Sequential(conv(), nn.Linear(5, 2)).train()
     with pytest.raises(RuntimeError):
-        record(model, PICTURE)
+        record(model, IMAGE)
     assert model.training

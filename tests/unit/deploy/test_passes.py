@@ -1,4 +1,4 @@
-"""The passes over the exported graph: what stands between a kernel and its quantizer is gone."""
+"""The passes over the exported graph: nothing is left between a kernel and its quantizer."""
 
 from collections import Counter, OrderedDict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ricciq doctor`: what it sees, and that it finds what is broken."""
+"""`ricciq doctor`: what it shows, and the problems that it finds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_it_says_what_is_there():
 
 
 @pytest.mark.parametrize("module", ["torchvision", "yaml"])
-def test_what_does_not_import_is_told_and_fails(monkeypatch, module):
+def test_what_does_not_import_is_reported_and_fails(monkeypatch, module):
     def broken(name):
         if name == module:
             raise RuntimeError("operator nms\ndoes not exist")
@@ -50,7 +50,7 @@ def test_what_does_not_import_is_told_and_fails(monkeypatch, module):
     assert module.removeprefix("py") in problem["what"]
 
 
-def test_missing_and_old_packages_are_told(monkeypatch):
+def test_missing_and_old_packages_are_reported(monkeypatch):
     needed = ["torch>=99.1", "no-such-package>=1", "datasets>=3; extra == 'hf'"]
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: needed)
     monkeypatch.setattr(doctor.util, "find_spec", lambda _: None)
@@ -64,7 +64,7 @@ def test_missing_and_old_packages_are_told(monkeypatch):
     assert problems["--data hfds/NAME needs datasets"]["remedy"] == "pip install 'ricciq[hf]'"
 
 
-def test_a_source_tree_that_is_not_installed_is_told(monkeypatch):
+def test_a_source_tree_that_is_not_installed_is_reported(monkeypatch):
     def missing(_):
         raise doctor.metadata.PackageNotFoundError
 
@@ -72,7 +72,7 @@ def test_a_source_tree_that_is_not_installed_is_told(monkeypatch):
     assert "ricciq is found but not installed" in whats()
 
 
-def test_a_full_disk_a_locked_folder_and_little_memory_are_told(monkeypatch):
+def test_a_full_disk_a_locked_folder_and_little_memory_are_reported(monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
@@ -85,7 +85,7 @@ def test_a_full_disk_a_locked_folder_and_little_memory_are_told(monkeypatch):
         assert words in told
 
 
-def test_a_cpu_without_integer_instructions_and_a_torch_without_cuda_are_told(monkeypatch):
+def test_a_cpu_without_integer_instructions_and_a_torch_without_cuda_are_reported(monkeypatch):
     plain = {"name": "x86", "cores": 64, "usable": 64, "instructions": ["avx2"]}
     monkeypatch.setattr(doctor, "_cpu", lambda: plain)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -94,7 +94,7 @@ def test_a_cpu_without_integer_instructions_and_a_torch_without_cuda_are_told(mo
         assert words in told
 
 
-def test_cuda_devices_are_told_with_their_memory(monkeypatch):
+def test_cuda_devices_are_reported_with_their_memory(monkeypatch):
     card = namedtuple("Card", "name total_memory")("NVIDIA X", 80_000_000_000)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -1,4 +1,4 @@
-"""Bits found for the user: what a layer loses, how a budget is spent, what a run makes of it."""
+"""Automatic bits: sensitivities, the allocation of a budget, and runs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def cost_and_size(
 def by_trying(
     layers: Sequence[Sensitivity], budget: float, overhead: Overhead
 ) -> tuple[float, float] | None:
-    """Least loss and, of what loses as little, least size; of everything that there is."""
+    """The least loss, and the least size with that loss, by trying all widths."""
     names = [layer.name for layer in layers]
     tried = [
         cost_and_size(layers, dict(zip(names, bits, strict=True)), overhead)
@@ -242,21 +242,21 @@ def job() -> Job:
 
 
 @pytest.fixture(scope="module")
-def pictures(job: Job) -> list[Tensor]:
+def batches(job: Job) -> list[Tensor]:
     return [images for images, _ in job.loader("fit", samples=128)]
 
 
 @pytest.fixture(scope="module")
-def measured(job: Job, pictures: list[Tensor]) -> list[Sensitivity]:
+def measured(job: Job, batches: list[Tensor]) -> list[Sensitivity]:
     names = [layer.name for layer in job.plan.layers[1:-1]]
     return measure_sensitivity(
-        job.model, job.plan, names, job.recipe.quantization.kinds, pictures, Journal()
+        job.model, job.plan, names, job.recipe.quantization.kinds, batches, Journal()
     )
 
 
 @torch.no_grad()
-def by_hand(job: Job, name: str, bits: int, kind: WeightKind, pictures: list[Tensor]) -> float:
-    """The mean divergence of the answers where the weight of one layer alone is rounded."""
+def by_hand(job: Job, name: str, bits: int, kind: WeightKind, batches: list[Tensor]) -> float:
+    """The mean divergence of the predictions if only the weight of one layer is rounded."""
     plain, rounded = copy.deepcopy(job.model).eval(), copy.deepcopy(job.model).eval()
     norm = next(layer.norm for layer in job.plan.layers if layer.name == name)
     assert norm is not None
@@ -267,10 +267,10 @@ def by_hand(job: Job, name: str, bits: int, kind: WeightKind, pictures: list[Ten
     quantizer.calibrate(weight * sign)
     weight.copy_(quantizer(weight * sign) * sign)
     lost = 0.0
-    for images in pictures:
+    for images in batches:
         p, q = plain(images).double().softmax(1), rounded(images).double().softmax(1)
         lost += float((p * (p.log() - q.log())).sum())
-    return lost / sum(map(len, pictures))
+    return lost / sum(map(len, batches))
 
 
 @pytest.mark.slow
@@ -295,45 +295,45 @@ def test_more_bits_never_lose_more_and_eight_lose_next_to_nothing(
 
 
 def check_against_hand(
-    job: Job, found: Sensitivity, kind: WeightKind, pictures: list[Tensor]
+    job: Job, found: Sensitivity, kind: WeightKind, batches: list[Tensor]
 ) -> None:
     least = float("inf")
     for bits, lost in found.divergence.items():
-        least = min(least, by_hand(job, found.name, bits, kind, pictures))
+        least = min(least, by_hand(job, found.name, bits, kind, batches))
         assert lost == pytest.approx(least, rel=0.01, abs=1e-7), (found.name, bits)
 
 
 @pytest.mark.slow
 def test_what_is_measured_is_what_rounding_that_layer_alone_loses(
-    job: Job, measured: list[Sensitivity], pictures: list[Tensor]
+    job: Job, measured: list[Sensitivity], batches: list[Tensor]
 ) -> None:
     for layer in measured:
         if layer.name in MEASURED:
-            check_against_hand(job, layer, "lsq", pictures)
+            check_against_hand(job, layer, "lsq", batches)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["odd", "dorefa", "codebook"])
 def test_other_quantizers_are_measured_as_they_round(
-    job: Job, pictures: list[Tensor], kind: WeightKind
+    job: Job, batches: list[Tensor], kind: WeightKind
 ) -> None:
     kinds = replace(job.recipe.quantization.kinds, weights=kind)
-    found = measure_sensitivity(job.model, job.plan, MEASURED, kinds, pictures, Journal())
+    found = measure_sensitivity(job.model, job.plan, MEASURED, kinds, batches, Journal())
     for layer in found:
         assert list(layer.divergence) == ([1, 2, 4, 8] if kind == "codebook" else list(WIDTHS))
-        check_against_hand(job, layer, kind, pictures)
+        check_against_hand(job, layer, kind, batches)
 
 
 @pytest.mark.slow
-def test_measuring_leaves_the_float_model_as_it_is(pictures: list[Tensor]) -> None:
+def test_measuring_leaves_the_float_model_as_it_is(batches: list[Tensor]) -> None:
     job = job_of()
     job.model.train()
     job.model.get_submodule("layer2").eval()
     frozen = next(job.model.parameters()).requires_grad_(False)
     before = copy.deepcopy(job.model)
     kinds = job.recipe.quantization.kinds
-    first = measure_sensitivity(job.model, job.plan, MEASURED[:1], kinds, pictures, Journal())
-    again = measure_sensitivity(job.model, job.plan, MEASURED[:1], kinds, pictures, Journal())
+    first = measure_sensitivity(job.model, job.plan, MEASURED[:1], kinds, batches, Journal())
+    again = measure_sensitivity(job.model, job.plan, MEASURED[:1], kinds, batches, Journal())
     assert first == again
     assert str(job.model) == str(before)
     state = job.model.state_dict()
@@ -526,7 +526,7 @@ def test_bits_on_top_of_a_recipe_that_finds_them_are_taken(
 
 
 def check_folder(folder: Path) -> list[int]:
-    """What a run with found bits leaves; the bits of its layers."""
+    """Check the folder of a run with automatic bits; returns the bits of its layers."""
     report = json.loads((folder / "report.json").read_text())
     rows = read_csv(RunFolder(folder).sensitivity)
     bits = [int(row["bits"]) for row in rows]
@@ -579,7 +579,7 @@ def test_a_resumed_run_takes_the_bits_that_were_found(
 
 LARGEST = 44_000
 WEIGHED = 4
-"""Files before anything is measured: by the planes that codes are packed into, and the smallest."""
+"""Files that are weighed before measuring: one for each number of bit planes, and the smallest."""
 
 
 class Sized(NamedTuple):
@@ -656,7 +656,7 @@ def test_where_no_choice_fits_but_the_smallest_that_is_taken(
 
 
 def test_a_budget_between_the_smallest_file_and_one_bit_for_all_is_enough() -> None:
-    """8 bits, which need nothing to undo a packing, take less than 1 for a few weights."""
+    """For few weights, 8 bits take fewer bytes than 1 bit, since they need no lookup table."""
     changes = {"model.name": "fashion_mobilenet", "model.pretrained": False}
     changes |= {"quantization.average_bits": None, "quantization.max_bytes": 48_650}
     budget = find_budget(job_of(changes), SESSION)  # with 1 bit for all 48,703 bytes
