@@ -1,4 +1,4 @@
-"""A run's pages: report.md, and report.html, one file that needs no network and no other file."""
+"""The pages of a run: report.md, and report.html, which needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ _TERNARY_BITS = math.log2(3)
 
 
 class Drawing(NamedTuple):
-    """A figure of the page, as an SVG element, and what it shows."""
+    """A figure of the page.
+
+    Attributes:
+        svg: the SVG element.
+        caption: what it shows.
+    """
 
     svg: Markup
     caption: str
@@ -34,14 +39,14 @@ def render_run(path: Path, *, dry_run: bool = False) -> list[Path]:
 
     Args:
         path: the run's folder.
-        dry_run: make the pages, and write nothing.
+        dry_run: make the pages, but write nothing.
 
     Returns:
-        The files.
+        The paths of the pages.
 
     Raises:
-        InputError: the folder is not of a finished run, or something in it is damaged.
-        UsageError: it is in use.
+        InputError: the folder is not that of a finished run, or a file in it is damaged.
+        UsageError: another process uses the folder.
     """
     folder = RunFolder(path)
     report = load_report(folder.report)
@@ -54,12 +59,16 @@ def render_run(path: Path, *, dry_run: bool = False) -> list[Path]:
 
 
 def write_pages(folder: RunFolder, report: Report) -> None:
-    """Write report.md and report.html of a run that has come to its report.
+    """Write report.md and report.html of a run.
+
+    Args:
+        folder: of the run.
+        report: of the run.
 
     Raises:
-        InputError: something the run wrote beside its report is damaged.
+        InputError: another file of the run is damaged.
     """
-    page = to_html(folder, report)  # if it cannot be made, both stay as they are
+    page = to_html(folder, report)  # first, so that an error leaves both pages unchanged
     write_atomically(folder.report_markdown, to_markdown(report))
     write_atomically(folder.page, page)
 
@@ -70,10 +79,14 @@ def to_markdown(report: Report) -> str:
 
 
 def to_html(folder: RunFolder, report: Report) -> str:
-    """The report as an HTML page, with what the run's folder holds beside it.
+    """The report as an HTML page, with plots and tables of the other files of the run.
+
+    Args:
+        folder: of the run.
+        report: of the run.
 
     Raises:
-        InputError: something there is damaged.
+        InputError: one of these files is damaged.
     """
     try:
         return _render(
@@ -90,18 +103,18 @@ def to_html(folder: RunFolder, report: Report) -> str:
             recipe=folder.recipe.read_text(encoding="utf-8"),
             command=_command(folder, report),
         )
-    # Numbers beyond all bounds end in the arithmetic of a plot.
+    # Extreme numbers raise an ArithmeticError in a plot.
     except (KeyError, ValueError, TypeError, ArithmeticError, OSError) as error:
         raise InputError(
-            f"{folder.path} holds tables of a run that cannot be read ({error}); give a finished "
-            "run as ricciq wrote it"
+            f"{folder.path} has tables that cannot be read ({error}); give a finished run as "
+            "ricciq wrote it"
         ) from None
 
 
 def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=jinja2.select_autoescape(["html.j2"]),  # names come out of files
+        autoescape=jinja2.select_autoescape(["html.j2"]),  # names come from files
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -126,17 +139,17 @@ def _training_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
 def _geometry_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
     drawings = []
     if decay := read_csv(folder.decay):
-        caption = "The perturbation of the LNE metric as the linear flow goes on, a line a layer"
+        caption = "Perturbation of the LNE metric over the time of the linear flow, by layer"
         if report.geometry.applied is False:
-            caption += "; a probe, not applied in training"
+            caption += "; computed as a probe, not applied in training"
         drawings.append(_drawing(draw_decay(decay), caption))
     if rows := read_csv(folder.geometry):
         for column, label, caption in (
-            ("mismatch_cosine", "cosine", f"Mismatch: {COSINE}"),
-            ("codes_changed", "share", "Oscillation: the share of codes that changed"),
+            ("mismatch_cosine", "cosine", COSINE.capitalize()),
+            ("codes_changed", "share", "Oscillation: share of codes that changed"),
         ):
             figure = draw_layers(rows, column, label)
-            drawings.append(_drawing(figure, f"{caption}, a line a layer"))
+            drawings.append(_drawing(figure, f"{caption}, by layer"))
     return drawings
 
 
@@ -145,18 +158,18 @@ def _drawing(figure: Figure, caption: str) -> Drawing:
 
 
 def _sensitivity_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A layer's losses in nats by width, and the width it got."""
+    """A layer's losses in nats by bits, and the bits it got."""
     widths = {k.removeprefix("nats_at_"): float(row[k]) for k in row if k.startswith("nats_at_")}
     return {"layer": row["layer"], "bits": row["bits"], "nats": widths}
 
 
 def _share_of_8(bits: int | str) -> float:
-    """How long a bar for a width is, percent; float is none."""
+    """Length of the bar for a number of bits, percent of that of 8; zero for float."""
     number = _TERNARY_BITS if isinstance(bits, str) else bits
     return 100 * number / 8 if number <= 8 else 0.0
 
 
 def _command(folder: RunFolder, report: Report) -> str:
-    """What repeats the run."""
+    """The command that repeats the run."""
     recipe = shlex.quote(str(folder.recipe))
     return f"ricciq quantize {shlex.quote(report.model)} --recipe {recipe} --output runs/again"

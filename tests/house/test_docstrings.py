@@ -27,17 +27,10 @@ PACKAGE = Path(ricciq.__file__).parent
 NOT_DONE = {
     "cli",
     "convert",
-    "data",
     "deploy",
-    "errors",
     "estimators",
     "layers",
-    "models",
     "quant",
-    "recipe",
-    "report",
-    "runs",
-    "system",
     "training",
     "workflows",
 }
