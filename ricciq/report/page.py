@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from ricciq.errors import InputError
+from ricciq.report.charts import BLUE, COSINE, RED, Line, by_layer, decay_lines, line_chart
 from ricciq.report.disagreements import THUMBNAIL, Disagreements
-from ricciq.report.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
 from ricciq.report.schema import Report, load_report
 from ricciq.runs.folder import RunFolder
 from ricciq.system.files import write_atomically
@@ -103,7 +102,7 @@ def to_html(folder: RunFolder, report: Report) -> str:
             recipe=folder.recipe.read_text(encoding="utf-8"),
             command=_command(folder, report),
         )
-    # Extreme numbers raise an ArithmeticError in a plot.
+    # Extreme numbers raise an ArithmeticError in a chart.
     except (KeyError, ValueError, TypeError, ArithmeticError, OSError) as error:
         raise InputError(
             f"{folder.path} has tables that cannot be read ({error}); give a finished run as "
@@ -127,12 +126,22 @@ def _training_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
     if not rows:
         return []
     top1 = "top-1" if report.labelled else "agreement with float"
-    parts = ("train", "hold-out")
-    losses = dict(zip(parts, ("train_loss", "holdout_loss"), strict=True))
-    accuracies = dict(zip(parts, ("train_top1", "holdout_top1"), strict=True))
     return [
-        _drawing(draw_epochs(rows, losses, "loss"), "Loss over the epochs"),
-        _drawing(draw_epochs(rows, accuracies, f"{top1}, %"), f"{top1} over the epochs"),
+        _drawing(_train_and_holdout(rows, "loss"), "epoch", "loss", "Loss over the epochs"),
+        _drawing(
+            _train_and_holdout(rows, "top1"), "epoch", f"{top1}, %", f"{top1} over the epochs"
+        ),
+    ]
+
+
+def _train_and_holdout(rows: list[dict[str, Any]], metric: str) -> list[Line]:
+    epochs = [int(row["epoch"]) for row in rows]
+    return [
+        Line(list(zip(epochs, (float(row[column]) for row in rows), strict=True)), color, label)
+        for column, color, label in (
+            (f"train_{metric}", BLUE, "train"),
+            (f"holdout_{metric}", RED, "hold-out"),
+        )
     ]
 
 
@@ -142,19 +151,26 @@ def _geometry_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
         caption = "Perturbation of the LNE metric over the time of the linear flow, by layer"
         if report.geometry.applied is False:
             caption += "; computed as a probe, not applied in training"
-        drawings.append(_drawing(draw_decay(decay), caption))
+        layers, law = decay_lines(decay)
+        lines = [Line(points, BLUE) for points in layers]
+        lines += [Line(law, "currentColor", "slope −2π²", dashed=True)] if law else []
+        axes = "flow time (linear flow)", "metric off its diagonal"
+        drawings.append(_drawing(lines, *axes, caption, is_log=True))
     if rows := read_csv(folder.geometry):
         for column, label, caption in (
             ("mismatch_cosine", "cosine", COSINE.capitalize()),
             ("codes_changed", "share", "Oscillation: share of codes that changed"),
         ):
-            figure = draw_layers(rows, column, label)
-            drawings.append(_drawing(figure, f"{caption}, by layer"))
+            lines = [Line(points, RED) for points in by_layer(rows, "epoch", column, int)]
+            drawings.append(_drawing(lines, "epoch", label, f"{caption}, by layer"))
     return drawings
 
 
-def _drawing(figure: Figure, caption: str) -> Drawing:
-    return Drawing(Markup(as_svg(figure, caption)), caption)  # matplotlib escapes its texts
+def _drawing(
+    lines: list[Line], x_label: str, y_label: str, caption: str, *, is_log: bool = False
+) -> Drawing:
+    svg = line_chart(lines, x_label, y_label, caption, is_log=is_log)
+    return Drawing(Markup(svg), caption)  # line_chart escapes its texts
 
 
 def _sensitivity_row(row: dict[str, Any]) -> dict[str, Any]:
