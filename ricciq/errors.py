@@ -2,14 +2,14 @@
 
     RicciqError                1   failed while running
     ├── UsageError             2   wrong flags or flag values
-    │   └── RecipeError        2   a recipe that does not hold
-    ├── InputError             3   something given is missing, unreadable, unsafe or does not fit
-    │   ├── DataError          3   the pictures
+    │   └── RecipeError        2   an invalid recipe
+    ├── InputError             3   an input is missing, unreadable, unsafe or does not fit
+    │   ├── DataError          3   the images
     │   ├── CheckpointError    3   the weights
     │   └── ModelError         3   the model name, or an ONNX file
-    ├── DivergedError          1   training, or what it led to, is not finite
-    ├── GateError              4   an accuracy or agreement gate was not met
-    └── InterruptedRunError  130   stopped by the user; --resume goes on
+    ├── DivergedError          1   gradients or predictions are NaN or infinite
+    ├── GateError              4   accuracy or agreement is below a gate
+    └── InterruptedRunError  130   stopped by the user; --resume continues the run
 
 Every message is one sentence that names the thing, the value and the remedy.
 """
@@ -21,35 +21,39 @@ from collections.abc import Iterable
 
 
 class RicciqError(Exception):
-    """Anything that ends a ricciq command without a traceback."""
+    """An error that ends a ricciq command without a traceback.
+
+    Attributes:
+        exit_code: of the command.
+        said: whether another process that raised the same error prints it.
+    """
 
     exit_code = 1
     said = False
-    """Whether another process that met the same error says so."""
 
 
 class UsageError(RicciqError):
-    """A command was called with values that cannot work."""
+    """A command was called with invalid values."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe file is missing, is not valid YAML, or holds values that cannot work."""
+    """A recipe file is missing, is not valid YAML, or has invalid values."""
 
 
 class InputError(RicciqError):
-    """Something the user gave is missing, unreadable, unsafe or does not fit."""
+    """An input is missing, unreadable, unsafe or does not fit."""
 
     exit_code = 3
 
 
 class DataError(InputError):
-    """A data set is missing, unreadable or has no proper splits."""
+    """A data set is missing, unreadable or lacks a split."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint is missing, unreadable, unsafe or belongs to another model."""
+    """A checkpoint is missing, unreadable, unsafe or of another model."""
 
 
 class ModelError(InputError):
@@ -57,11 +61,11 @@ class ModelError(InputError):
 
 
 class DivergedError(RicciqError):
-    """Training gave no finite gradients, or a model no finite answers."""
+    """Gradients in training, or the predictions of a model, are NaN or infinite."""
 
 
 class GateError(RicciqError):
-    """A measured accuracy or agreement is below what the caller demanded."""
+    """A measured accuracy or agreement is below the gate that the caller set."""
 
     exit_code = 4
 
@@ -73,18 +77,23 @@ class InterruptedRunError(RicciqError):
 
 
 def on_one_line(error: object, most: int | None = None) -> str:
-    """What an error of a library says, as part of a sentence: so many letters of it, or all."""
+    """The message of a library's error on one line, for use within a sentence.
+
+    Args:
+        error: the error.
+        most: the largest number of characters to keep; None keeps all.
+    """
     return " ".join(str(error).split())[:most]
 
 
 def did_you_mean(given: str, known: Iterable[str], otherwise: str, most: int = 3) -> str:
-    """The remedy for a name that is not known: those that are near to it, best first.
+    """The remedy for an unknown name: the known names most like it, best first.
 
     Args:
-        given: the name that somebody wrote.
-        known: the names that there are, in small letters.
-        otherwise: the remedy where none is near.
-        most: how many to name.
+        given: the unknown name.
+        known: the known names, in lower case.
+        otherwise: the remedy if no known name is similar.
+        most: the largest number of names to suggest.
     """
     near = difflib.get_close_matches(given.lower(), list(known), most, cutoff=0.5)
     return f"did you mean {' or '.join(near)}" if near else otherwise

@@ -1,4 +1,4 @@
-"""Top-1, top-5, loss and agreement of predict callables, torch or ONNX, in one pass over data."""
+"""Top-1, top-5, loss and agreement of predict functions, torch or ONNX, in one pass over data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Predict = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Metrics:
-    """How well a model did.
+    """Accuracy of a model, and its agreement with a reference.
 
     Attributes:
-        top1: percent of samples whose first guess was right.
-        top5: percent with the right class among the first five guesses.
+        top1: percent of samples whose most likely class is the target.
+        top5: percent of samples whose target is among the five most likely classes.
         loss: mean cross-entropy, nats.
-        samples: how many were seen.
-        agreement: percent of samples with the reference's first guess.
-        max_abs_diff: largest difference of a logit from the reference's.
+        samples: number of samples.
+        agreement: percent of samples with the same most likely class as the reference.
+        max_abs_diff: largest absolute difference of a logit from the reference's.
     """
 
     top1: float
@@ -42,7 +42,7 @@ class Predictions(NamedTuple):
 
     Attributes:
         classes: (N,) int64.
-        shares: (N,) softmax of these classes, 0 to 1.
+        shares: (N,) softmax probability of these classes, 0 to 1.
     """
 
     classes: Tensor
@@ -50,7 +50,7 @@ class Predictions(NamedTuple):
 
 
 def pooled(parts: Sequence[Metrics]) -> Metrics:
-    """The metrics of all samples from those of parts that have no sample in common."""
+    """The metrics over all samples, from those of disjoint parts."""
     samples = sum(part.samples for part in parts)
 
     def mean(name: str) -> float:
@@ -86,20 +86,20 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     reference: str | None = None,
 ) -> dict[str, Metrics]:
-    """Show the same pictures to several models.
+    """Evaluate several models on the same images.
 
     Args:
-        predictors: functions from (B, C, H, W) to (B, classes) logits, by name.
-        batches: pictures and integer targets (B,).
-        reference: which of them agreement is counted with; the first unless told.
+        predictors: functions from images (B, C, H, W) to logits (B, classes), by name.
+        batches: images (B, C, H, W) and integer targets (B,).
+        reference: name of the model to compute agreement with; None is the first.
 
     Returns:
-        The metrics of each.
+        The metrics of each model, by name.
 
     Raises:
-        DataError: there was no picture, or a target is not among the classes.
-        ModelError: a model does not answer with a row of logits a picture.
-        DivergedError: a model answers with NaN or infinite numbers.
+        DataError: there is no image, or a target is not among the classes.
+        ModelError: a model does not return one row of logits for each image.
+        DivergedError: a model returns NaN or infinity.
     """
     return evaluate_with_predictions(predictors, batches, reference)[0]
 
@@ -110,7 +110,7 @@ def evaluate_with_predictions(
     batches: Iterable[tuple[Tensor, Tensor]],
     reference: str | None = None,
 ) -> tuple[dict[str, Metrics], dict[str, Predictions]]:
-    """As `evaluate`, and what each model predicts for every image, in their order.
+    """As `evaluate`, and also return what each model predicts for every image.
 
     Args:
         predictors: as for `evaluate`.
@@ -118,10 +118,12 @@ def evaluate_with_predictions(
         reference: as for `evaluate`.
 
     Returns:
-        The metrics and the predictions of each.
+        The metrics and the predictions of each model, by name; predictions in the images' order.
 
     Raises:
-        RicciqError: as `evaluate`.
+        DataError: as `evaluate`.
+        ModelError: as `evaluate`.
+        DivergedError: as `evaluate`.
     """
     reference = reference or next(iter(predictors))
     tallies = {name: _Tally() for name in predictors}
@@ -129,24 +131,24 @@ def evaluate_with_predictions(
     samples = 0
     for images, targets in batches:
         logits = {name: predict(images).float().cpu() for name, predict in predictors.items()}
-        for name, answers in logits.items():
-            if answers.ndim != 2 or len(answers) != len(images):
+        for name, rows in logits.items():
+            if rows.ndim != 2 or len(rows) != len(images):
                 raise ModelError(
-                    f"the {name} model answers {len(images)} pictures with numbers of shape "
-                    f"{list(answers.shape)}, so it is no classifier; choose another model"
+                    f"the {name} model returns an output of shape {list(rows.shape)} for "
+                    f"{len(images)} images, so it is no classifier; choose another model"
                 )
         classes = logits[reference].shape[1]
         low, high = (int(end) for end in targets.aminmax())
         if low < 0 or high >= classes:
             raise DataError(
-                f"the data has class number {low if low < 0 else high}, the model knows {classes} "
-                "classes; give the data the model was made for"
+                f"the data has class number {low if low < 0 else high}, but the model has "
+                f"{classes} classes; give the data that the model was trained for"
             )
-        for name, answers in logits.items():
-            if not answers.isfinite().all():
+        for name, rows in logits.items():
+            if not rows.isfinite().all():
                 raise DivergedError(
-                    f"the {name} model answers with NaN or infinite numbers; check its weights, "
-                    "or lower --lr if they were just trained"
+                    f"the {name} model returns NaN or infinity; check its weights, or lower --lr "
+                    "if they were just trained"
                 )
         samples += len(targets)
         for name, tally in tallies.items():
@@ -154,7 +156,7 @@ def evaluate_with_predictions(
             shares, likeliest = logits[name].softmax(1).max(1)
             guesses[name].append((likeliest, shares))
     if not samples:
-        raise DataError("there is no picture to evaluate on; check the data folder")
+        raise DataError("there are no images to evaluate on; check the data folder")
     metrics = {
         name: Metrics(
             top1=100 * tally.top1 / samples,
@@ -175,7 +177,7 @@ def evaluate_with_predictions(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; afterwards every module has its own mode again."""
+    """Put a model in evaluation mode for a block, and restore the mode of every module after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

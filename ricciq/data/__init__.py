@@ -1,1 +1,1 @@
-"""Images in any form, as batches."""
+"""From a data set in any form to batches of images."""

@@ -1,4 +1,4 @@
-"""What varies between two looks at a training image, under timm's names."""
+"""Random augmentation of training images, under timm's names."""
 
 from __future__ import annotations
 
@@ -23,45 +23,50 @@ _Ratio = Annotated[float, Field(gt=0)]
 
 
 def _key(description: str, **bounds: Any) -> Any:
-    """A recipe's key; checked where a recipe is read, as a plain dataclass does not check."""
+    """The description and bounds of a recipe's key; `Recipe` checks them, not this dataclass."""
     return Field(description=description, **bounds)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What varies between two looks at a training image, under timm's names.
+    """Random augmentation of training images, under timm's names.
 
     The defaults are milder than timm's, which suit training from scratch for hundreds of epochs:
-    fine-tuning is short and starts from a network that has seen varied images.
+    fine-tuning is short, and the network was already trained on augmented images.
     """
 
     no_aug: Annotated[
         bool | None,
         _key(
-            "True varies nothing. Without a value, inputs of up to 64 pixels vary only where "
-            "pad_crop, auto_augment or reprob asks for it; false varies them too."
+            "True turns augmentation off, false turns it on. Without a value it is on, but for "
+            "inputs of up to 64 pixels only if pad_crop, auto_augment or reprob is set."
         ),
     ] = None
     scale: Annotated[
-        tuple[_Area, _Area], _key("Share of the area that the random resized crop keeps.")
+        tuple[_Area, _Area],
+        _key("Smallest and largest share of the area that the random resized crop keeps."),
     ] = (0.35, 1.0)
-    ratio: Annotated[tuple[_Ratio, _Ratio], _key("Aspect ratio of the random resized crop.")] = (
+    ratio: Annotated[
+        tuple[_Ratio, _Ratio], _key("Smallest and largest aspect ratio of the random resized crop.")
+    ] = (
         3 / 4,
         4 / 3,
     )
-    hflip: Annotated[float, _key("Probability of a left-right flip.", ge=0, le=1)] = 0.5
+    hflip: Annotated[float, _key("Probability of a horizontal flip.", ge=0, le=1)] = 0.5
     color_jitter: Annotated[
         float, _key("Strength of random brightness, contrast and saturation.", ge=0)
     ] = 0.0
-    auto_augment: Annotated[str | None, _key("timm's policy string, such as rand-m7-mstd0.5.")] = (
-        None
-    )
-    reprob: Annotated[float, _key("Probability of erasing a random rectangle.", ge=0, le=1)] = 0.0
+    auto_augment: Annotated[
+        str | None, _key("Augmentation policy, as timm writes it, such as rand-m7-mstd0.5.")
+    ] = None
+    reprob: Annotated[
+        float, _key("Probability of erasing a random rectangle (random erasing).", ge=0, le=1)
+    ] = 0.0
     pad_crop: Annotated[
         int,
         _key(
             "Pad with this many black pixels and crop at random, instead of the random resized "
-            "crop; 4 is usual for CIFAR-10, 2 for Fashion-MNIST.",
+            "crop; 4 is usual for CIFAR-10, 2 for Fashion-MNIST; 0 is off.",
             ge=0,
         ),
     ] = 0
@@ -69,15 +74,21 @@ class Augmentation:
         float, _key("Alpha of Mixup (arXiv 1710.09412), which blends two images; 0 is off.", ge=0)
     ] = 0.0
     cutmix: Annotated[
-        float, _key("Alpha of CutMix (arXiv 1905.04899), which pastes a part; 0 is off.", ge=0)
+        float,
+        _key(
+            "Alpha of CutMix (arXiv 1905.04899), which pastes a part of another image; 0 is off.",
+            ge=0,
+        ),
     ] = 0.0
-    mixup_prob: Annotated[float, _key("Probability that a batch is mixed.", ge=0, le=1)] = 1.0
+    mixup_prob: Annotated[
+        float, _key("Probability that Mixup or CutMix is applied to a batch.", ge=0, le=1)
+    ] = 1.0
     mixup_switch_prob: Annotated[
-        float, _key("Probability of CutMix where both are on.", ge=0, le=1)
+        float, _key("Probability of CutMix instead of Mixup, if both are on.", ge=0, le=1)
     ] = 0.5
 
     def mixing(self, num_classes: int) -> Mixup | None:
-        """timm's Mixup and CutMix of whole batches, or None where neither is asked for."""
+        """timm's Mixup and CutMix of whole batches, or None if both are off."""
         from timm.data.mixup import Mixup
 
         if self.no_aug or not (self.mixup or self.cutmix):
@@ -87,12 +98,12 @@ class Augmentation:
             cutmix_alpha=self.cutmix,
             prob=self.mixup_prob,
             switch_prob=self.mixup_switch_prob,
-            label_smoothing=0.0,  # the loss smooths
+            label_smoothing=0.0,  # the loss applies it
             num_classes=num_classes,
         )
 
     def transform(self, preprocessing: Preprocessing) -> Transform | None:
-        """timm's random training transform, or None where nothing varies.
+        """timm's random training transform, or None if augmentation is off.
 
         Raises:
             UsageError: timm does not know the `auto_augment` policy.
@@ -105,7 +116,7 @@ class Augmentation:
         small = max(size) <= SMALL_INPUT and not asked_for
         if small if self.no_aug is None else self.no_aug:
             return None
-        # Behind a padded crop, timm's crop is left to take the whole picture.
+        # After a padded crop, timm's crop takes the whole image.
         whole = (1.0, 1.0), (width / height, width / height)
         scale, ratio = whole if self.pad_crop else (self.scale, self.ratio)
         try:
@@ -122,10 +133,10 @@ class Augmentation:
                 mean=preprocessing.mean,
                 std=preprocessing.std,
             )
-        except (AssertionError, ValueError) as error:  # how timm refuses a policy
+        except (AssertionError, ValueError) as error:  # what timm raises for a bad policy
             raise UsageError(
-                f"auto_augment {self.auto_augment!r} is no policy that timm knows: "
-                "give one such as rand-m7-mstd0.5, or leave it out"
+                f"auto_augment {self.auto_augment!r} is not a policy of timm; give one such as "
+                "rand-m7-mstd0.5, or remove it"
             ) from error
         if not self.pad_crop:
             return vary

@@ -1,4 +1,4 @@
-"""A classification data set: its training part, what is held out of it, its validation part."""
+"""A classification data set, with its splits: fit, holdout and val."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ricciq.data.augmentation import Augmentation
-from ricciq.data.loader import Batch, picture_loader
+from ricciq.data.loader import Batch, image_loader
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.data.sources.base import Indices, Pictures
+from ricciq.data.sources.base import Images, Indices
 from ricciq.errors import DataError, UsageError
 from ricciq.system.distributed import World
 
@@ -21,25 +21,36 @@ Split = Literal["fit", "holdout", "val"]
 HOLDOUT_SHARE = 0.05
 
 
-class PictureData:
-    """A classification data set with a training and a validation part.
+class ImageData:
+    """A classification data set with training and validation images.
 
-    A part of the training pictures is held out, the same ones in every run: the best epoch is
-    chosen on them, so that the validation part is used once.
+    Some of the training images are held out, the same ones in every run. The best epoch is chosen
+    on them, so that the validation images are used only once.
 
     Attributes:
-        name: as given to --data.
-        class_names: one name a class, in the order of the targets.
-        grey: whether the pictures have one channel.
-        labelled: whether targets are known; if not, a model has to name the classes and answer.
+        name: the value of --data.
+        class_names: one name for each class, in the order of the targets.
+        grey: whether the images have one channel.
+        labelled: whether targets are known; if not, `set_pseudo_labels` provides them.
     """
 
     def __init__(
-        self, name: str, class_names: Sequence[str], grey: bool, train: Pictures, val: Pictures
+        self, name: str, class_names: Sequence[str], grey: bool, train: Images, val: Images
     ) -> None:
-        """Set the usual hold-out aside."""
+        """Hold out the default share of the training images.
+
+        Args:
+            name: the value of --data.
+            class_names: one name for each class; empty if there are no labels.
+            grey: whether the images have one channel.
+            train: the training images.
+            val: the validation images.
+
+        Raises:
+            DataError: as `hold_out`.
+        """
         self.name = name
-        # Of a folder whose name is no UTF-8 as others, since JSON and pages hold nothing else.
+        # A folder's name may be invalid UTF-8, which neither JSON nor HTML can hold.
         self.class_names = [name.encode(errors="backslashreplace").decode() for name in class_names]
         self.grey = grey
         self.labelled = bool(class_names)
@@ -47,61 +58,73 @@ class PictureData:
         self.hold_out(HOLDOUT_SHARE)
 
     def hold_out(self, share: float) -> None:
-        """Set this share of the training pictures aside; a larger share holds the smaller ones."""
+        """Hold out a share of the training images; a larger share includes a smaller one.
+
+        Args:
+            share: 0 to 1, of the training images.
+
+        Raises:
+            DataError: there is only one training image.
+        """
         train, val = self._train, self._val
         everything = np.arange(len(train.targets))
         if len(everything) < 2:
             raise DataError(
-                f"data {self.name!r} has a single training picture: give at least two, one to "
+                f"data {self.name!r} has a single training image; give at least two, one to "
                 "train on and one to hold out"
             )
-        # A class with one picture keeps it for training; where no class has two, any will do.
+        # A class with one image keeps it for training, unless no class has two.
         counts = np.bincount(train.targets)
         spare = everything[counts[train.targets] > 1]
         pool = spare if len(spare) else everything
         wanted = max(round(share * len(pool)), int((counts > 1).sum()), 1)
         held_out = _stratified(train.targets, pool, wanted)
-        self._splits: dict[Split, tuple[Pictures, Indices]] = {
+        self._splits: dict[Split, tuple[Images, Indices]] = {
             "fit": (train, np.setdiff1d(everything, held_out)),
             "holdout": (train, held_out),
             "val": (val, np.arange(len(val.targets))),
         }
 
-    def set_answers(self, classes: int, answers: Mapping[Split, Indices]) -> None:
-        """Let a model's answers stand for the labels that there are none of.
+    def set_pseudo_labels(self, num_classes: int, predictions: Mapping[Split, Indices]) -> None:
+        """Use a model's predictions as pseudo-labels.
 
         Args:
-            classes: how many the model knows; they are called 0, 1 and so on.
-            answers: the class of every picture of a split; in splits without it becomes -1.
+            num_classes: of the model; the class names become 0, 1 and so on.
+            predictions: (N,) class of every image, by split; targets of other splits become -1.
         """
-        self.class_names = [str(number) for number in range(classes)]
-        for split, (pictures, indices) in self._splits.items():
-            pictures.targets[indices] = answers.get(split, -1)
+        self.class_names = [str(number) for number in range(num_classes)]
+        for split, (images, indices) in self._splits.items():
+            images.targets[indices] = predictions.get(split, -1)
 
-    def picture(self, split: Split, index: int, mode: str) -> Image.Image:
-        """A picture of a split in PIL mode "L" or "RGB".
+    def image(self, split: Split, index: int, mode: str) -> Image.Image:
+        """Open an image.
+
+        Args:
+            split: the split it belongs to.
+            index: its position in the split, from 0.
+            mode: PIL mode to convert it to, "L" or "RGB".
 
         Raises:
             DataError: it cannot be read.
         """
-        pictures, indices = self._splits[split]
-        return pictures.open(int(indices[index]), mode)
+        images, indices = self._splits[split]
+        return images.open(int(indices[index]), mode)
 
     def labels(self, split: Split) -> list[str | None]:
-        """The names of a split's classes, in order; None where pictures have no labels."""
-        pictures, indices = self._splits[split]
+        """The class name of each image of a split; None if there are no labels."""
+        images, indices = self._splits[split]
         if not self.labelled:
             return [None] * len(indices)
-        return [self.class_names[target] for target in pictures.targets[indices]]
+        return [self.class_names[target] for target in images.targets[indices]]
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def channels(self) -> int:
-        """1 for grey pictures, 3 for colour."""
+        """1 for grey images, 3 for colour images."""
         return 1 if self.grey else 3
 
     def loader(
@@ -118,42 +141,45 @@ class PictureData:
         pin_memory: bool = False,
         world: World | None = None,
     ) -> DataLoader[Batch]:
-        """Batches of one split: pictures (B, C, H, W) float32 and targets (B,) int64.
+        """Batches of one split: images (B, C, H, W) float32 and targets (B,) int64.
 
-        Where the augmentation mixes pictures, targets are (B, classes) float32 and sum to 1.
+        With Mixup or CutMix, targets are (B, classes) float32, and each row sums to 1.
 
-        A training loader shuffles, drops a last partial batch if there is a full one, and repeats
-        itself: what it yields depends on seed and epoch, not on `workers`; see
+        A training loader shuffles, and drops a last partial batch if there is a full one. It is
+        deterministic: what it yields depends on seed and epoch, not on `workers`; see
         `ricciq.data.loader.set_epoch`.
 
         Args:
-            split: "fit" and "holdout" share the training part, "val" is the validation part.
+            split: "fit" and "holdout" are the training images, "val" the validation images.
             preprocessing: size and normalization of the tensors.
-            batch_size: pictures a batch.
-            workers: processes that decode pictures; 0 decodes in this one.
+            batch_size: images in a batch.
+            workers: processes that decode images; 0 decodes in this process.
             training: shuffle and augment.
-            seed: start of the order and of the augmentation.
-            augmentation: what to vary in training; None varies nothing.
-            train_samples: take this many pictures of "fit", fixed and stratified.
+            seed: of the order and the augmentation.
+            augmentation: applied in training; None applies none.
+            train_samples: use only this many images of "fit", a fixed stratified subset.
             pin_memory: as in torch's DataLoader.
-            world: the processes that share the pictures, each a batch of every step.
+            world: the processes that share the images; each gets its own batch in every step.
+
+        Returns:
+            The loader.
 
         Raises:
-            DataError: while iterating, for a picture that cannot be read.
-            UsageError: more train_samples than there are pictures, fewer pictures than a batch for
-                every process, or an unknown auto_augment.
+            DataError: while iterating, for an image that cannot be read.
+            UsageError: train_samples exceeds the number of images, there are fewer images than one
+                batch for each process, or auto_augment is unknown.
         """
-        pictures, indices = self._splits[split]
+        images, indices = self._splits[split]
         if train_samples is not None:
             if split != "fit" or not 1 <= train_samples <= len(indices):
                 raise UsageError(
-                    f"train_samples {train_samples} cannot be taken from the {len(indices)} "
-                    f"{split} pictures of {self.name!r}: give at least 1 and at most "
+                    f"train_samples {train_samples} does not fit the {len(indices)} {split} "
+                    f"images of {self.name!r}; give at least 1 and at most "
                     f"{len(self._splits['fit'][1])}"
                 )
-            indices = _stratified(pictures.targets, indices, train_samples)
-        return picture_loader(
-            pictures,
+            indices = _stratified(images.targets, indices, train_samples)
+        return image_loader(
+            images,
             indices,
             preprocessing,
             num_classes=self.num_classes,
@@ -168,16 +194,16 @@ class PictureData:
 
 
 def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
-    """Choose `count` of `indices`, always the same ones, every class in its proportion.
+    """Choose a fixed stratified subset of `indices`, of size `count`.
 
-    The indices are put in a fixed order in which each class advances at its own pace, and its
-    start is taken: every class comes once before any advances, and a smaller choice is part of
-    a larger one.
+    Each image gets its rank within its class (in a fixed random order) divided by the size of the
+    class, and the images with the smallest values are chosen. So every class comes once before any
+    comes twice, and a smaller subset is part of a larger one.
 
     Returns:
         The chosen indices, ascending.
     """
-    # RandomState, as its stream is the one that NumPy promises never to change.
+    # RandomState, since NumPy promises never to change its stream.
     shuffled = np.random.RandomState(0).permutation(indices)
     sizes = Counter(targets[shuffled].tolist())
     seen: Counter[int] = Counter()

@@ -1,4 +1,4 @@
-"""Batches of pictures whose order and augmentation follow from seed, epoch and index alone."""
+"""Batches of images whose order and augmentation follow from seed, epoch and index alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchvision.transforms.functional import normalize
 
 from ricciq.data.augmentation import Augmentation
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.data.sources.base import Indices, PictureArrays, Pictures
+from ricciq.data.sources.base import ImageArrays, Images, Indices
 from ricciq.errors import DataError, UsageError
 from ricciq.system.distributed import World
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 Batch = tuple[Tensor, Tensor]
 SECONDS_TO_CLOSE = 30
-"""What torchrun too leaves a process between SIGTERM and SIGKILL."""
+"""Time between SIGTERM and SIGKILL, as in torchrun."""
 
 
-def picture_loader(
-    pictures: Pictures,
+def image_loader(
+    images: Images,
     indices: Indices,
     preprocessing: Preprocessing,
     *,
@@ -43,20 +43,41 @@ def picture_loader(
     pin_memory: bool,
     world: World,
 ) -> DataLoader[Batch]:
-    """The chosen pictures in batches; see `ricciq.data.dataset.PictureData.loader`."""
+    """Batches of chosen images; see `ricciq.data.dataset.ImageData.loader`.
+
+    Args:
+        images: all images of a part.
+        indices: (N,) the chosen ones.
+        preprocessing: size and normalization of the tensors.
+        num_classes: number of classes, for targets of mixed images.
+        batch_size: images in a batch.
+        workers: processes that decode images; 0 decodes in this process.
+        training: shuffle and augment.
+        seed: of the order and the augmentation.
+        augmentation: applied in training; None applies none.
+        pin_memory: as in torch's DataLoader.
+        world: the processes that share the images.
+
+    Returns:
+        The loader.
+
+    Raises:
+        UsageError: there are fewer images than one batch for each process, or auto_augment is
+            unknown.
+    """
     each = batch_size if training else 1
     if world.size > 1 and len(indices) < each * world.size:
         raise UsageError(
-            f"{len(indices)} pictures are not {each} for each of {world.size} processes; lower "
-            "--batch-size or start fewer"
+            f"{len(indices)} images are fewer than {each} for each of {world.size} processes; "
+            "lower --batch-size or start fewer processes"
         )
     if not training:
         indices = indices[world.rank :: world.size]
     vary = mix = None
     if training and augmentation:
         vary, mix = augmentation.transform(preprocessing), augmentation.mixing(num_classes)
-    samples = _Samples(pictures, indices, preprocessing, vary, mix, seed)
-    return _PictureLoader(
+    samples = _Samples(images, indices, preprocessing, vary, mix, seed)
+    return _ImageLoader(
         samples,
         batch_size=batch_size,
         sampler=_EpochSampler(len(samples), seed, batch_size, world) if training else None,
@@ -65,39 +86,45 @@ def picture_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_as_is,
-        # Its own, so that starting an epoch draws nothing from the global generator.
+        # A generator of its own, so that an epoch draws nothing from the global one.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
 def set_epoch(loader: DataLoader[Batch], epoch: int, skip_batches: int = 0) -> None:
-    """Give a training loader the order and the augmentation of an epoch.
+    """Set the epoch of a training loader, which decides its order and its augmentation.
 
     Args:
-        loader: from `PictureData.loader` with `training=True`.
+        loader: from `ImageData.loader` with `training=True`.
         epoch: counted from 0.
-        skip_batches: leave out this many first batches, to go on in the middle of an epoch.
+        skip_batches: number of batches to skip, to resume in the middle of an epoch.
+
+    Raises:
+        TypeError: it is not a training loader.
     """
     samples, sampler = loader.dataset, loader.sampler
     if not (isinstance(samples, _Samples) and isinstance(sampler, _EpochSampler)):
-        raise TypeError("set_epoch needs a training loader made by PictureData.loader")
+        raise TypeError("set_epoch needs a training loader made by ImageData.loader")
     samples.epoch = sampler.epoch = epoch
     sampler.skip = skip_batches
 
 
 class _Samples(Dataset[Batch]):
-    """The chosen pictures of a split as normalized tensors, read a batch at a time."""
+    """The chosen images of a split as normalized tensors, read a batch at a time.
+
+    Random draws depend only on the seed, the epoch, and the index of an image.
+    """
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: Images,
         indices: Indices,
         preprocessing: Preprocessing,
         vary: Transform | None,
         mix: Mixup | None,
         seed: int,
     ) -> None:
-        self.pictures = pictures
+        self.images = images
         self.indices = indices
         self.preprocessing = preprocessing
         self.vary = vary
@@ -110,49 +137,49 @@ class _Samples(Dataset[Batch]):
         return len(self.indices)
 
     def __getitems__(self, positions: list[int]) -> Batch | DataError:
-        """A batch; an error is handed over as a value, since torch rewrites what workers raise."""
+        """A batch; an error is returned as a value, since torch rewrites errors of workers."""
         chosen = self.indices[positions]
-        targets = torch.from_numpy(self.pictures.targets[chosen])
+        targets = torch.from_numpy(self.images.targets[chosen])
         try:
-            images = self._images(chosen)
+            inputs = self._inputs(chosen)
         except DataError as error:
             return error
         if self.mix is None:
-            return images, targets
+            return inputs, targets
         with _random_state_kept():
-            # Of the batch's own, as a picture's augmentation is of its own.
+            # Seeded by the batch, as an image's augmentation is by the image.
             random.seed(f"mixing {self.seed} {self.epoch} {chosen.tolist()}")
             np.random.seed(random.getrandbits(32))
-            return _mixed(self.mix, images, targets)
+            return _mixed(self.mix, inputs, targets)
 
-    def _images(self, chosen: Indices) -> Tensor:
+    def _inputs(self, chosen: Indices) -> Tensor:
         if self.vary is not None:
             with _random_state_kept():
                 return torch.stack([self._varied(self.vary, int(index)) for index in chosen])
-        if isinstance(self.pictures, PictureArrays) and self.pictures.fits(self.preprocessing):
-            # The arithmetic of the transform, on the whole batch: a hundred times faster.
-            pixels = torch.from_numpy(self.pictures.pixels[chosen]).permute(0, 3, 1, 2)
-            images = pixels.contiguous().to(torch.float32).div_(255)
+        if isinstance(self.images, ImageArrays) and self.images.fits(self.preprocessing):
+            # The same arithmetic as the transform, on the whole batch: a hundred times faster.
+            pixels = torch.from_numpy(self.images.pixels[chosen]).permute(0, 3, 1, 2)
+            inputs = pixels.contiguous().to(torch.float32).div_(255)
             mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
-            normalize(images, mean, std, inplace=True)
-            return images
+            normalize(inputs, mean, std, inplace=True)
+            return inputs
         mode = self.preprocessing.mode
-        return torch.stack([self.evaluate(self.pictures.open(int(i), mode)) for i in chosen])
+        return torch.stack([self.evaluate(self.images.open(int(i), mode)) for i in chosen])
 
     def _varied(self, vary: Transform, index: int) -> Tensor:
-        # Of a picture's own, so that neither its batch nor its worker matters. timm's transforms
+        # Seeded by the image, so that neither its batch nor its worker matters. timm's transforms
         # draw from all three generators.
         random.seed(f"augmentation {self.seed} {self.epoch} {index}")
         np.random.seed(random.getrandbits(32))
         torch.default_generator.manual_seed(random.getrandbits(63))
-        return vary(self.pictures.open(index, self.preprocessing.mode))
+        return vary(self.images.open(index, self.preprocessing.mode))
 
 
 class _EpochSampler(Sampler[int]):
     """A process's share of a shuffled order that is a function of seed and epoch alone.
 
-    Batches of all processes are dealt by turns, so that together they see in a step what one
-    process with as many times the batch size would.
+    Processes take batches in turns, so that in a step they see together what a single process
+    with their total batch size would see.
     """
 
     def __init__(self, count: int, seed: int, batch_size: int, world: World) -> None:
@@ -160,7 +187,7 @@ class _EpochSampler(Sampler[int]):
         self.seed = seed
         self.epoch = 0
         self.skip = 0
-        """Batches of this process left out at the start."""
+        """Number of batches of this process to skip at the start."""
 
     def __len__(self) -> int:
         together = self.batch_size * self.world.size
@@ -177,8 +204,8 @@ class _EpochSampler(Sampler[int]):
         yield from order[self.skip * self.batch_size :].tolist()
 
 
-class _PictureLoader(DataLoader[Batch]):
-    """A DataLoader that raises the errors its workers hand over."""
+class _ImageLoader(DataLoader[Batch]):
+    """A DataLoader that raises the errors that its workers return."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -188,19 +215,19 @@ class _PictureLoader(DataLoader[Batch]):
 
 
 def _leave_stopping_to_the_parent(worker: int) -> None:  # noqa: ARG001
-    """Signals may reach every process of a group; the parent finishes its step first.
+    """Ignore signals in a worker, since they reach every process of a group.
 
-    It then closes its loader, which ends its workers; one that is stuck ends by the alarm.
+    The parent finishes its step and then closes its loader, which ends its workers. An alarm ends a
+    worker that is stuck.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
 
 
 def _mixed(mix: Mixup, images: Tensor, targets: Tensor) -> Batch:
-    """Pictures blended with their counterparts from the batch's other end, and the classes' shares.
+    """Mix each image with the one at the mirrored position, and return images and class shares.
 
-    timm takes even batches only. Of an odd one the last picture stays as it is, as the middle one,
-    which is its own counterpart, would.
+    timm takes only batches of even size. In a batch of odd size the last image is left unmixed.
     """
     even = len(targets) // 2 * 2
     shares: Tensor = one_hot(targets, mix.num_classes)  # type: ignore[no-untyped-call]
@@ -215,7 +242,7 @@ def _as_is(batch: Any) -> Any:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Put the global random generators back as they were."""
+    """Restore the global random generators after a block."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

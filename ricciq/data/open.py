@@ -1,42 +1,41 @@
 """A data set by the name given to --data.
 
-Images are opened strictly: timm's own folder data set puts another sample in the place of an image
-it cannot read, which changes accuracies without a word; here such an image ends the run.
+Images are opened strictly. timm's own folder data set replaces an image that it cannot read by
+another one, which changes accuracies silently; here such an image ends the run.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ricciq.data.dataset import HOLDOUT_SHARE, PictureData
+from ricciq.data.dataset import HOLDOUT_SHARE, ImageData
 from ricciq.data.sources.base import Parts
 from ricciq.data.sources.catalog import find_source, forms
 from ricciq.errors import DataError, UsageError
 
 
-def open_data(name: str, root: Path | None = None, holdout: float = HOLDOUT_SHARE) -> PictureData:
+def open_data(name: str, root: Path | None = None, holdout: float = HOLDOUT_SHARE) -> ImageData:
     """Open a data set by the name given to --data.
 
     Args:
-        name: in one of the forms that `ricciq.data.sources.catalog` lists.
-        root: --data-dir: the folder of the data set's files, or the cache of its library.
-        holdout: the share of the training images to hold out.
+        name: the value of --data, in one of the forms that `ricciq.data.sources.catalog` lists.
+        root: the value of --data-dir: folder of the files, or cache of the data set's library.
+        holdout: share of the training images to hold out, 0 to 1.
 
     Returns:
-        The data set, with that share held out.
-
-    Returns:
-        The data set, whose `loader` gives batches of its splits.
+        The data set; its `loader` gives batches of a split.
 
     Raises:
-        DataError: the data set is missing, unreadable or has no proper splits.
-        UsageError: the source needs a root, and there is none.
+        DataError: the data set is missing, unreadable or lacks a split.
+        UsageError: the form of data needs a root, and none is given.
     """
     try:
         class_names, train, val = _open(name, root)
-        data = PictureData(name, class_names, train.grey(), train, val)
+        data = ImageData(name, class_names, train.grey(), train, val)
     except OSError as error:
-        raise DataError(f"data {name!r} cannot be read ({error}): allow it") from error
+        raise DataError(
+            f"data {name!r} cannot be read ({error}); check the path and its permissions"
+        ) from error
     data.hold_out(holdout)
     return data
 
@@ -45,9 +44,8 @@ def _open(name: str, root: Path | None) -> Parts:
     source = find_source(name)
     if source is None:
         raise DataError(
-            f"there is no data set {name!r}: give {forms()}; a folder of nothing but images has no "
-            "labels"
+            f"there is no data set {name!r}; give {forms()}, or a folder of images without labels"
         )
     if source.needs_root and root is None:
-        raise UsageError(f"data {name!r} needs --data-dir: give the folder its files are in")
+        raise UsageError(f"data {name!r} needs --data-dir; give the folder of its files")
     return source.open(name, root)

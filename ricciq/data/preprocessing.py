@@ -1,4 +1,4 @@
-"""How a picture becomes a tensor: one description for training, evaluation and ONNX."""
+"""How an image becomes an input tensor: one description for training, evaluation and ONNX."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ if TYPE_CHECKING:
 
 
 SMALL_INPUT = 64
+"""Largest height or width, in pixels, of inputs that are not augmented by default."""
 LARGEST_SIDE = 8191
-"""Of a picture, in pixels."""
+"""Largest height or width of an input, in pixels."""
 _INTERPOLATIONS = {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"}
 _CROP_MODES = {"center", "squash", "border"}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Size and normalization of a model's input, in timm's vocabulary.
+    """Size and normalization of a model's input, under timm's names.
 
     Attributes:
         input_size: (channels, height, width) in pixels.
-        mean: per-channel mean of pictures scaled to [0, 1].
-        std: per-channel standard deviation of pictures scaled to [0, 1].
-        interpolation: resampling used to resize, as timm names it.
-        crop_pct: share of the resized picture that the centre crop keeps.
-        crop_mode: how the evaluation crop is taken, as timm names it.
+        mean: per-channel mean of images scaled to [0, 1].
+        std: per-channel standard deviation of images scaled to [0, 1].
+        interpolation: method of resizing, as timm names it.
+        crop_pct: share of the resized image that the centre crop keeps.
+        crop_mode: kind of evaluation crop, as timm names it.
     """
 
     input_size: tuple[int, int, int]
@@ -43,10 +44,10 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Build from a plain mapping (JSON or timm's data config); unknown keys are ignored.
+        """Build from a plain mapping, as JSON or timm's data config; unknown keys are ignored.
 
         Raises:
-            ValueError: something is missing, of another type, or out of all proportion.
+            ValueError: a value is missing, of the wrong type, or out of bounds.
         """
         try:
             made = cls(
@@ -59,9 +60,9 @@ class Preprocessing:
             )
             channels, height, width = made.input_size
         except KeyError as error:
-            raise ValueError(f"preprocessing without {error}") from None
+            raise ValueError(f"preprocessing lacks {error}") from None
         except (TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise ValueError(f"preprocessing that holds something else: {error}") from None
+            raise ValueError(f"preprocessing has a value of the wrong type: {error}") from None
         for name, good in {
             "input_size": channels in (1, 3)
             and 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE,
@@ -72,27 +73,26 @@ class Preprocessing:
             "crop_mode": made.crop_mode in _CROP_MODES,
         }.items():
             if not good:
-                raise ValueError(f"preprocessing whose {name} is {getattr(made, name)!r}")
+                raise ValueError(f"preprocessing has an invalid {name}, {getattr(made, name)!r}")
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain mapping that JSON can hold."""
+        """A plain mapping that JSON can represent."""
         return asdict(self)
 
     @property
     def mode(self) -> str:
-        """The PIL mode a picture must have: "L" for one channel, "RGB" for three."""
+        """The PIL mode that images must have: "L" for one channel, "RGB" for three."""
         return "L" if self.input_size[0] == 1 else "RGB"
 
     def evaluation_transform(self) -> Transform:
         """timm's evaluation transform: resize, centre crop, scale to [0, 1], normalize.
 
         Returns:
-            A function from a picture of mode `mode` to a float32 tensor of shape `input_size`.
+            A function from an image of mode `mode` to a float32 tensor of shape `input_size`.
         """
-        from timm.data.transforms_factory import (
-            create_transform,
-        )  # here, so that reading a description needs no torch
+        # Imported here, so that reading a description needs no torch.
+        from timm.data.transforms_factory import create_transform
 
         transform: Transform = create_transform(
             input_size=self.input_size,

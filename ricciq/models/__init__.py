@@ -1,1 +1,1 @@
-"""Float models: from a timm name or a checkpoint."""
+"""Float models, from a timm name or a checkpoint."""

@@ -1,4 +1,4 @@
-"""Small nets for small pictures, registered with timm; two of them come with float weights.
+"""Small networks for small images, registered with timm; two have bundled float weights.
 
 Once this module is imported, `timm.create_model("digits_resnet8", pretrained=True)` works.
 """
@@ -18,16 +18,23 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 
 
 class SmallResNet(ResNet):
-    """timm's ResNet for pictures of 8 to 32 pixels: a 3x3 stem, no pooling, three stages.
+    """timm's ResNet for images of 8 to 32 pixels: a 3x3 stem, no pooling, three stages.
 
     The stages have 16, 32 and 64 channels, and the second and third halve the size, as in the
-    CIFAR-10 nets of He et al. 2015 (arXiv 1512.03385).
+    CIFAR-10 networks of He et al. 2015 (arXiv 1512.03385).
     """
 
     def __init__(self, blocks: int, stem_stride: int, in_chans: int = 3, **kwargs: Any) -> None:
-        """Build with `blocks` blocks a stage; further arguments as for timm's ResNet."""
-        # timm's plain stem always has 64 channels. Its deep one has twice stem_width, and so lets
-        # the stages be built for 16; its convolutions are then replaced by one.
+        """Build the network.
+
+        Args:
+            blocks: number of blocks in a stage.
+            stem_stride: stride of the first convolution.
+            in_chans: number of input channels.
+            **kwargs: as for timm's ResNet.
+        """
+        # timm's plain stem always has 64 channels. Its deep stem has twice stem_width channels, so
+        # that the stages are built for 16; its convolutions are then replaced by a single one.
         super().__init__(
             BasicBlock,  # type: ignore[arg-type]  # timm annotates a class as an instance
             (blocks,) * 3,
@@ -41,7 +48,7 @@ class SmallResNet(ResNet):
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.add_module("conv1", stem)
         self.add_module("maxpool", nn.Identity())
-        # A sequence, since timm takes layers apart where it recomputes activations.
+        # A sequence, since timm splits layers to recompute activations.
         self.add_module("layer4", nn.Sequential())
         reductions = [stem_stride * factor for factor in (1, 1, 2, 4)]
         for info, reduction in zip(self.feature_info, reductions, strict=True):
@@ -49,15 +56,16 @@ class SmallResNet(ResNet):
 
 
 class SmallMobileNet(EfficientNet):
-    """timm's MobileNetV2-like EfficientNet for pictures of 28 pixels: five inverted residuals.
+    """timm's MobileNetV2-like EfficientNet for images of 28 pixels: five inverted residuals.
 
-    After a stem that halves the size come a depthwise separable block with 16 channels, two blocks
-    with 24 and two with 40, the first of each pair halving, all 3x3 and four times expanded inside
-    (Sandler et al. 2018, arXiv 1801.04381): depthwise convolutions are what rounding hurts most.
+    A stem with stride 2 is followed by a depthwise separable block with 16 channels, two inverted
+    residuals with 24 and two with 40 channels. The first of each pair has stride 2, all kernels are
+    3x3, and the expansion ratio is 4 (Sandler et al. 2018, arXiv 1801.04381). Depthwise
+    convolutions lose the most accuracy to quantization.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        """Build; arguments as for timm's EfficientNet."""
+        """Build the network; arguments as for timm's EfficientNet."""
         blocks = [
             ["ds_r1_k3_s1_c16"],
             ["ir_r1_k3_s2_e4_c24", "ir_r1_k3_s1_e4_c24"],
@@ -82,7 +90,7 @@ def _config(size: tuple[int, int, int], classes: int, **values: Any) -> dict[str
 
 default_cfgs = generate_default_cfgs(
     {
-        # Mean and deviation of the 1,437 training pictures of `digits`, as bytes over 255.
+        # Mean and standard deviation of the 1,437 training images of `digits`, pixels over 255.
         "digits_resnet8.ricciq": _config(
             (1, 8, 8),
             10,
@@ -90,7 +98,7 @@ default_cfgs = generate_default_cfgs(
             std=(0.3760,),
             file=str(BUNDLED / "digits_resnet8.safetensors"),
         ),
-        # Of the 60,000 training pictures of Fashion-MNIST.
+        # Of the 60,000 training images of Fashion-MNIST.
         "fashion_resnet8.ricciq": _config(
             (1, 28, 28),
             10,
@@ -106,7 +114,7 @@ default_cfgs = generate_default_cfgs(
             first_conv="conv_stem",
             classifier="classifier",
         ),
-        # Of the 50,000 training pictures of CIFAR-10, the values in common use.
+        # Of the 50,000 training images of CIFAR-10: the values in common use.
         "cifar_resnet20": _config(
             (3, 32, 32), 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
         ),
@@ -123,19 +131,34 @@ def _build(variant: str, blocks: int, stem_stride: int, pretrained: bool, **kwar
 
 @register_model
 def digits_resnet8(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Three blocks for the 8x8 pictures of `digits`: 78,000 parameters."""
+    """Three blocks for the 8x8 images of `digits`: 78,000 parameters.
+
+    Args:
+        pretrained: load the bundled float weights.
+        **kwargs: as for timm's ResNet.
+    """
     return _build("digits_resnet8", 1, 1, pretrained, **kwargs)
 
 
 @register_model
 def fashion_resnet8(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Three blocks for the 28x28 pictures of Fashion-MNIST, halved by the stem."""
+    """Three blocks for the 28x28 images of Fashion-MNIST, with a stem of stride 2.
+
+    Args:
+        pretrained: load the bundled float weights.
+        **kwargs: as for timm's ResNet.
+    """
     return _build("fashion_resnet8", 1, 2, pretrained, **kwargs)
 
 
 @register_model
 def fashion_mobilenet(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
-    """Five inverted residuals for the 28x28 pictures of Fashion-MNIST: 39,000 parameters."""
+    """Five inverted residuals for the 28x28 images of Fashion-MNIST: 39,000 parameters.
+
+    Args:
+        pretrained: not available; there are no bundled weights.
+        **kwargs: as for timm's EfficientNet.
+    """
     built: EfficientNet = build_model_with_cfg(
         SmallMobileNet, "fashion_mobilenet", pretrained, **kwargs
     )
@@ -144,5 +167,10 @@ def fashion_mobilenet(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
 
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Nine blocks for the 32x32 pictures of CIFAR-10."""
+    """Nine blocks for the 32x32 images of CIFAR-10.
+
+    Args:
+        pretrained: not available; there are no bundled weights.
+        **kwargs: as for timm's ResNet.
+    """
     return _build("cifar_resnet20", 3, 1, pretrained, **kwargs)

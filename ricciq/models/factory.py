@@ -1,6 +1,6 @@
-"""A timm name or a checkpoint -> a float model and its preprocessing.
+"""A float model and its preprocessing, from a timm name or a checkpoint.
 
-Importing this module registers the nets of `ricciq.models.bundled` with timm.
+Importing this module registers the networks of `ricciq.models.bundled` with timm.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from urllib.parse import urlparse
 import torch
 from timm import get_pretrained_cfg, is_model, list_models
 from timm.data.config import resolve_data_config
-from timm.models import (
-    create_model,
-)
+from timm.models import create_model
 from torch import nn
 
 import ricciq.models.bundled  # noqa: F401  registers them
@@ -35,12 +33,12 @@ from ricciq.system.tensor_files import check_finite
 
 
 class LoadedModel(NamedTuple):
-    """A float model and what goes with it.
+    """A float model with its preprocessing.
 
     Attributes:
-        model: in evaluation mode; logits (B, num_classes) from pictures (B, C, H, W).
-        preprocessing: what the model's input must look like.
-        messages: what was changed to make weights fit, a sentence each.
+        model: in evaluation mode; maps images (B, C, H, W) to logits (B, num_classes).
+        preprocessing: size and normalization of its input.
+        messages: what was changed to make the weights fit, a sentence for each change.
     """
 
     model: nn.Module
@@ -58,30 +56,30 @@ def load_model(
     input_size: int | None = None,
     seed: int | None = None,
 ) -> LoadedModel:
-    """Create a timm model and give it its weights.
+    """Create a timm model and load its weights.
 
     Args:
         name: timm's name, with or without a tag, such as "resnet50.a1_in1k".
-        num_classes: size of the head; None leaves it as the weights have it.
-        channels: 1 or 3 input channels.
-        checkpoint: weights to load; goes before `pretrained`.
-        pretrained: load the weights that timm knows under this name.
-        input_size: height and width in pixels, instead of the model's own.
-        seed: start of everything random; None draws from torch's global generator.
+        num_classes: size of the head; None takes that of the weights.
+        channels: number of input channels, 1 or 3.
+        checkpoint: file of weights to load; takes precedence over `pretrained`.
+        pretrained: load the weights that timm has for this name.
+        input_size: height and width in pixels; None takes the model's own.
+        seed: of random weights; None draws from torch's global generator.
 
     Returns:
-        The model in float, its preprocessing, and what was changed to make the weights fit.
+        The float model, its preprocessing, and what was changed to make the weights fit.
 
     Raises:
-        ModelError: the name or tag is unknown, its pretrained weights cannot be had, or it cannot
-            take pictures of `input_size`.
+        ModelError: the name or tag is unknown, its pretrained weights are not available, or it does
+            not support images of `input_size`.
         CheckpointError: the checkpoint is missing, unreadable, unsafe or of another model.
     """
     config = _find_config(name)
     pretrained = pretrained and checkpoint is None
     if pretrained and not (config and config.has_weights):
         raise ModelError(
-            f"timm has no pretrained weights for {name!r}: give a file with --checkpoint, or set "
+            f"timm has no pretrained weights for {name!r}; give a file with --checkpoint, or set "
             "`pretrained: false` in a recipe"
         )
     if pretrained and config.url and not (config.file or config.hf_hub_id):
@@ -94,12 +92,12 @@ def load_model(
     arguments: dict[str, Any] = {"in_chans": channels}
     if num_classes is not None:
         arguments["num_classes"] = num_classes
-    if input_size and config and config.fixed_input_size:  # such models take it when built
+    if input_size and config and config.fixed_input_size:  # set when such a model is built
         arguments["img_size"] = input_size
     with _seeded(seed):
         try:
             model: nn.Module = create_model(name, pretrained=pretrained, **arguments)
-        except Exception as error:  # the hub client and each model raise errors of their own
+        except Exception as error:  # the hub client and each model raise their own errors
             raise _not_created(name, pretrained, error) from error
     messages: list[str] = []
     if checkpoint is not None and weights is not None:
@@ -118,7 +116,7 @@ def load_model(
 
 
 def _find_config(name: str) -> Any:
-    """timm's PretrainedCfg of a name; None for names that timm has given up but still maps."""
+    """timm's PretrainedCfg of a name; None for deprecated names that timm still maps."""
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
         hint = did_you_mean(architecture, list_models(), "give one that timm.list_models() names")
@@ -133,7 +131,7 @@ def _find_config(name: str) -> Any:
 
 
 def _check_cached(name: str, url: str) -> None:
-    """Refuse weights from a plain address, which torch would fetch, where there is no network."""
+    """Refuse weights at a plain URL that torch would download while the network is forbidden."""
     file = Path(urlparse(url).path).name
     if is_network_forbidden() and not Path(torch.hub.get_dir(), "checkpoints", file).is_file():
         raise _would_be_downloaded(name)
@@ -142,7 +140,7 @@ def _check_cached(name: str, url: str) -> None:
 def _would_be_downloaded(name: str) -> ModelError:
     return ModelError(
         f"the pretrained weights of {name!r} would be downloaded, which --offline or "
-        "HF_HUB_OFFLINE forbids: start once without it, or give a file with --checkpoint"
+        "HF_HUB_OFFLINE forbids; run once without it, or give a file with --checkpoint"
     )
 
 
@@ -151,20 +149,20 @@ def _not_created(name: str, pretrained: bool, error: Exception) -> ModelError:
         return _would_be_downloaded(name)
     if pretrained:
         return ModelError(
-            f"the pretrained weights of {name!r} could not be loaded ({_reason(error)}): give a "
-            "file with --checkpoint"
+            f"the pretrained weights of {name!r} cannot be loaded ({_reason(error)}); give a file "
+            "with --checkpoint"
         )
-    return ModelError(f"timm cannot build model {name!r} ({_reason(error)}): give another")
+    return ModelError(f"timm cannot build model {name!r} ({_reason(error)}); give another model")
 
 
 def _try_size(model: nn.Module, name: str, size: tuple[int, int, int]) -> None:
-    """Most models find out in their forward pass that a size does not suit them."""
+    """Run the model once: most models fail in their forward pass at a size they do not support."""
     try:
         with torch.no_grad():
             model(torch.zeros(1, *size))
     except Exception as error:
         raise ModelError(
-            f"model {name!r} cannot take pictures of {size[1]} pixels ({_reason(error)}): give "
+            f"model {name!r} does not support images of {size[1]} pixels ({_reason(error)}); give "
             "another input size"
         ) from error
 
@@ -176,7 +174,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a seed inside, and leave the global generator as it was."""
+    """Seed torch for a block, and restore the global generator after it."""
     if seed is None:
         yield
         return
@@ -194,7 +192,7 @@ def _preprocessing(model: nn.Module, channels: int, input_size: int | None) -> P
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """As many values as channels; where the number changes, each is the mean of the given ones."""
+    """One value for each channel; if their number changes, each is the mean of the given ones."""
     if len(values) == channels:
         return values
     return (sum(values) / len(values),) * channels

@@ -1,4 +1,4 @@
-"""Weights from files, which may be hostile: read, made to fit, and given to a model."""
+"""Weights from files, which may be hostile: read them, adapt them, and load them into a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import (
-    adapt_input_conv,
-    load_state_dict,
-)
+from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 from ricciq.errors import CheckpointError
@@ -23,54 +20,54 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, of its EMA copy if it has one; nothing in it is executed.
+    """Read the tensors of a checkpoint file, EMA weights if it has them; no code in it is run.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged, unsafe, or not finite.
+        CheckpointError: the file is missing, damaged or unsafe.
     """
     if os.path.isdir(path):  # Path.is_dir raises where a name is too long
-        raise CheckpointError(f"checkpoint {path} is a folder: give a file inside it")
+        raise CheckpointError(f"checkpoint {path} is a folder; give a file inside it")
     if not os.path.isfile(path):
-        raise CheckpointError(f"there is no checkpoint {path}: give the path of a file")
+        raise CheckpointError(f"there is no checkpoint {path}; give the path of a file")
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise CheckpointError(
-            f"checkpoint {path} has none of the endings {', '.join(CHECKPOINT_SUFFIXES)}: give a "
-            "PyTorch or safetensors file"
+            f"checkpoint {path} has none of the extensions {', '.join(CHECKPOINT_SUFFIXES)}; give "
+            "a PyTorch or safetensors file"
         )
     try:
         # timm's training checkpoints hold a Namespace; older releases of timm did not allow it.
         with (
             torch.serialization.safe_globals([argparse.Namespace]),
-            warnings.catch_warnings(action="ignore"),  # what they are about is refused below
+            warnings.catch_warnings(action="ignore"),  # what they warn about is refused below
         ):
-            _check_packing(path)
+            _check_compression(path)
             weights = load_state_dict(str(path), use_ema=True, weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # damaged files raise nearly anything
         raise CheckpointError(
-            f"checkpoint {path} is damaged or holds objects beside tensors, so nothing of it was "
-            f"loaded ({type(error).__name__}): save the weights again, best as .safetensors"
+            f"checkpoint {path} is damaged or has objects other than tensors, so nothing was "
+            f"loaded ({type(error).__name__}); save the weights again, best as .safetensors"
         ) from error
     size = path.stat().st_size
     for key, value in weights.items():
         if not _is_plain(value, size):
             raise CheckpointError(
-                f"checkpoint {path} holds {_described(value)} {key!r} where a plain tensor "
-                "belongs: give a file with a state dict"
+                f"checkpoint {path} has {_described(value)} {key!r} instead of a plain tensor; "
+                "give a file with a state dict"
             )
     return weights
 
 
-def _check_packing(path: Path) -> None:
-    """Refuse a zip that is packed, as torch never writes it: a small one could fill the memory."""
+def _check_compression(path: Path) -> None:
+    """Refuse a compressed zip, which torch never writes: a small file could fill the memory."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise CheckpointError(
-                f"checkpoint {path} is a packed zip, which torch does not write: save the weights "
-                "again with torch.save, or as .safetensors"
+                f"checkpoint {path} is a compressed zip, which torch does not write; save the "
+                "weights again with torch.save, or as .safetensors"
             )
 
 
@@ -82,7 +79,7 @@ def _described(value: Any) -> str:
 
 
 def _is_plain(value: Any, most: int) -> bool:
-    """Whether something is a tensor whose numbers are all there, in so many bytes at most."""
+    """Whether a value is a dense CPU tensor of real numbers, of at most this many bytes."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -93,7 +90,15 @@ def _is_plain(value: Any, most: int) -> bool:
 
 
 def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """Make head and first convolution fit in place, and say what was changed."""
+    """Adapt weights in place to the head and the input channels of a model.
+
+    Args:
+        model: a timm model.
+        weights: by the model's names.
+
+    Returns:
+        What was changed, a sentence for each change.
+    """
     config: Any = model.pretrained_cfg
     own = model.state_dict()
     messages = []
@@ -121,31 +126,41 @@ def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
 
 
 def names_of_layers(value: str | Iterable[str] | None) -> Iterable[str]:
-    """timm writes one layer as a string, several as a tuple, none as None."""
+    """The names of layers in a timm config: a string is one, a tuple several, None is none."""
     return (value,) if isinstance(value, str) else value or ()
 
 
 def head_message(before: int, after: int) -> str:
-    """What is said of a head of another size."""
+    """The message about a head of another size.
+
+    Args:
+        before: number of classes in the weights.
+        after: number of classes of the model.
+    """
     return f"the head for {before} classes was replaced by a random one for {after}"
 
 
 def stem_message(before: int, after: int) -> str:
-    """What is said of a first convolution for other channels."""
+    """The message about a first convolution for another number of channels.
+
+    Args:
+        before: input channels in the weights.
+        after: input channels of the model.
+    """
     return f"the first convolution was adapted from {before} to {after} channels"
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], name: str, path: Path) -> None:
-    """Give weights to a model.
+    """Load weights into a model.
 
     Args:
-        model: takes them over.
+        model: the model to change.
         weights: by the model's names, after `adapt_weights`.
-        name: of the model, for the message.
-        path: of the file, for the message.
+        name: of the model, for error messages.
+        path: of the file, for error messages.
 
     Raises:
-        CheckpointError: they are not the weights of this model.
+        CheckpointError: names or shapes differ from the model's.
     """
     own = model.state_dict()
     odd = [key for key in weights if key in own and weights[key].shape != own[key].shape]
@@ -157,7 +172,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], name: str, path: 
         kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
         found = "; ".join(f"{kind}: {_first(keys)}" for kind, keys in kinds.items() if keys)
         raise CheckpointError(
-            f"checkpoint {path} does not fit model {name!r} ({found}): give the model that it was "
+            f"checkpoint {path} does not fit model {name!r} ({found}); give the model that it was "
             "saved from"
         )
 

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a run."""
+"""A recipe: everything that decides the result of a run."""
 
 from ricciq.recipe.recipe import MAX_BYTES as MAX_BYTES
 from ricciq.recipe.recipe import Recipe as Recipe

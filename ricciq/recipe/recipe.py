@@ -1,7 +1,7 @@
 """A recipe: load, override, validate, save.
 
-It is everything that decides the result of a run. Values come from the defaults, then from a YAML
-file, then from command-line flags; the merged recipe is saved in the run folder.
+It is everything that decides the result of a run. A YAML file overrides the defaults, and flags of
+the command line override the file; the merged recipe is saved in the run's folder.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from ricciq.system.safe_yaml import parse_yaml
 PACKAGE = Path(__file__).parent.parent
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MAX_BYTES = 1_000_000
-"""A recipe larger than this is not read."""
+"""Size of the largest recipe file that is read."""
 
 
 class Recipe(Section):
-    """Everything that decides a run."""
+    """Everything that decides the result of a run."""
 
     model: ModelSection = ModelSection()
-    """Which network, and its float weights."""
+    """The model and its float weights."""
     data: DataSection = DataSection()
-    """Which images."""
+    """The data set and its loading."""
     quantization: QuantizationSection = QuantizationSection()
-    """Bits and quantizers."""
+    """Bits and quantizers of weights and activations."""
     method: MethodSection = MethodSection()
     """The gradient estimator."""
     training: TrainingSection = TrainingSection()
     """The fine-tuning schedule."""
     seed: Seed = 0
-    """Start of everything random."""
+    """Seed of everything random."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device to train on: auto, cpu, cuda or cuda:N."""
     amp: bool | None = None
-    """Mixed precision; without a value, on with CUDA and off on a CPU."""
+    """Mixed precision; without a value, on for CUDA and off for CPU."""
     compile: bool | None = None
-    """torch.compile; without a value, on with CUDA and off on a CPU."""
+    """Use torch.compile; without a value, on for CUDA and off for CPU."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         kind = self.quantization.weight_quantizer
         if self.training.progressive and kind in ("codebook", "dorefa"):
             raise ValueError(
-                f"training.progressive changes widths, which weight_quantizer {kind} cannot; take "
-                "lsq"
+                f"training.progressive changes bits, which weight_quantizer {kind} does not "
+                "support; use lsq"
             )
         return self
 
@@ -70,8 +70,15 @@ class Recipe(Section):
     def from_values(cls, values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
         """Validate plain nested values.
 
+        Args:
+            values: keys and values by section.
+            source: where they come from, for error messages.
+
+        Returns:
+            The recipe.
+
         Raises:
-            RecipeError: the first thing that does not hold, in one sentence.
+            RecipeError: a value is invalid; the message names the first one.
         """
         try:
             return cls.model_validate(values)
@@ -83,31 +90,46 @@ class Recipe(Section):
         """Read a shipped recipe by name, or any recipe file.
 
         Raises:
-            RecipeError: it does not exist, is not YAML, or does not hold.
+            RecipeError: it does not exist, is not YAML, or is invalid.
         """
         path = find_recipe(name_or_file)
         try:
             if path.stat().st_size > MAX_BYTES:
-                raise RecipeError(f"recipe {path} is larger than 1 MB; give a recipe file")
+                raise RecipeError(f"recipe {path} is larger than 1 MB; give a smaller file")
             values = parse_yaml(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RecipeError(f"recipe {path} cannot be read ({error}); correct the file") from None
         if not isinstance(values, dict):
-            raise RecipeError(f"recipe {path} holds no sections; write model:, data: and so on")
+            raise RecipeError(f"recipe {path} has no sections; write model:, data: and so on")
         return cls.from_values(values, f"recipe {path}")
 
     def override(self, flags: Mapping[str, Any]) -> Recipe:
-        """A recipe with dotted keys replaced, as in ``{"training.lr": 1e-3}``; None is no flag."""
+        """A recipe with dotted keys replaced, as in ``{"training.lr": 1e-3}``; None is left out.
+
+        Raises:
+            RecipeError: as `replace`.
+        """
         given = {key: value for key, value in flags.items() if value is not None}
         return self.replace(given, "the command line")
 
     def replace(self, values_by_key: Mapping[str, Any], source: str) -> Recipe:
-        """A recipe with dotted keys replaced, None being a value; `source` names them in errors."""
+        """A recipe with dotted keys replaced.
+
+        Args:
+            values_by_key: new values by dotted key; None is a value.
+            source: where they come from, for error messages.
+
+        Returns:
+            The new recipe.
+
+        Raises:
+            RecipeError: a key is unknown or a value is invalid.
+        """
         values = self.model_dump()
         for given, value in values_by_key.items():
             key = given
             if given == "method.on" and "method.target" not in values_by_key:
-                key = "method.target"  # its old name goes before what the recipe has, too
+                key = "method.target"  # its old name also overrides the recipe
             *sections, field = key.split(".")
             part = values
             for section in sections:
@@ -124,7 +146,7 @@ class Recipe(Section):
 
 
 def recipe_folder() -> Path:
-    """Where the shipped recipes are: inside the wheel, or beside the package in a clone."""
+    """The folder of the shipped recipes: in the package of a wheel, beside it in a clone."""
     inside = PACKAGE / "recipes"
     return inside if inside.is_dir() else PACKAGE.parent / "recipes"
 
@@ -135,10 +157,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name_or_file: str | Path) -> Path:
-    """The file of a recipe given by shipped name or by path.
+    """The file of a recipe, given a shipped recipe's name or a path.
 
     Raises:
-        RecipeError: there is none; the message has the nearest names.
+        RecipeError: it does not exist; the message has similar names.
     """
     shipped = shipped_recipes()
     if str(name_or_file) in shipped:
@@ -152,7 +174,7 @@ def find_recipe(name_or_file: str | Path) -> Path:
 
 def _sentence(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
-    # A union adds the alternative it tried, as in method.block.literal['row','kernel'].
+    # pydantic appends the member of a union, as in method.block.literal['row','kernel'].
     parts = takewhile(
         lambda part: "[" not in part and part != "constrained-int", map(str, first["loc"])
     )
@@ -169,4 +191,4 @@ def _sentence(error: ValidationError, source: str) -> str:
     if first["type"] == "literal_error":
         names = re.findall(r"'(.*?)'", first["ctx"]["expected"])
         reason = did_you_mean(value, names, reason)
-    return f"{source} does not hold at {where or 'its top'} = {value}: {reason}"
+    return f"{source} is invalid at {where or 'its top'} = {value}: {reason}"

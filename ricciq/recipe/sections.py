@@ -1,4 +1,4 @@
-"""The sections of a recipe: keys, defaults, bounds, and descriptions below each key.
+"""The sections of a recipe: keys with types, bounds and defaults, and a description below each.
 
 `ricciq recipes keys` prints them.
 """
@@ -35,7 +35,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe; unknown keys are errors, so that a typing mistake is not ignored."""
+    """A part of a recipe. An unknown key is an error, so that a typing mistake is not ignored."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -47,75 +47,75 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which network, and where its float weights come from."""
+    """The model, and where its float weights come from."""
 
     name: str = ""
-    """A timm model, with its tag or without, such as resnet50.a1_in1k."""
+    """timm's name of the model, with or without a tag, such as resnet50.a1_in1k."""
     checkpoint: Path | None = None
-    """File with its float weights; without it, those that timm knows are loaded."""
+    """File of float weights; without a value, timm's pretrained weights are loaded."""
     pretrained: bool = True
-    """Load the weights that timm knows, where no checkpoint is given; else they are random."""
+    """Load timm's pretrained weights if no checkpoint is given; false takes random weights."""
 
 
 class DataSection(Section):
-    """Which pictures, and how they are prepared."""
+    """The data set, and how its images are loaded."""
 
     name: str = ""
-    """A folder, digits, torch/NAME, wds/NAME or hfds/NAME, as given to --data."""
+    """A folder, digits, torch/NAME, wds/NAME or hfds/NAME, as for --data."""
     dir: Path | None = None
-    """Root of the files of torch/NAME and wds/NAME, or cache of hfds/NAME."""
+    """Folder of the files of torch/NAME or wds/NAME, or cache of hfds/NAME, as for --data-dir."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
-    """Images in a batch of each process; auto takes the largest that fits, up to 256."""
+    """Images in a batch of each process; auto takes the largest that fits in memory, up to 256."""
     workers: Count = 0
     """Processes that decode images; 0 decodes in the training process."""
     input_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
-    """Height and width in pixels; without it, the model's own."""
+    """Height and width of the input in pixels; without a value, the model's own."""
     train_samples: Annotated[int, Field(ge=1)] | None = None
-    """Train on this many images, the same ones in every run."""
+    """Train on a fixed, stratified subset of this many images; without a value, on all."""
     holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
-    """Share of the training images that is held out to choose the best epoch."""
+    """Share of the training images to hold out; the best epoch is chosen on them."""
     calibration_batches: Annotated[int, Field(ge=1)] = 8
-    """Batches of training images that first scales are found on."""
+    """Batches of training images to calibrate quantizers on."""
     augmentation: Augmentation = Augmentation()
-    """How training images vary."""
+    """Random augmentation of training images."""
 
     @property
     def known_batch_size(self) -> int:
-        """That of the recipe; one that fits nearly everywhere as long as it is to be found out."""
+        """The batch size of the recipe, or 64 as long as auto has not found one."""
         return 64 if self.batch_size == "auto" else self.batch_size
 
 
 class QuantizationSection(Section):
-    """Widths in bits, of both in the first and last layer too, and the kinds of quantizers."""
+    """Bits of weights and activations, and the kinds of quantizers."""
 
     weight_bits: WeightBits = 4
-    """Bits of weights; 32 leaves them float, auto finds them within a budget."""
+    """Bits of weights; 32 keeps them in float, auto chooses them by layer within a budget."""
     average_bits: Annotated[float, Field(ge=1, le=8)] | None = None
-    """With weight_bits auto: the average over all layers but the first and the last."""
+    """With weight_bits auto: average bits over all layers but the first and the last."""
     max_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
-    """With weight_bits auto: the largest file, such as 4MB."""
+    """With weight_bits auto: largest size of the ONNX file, such as 4MB."""
     act_bits: ActBits = 4
-    """Bits of activations; 32 leaves them float."""
+    """Bits of activations; 32 keeps them in float."""
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
-    """Bits of the first and the last layer."""
+    """Bits of weights and activations of the first and the last layer."""
     weight_quantizer: Literal["lsq", "odd", "dorefa", "fixed", "codebook"] = "lsq"
     """How weights are quantized; see the table of quantizers."""
     act_quantizer: Literal["lsq", "pact", "fixed"] = "lsq"
     """How activations are quantized; see the table of quantizers."""
     weight_norm: bool = False
-    """Keep the norm of each output channel's weight while training turns it."""
+    """Keep the norm of each output channel's weight constant in training."""
     scale_search: Annotated[int, Field(ge=1)] = 100
-    """First scales that are tried for the least squared error; 1 clips nothing."""
+    """Initial scales that calibration tries for the least squared error; 1 clips nothing."""
     reconstruction: Count = 200
-    """Steps a layer of learned rounding, where there is no training."""
+    """Steps of learned rounding (AdaRound) for each layer, if epochs is 0."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
         budgets = [self.average_bits, self.max_bytes].count(None)
         if budgets != (1 if self.weight_bits == "auto" else 2):
             raise ValueError(
-                "weight_bits auto goes with one budget, average_bits or max_bytes, and a budget "
-                "with it; give both or neither"
+                "weight_bits auto needs one budget, average_bits or max_bytes, and a budget needs "
+                "weight_bits auto; give both or neither"
             )
         if self.weight_bits == 32 and self.act_bits != 32:
             raise ValueError(
@@ -124,7 +124,7 @@ class QuantizationSection(Section):
             )
         if self.weight_quantizer == "codebook":
             for bits in (self.weight_bits, self.edge_bits):
-                if bits in (3, 5, 6, 7):  # they are split into planes that add up
+                if bits in (3, 5, 6, 7):  # these widths are stored as planes that add up
                     raise ValueError(
                         f"a codebook has no {bits}-bit form; give 1, 2, 4, 8 or ternary, or "
                         "another weight_quantizer"
@@ -133,7 +133,7 @@ class QuantizationSection(Section):
 
     @property
     def planned_bits(self) -> Bits:
-        """What a plan begins with: 8 where the bits are to be found."""
+        """Bits of weights to plan with: 8 as long as auto has not chosen them."""
         return 8 if self.weight_bits == "auto" else self.weight_bits
 
     @property
@@ -145,22 +145,22 @@ class QuantizationSection(Section):
 
 
 class _MethodSection(Section):
-    """The gradient estimator, and settings that differ from what its name stands for.
+    """The gradient estimator, and settings that differ from its defaults.
 
-    The settings, those of all estimators, are added from `ricciq.estimators.catalog`; whether the
-    named one has them is checked by `ricciq.estimators.registry.named_estimator`.
+    The settings of all estimators are added from `ricciq.estimators.catalog`;
+    `ricciq.estimators.registry.named_estimator` checks whether the named one has them.
     """
 
     name: str = DEFAULT
     target: Target | None = Field(
         default=None,
-        description="Whose gradients are corrected; by default, what the method is for.",
+        description="Whose gradients to correct; without a value, the method's default.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _old_spelling(cls, values: Any) -> Any:
-        """Read ``on``, which ``target`` was called; YAML 1.1 takes it for true without quotes."""
+        """Read ``on``, the old name of ``target``; unquoted, YAML 1.1 reads it as true."""
         if not isinstance(values, Mapping):
             return values
         others = {key: value for key, value in values.items() if key is not True and key != "on"}
@@ -170,17 +170,17 @@ class _MethodSection(Section):
         given = [value for value in (others.get("target"), *old) if value is not None]
         if any(value != given[0] for value in given):
             names = " and ".join(str(value) for value in given)
-            raise ValueError(f"target and on, its old name, differ ({names}); give target alone")
+            raise ValueError(f"target and on, its old name, differ ({names}); give target only")
         return {**others, "target": given[0] if given else None}
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the estimator that the name stands for."""
+        """The settings that differ from the estimator's defaults."""
         return self.model_dump(exclude={"name", "target"}, exclude_none=True)
 
     @property
     def corrects(self) -> Target:
-        """Whose gradients are corrected: those of `target`, or what the method is meant for."""
+        """Whose gradients are corrected: `target`, or the method's default."""
         return self.target or CATALOG[self.name].target
 
 
@@ -204,71 +204,78 @@ else:
 
 
 class TrainingSection(Section):
-    """The fine-tuning schedule; ``opt`` and ``sched`` are timm's factory names."""
+    """Fine-tuning; ``opt`` and ``sched`` are names of timm's factories."""
 
     epochs: Count = 20
     """Passes over the training images; 0 quantizes without training."""
     opt: str = "adamw"
-    """timm's name of an optimizer."""
+    """timm's name of the optimizer."""
     lr: Positive = 2e-3
-    """Learning rate at the top of the schedule."""
+    """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Weight decay; scales, biases and norms are exempt."""
+    """Weight decay, except of scales, biases and normalization layers."""
     sched: str = "cosine"
-    """timm's name of a schedule."""
+    """timm's name of the learning rate schedule."""
     warmup_epochs: Count = 0
-    """Epochs in which the learning rate rises."""
+    """Epochs of learning rate warm-up."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the schedule."""
     clip_grad: Positive | None = None
-    """Largest norm of all gradients together."""
+    """Clip the global norm of the gradients to this; without a value, do not clip."""
     grad_accum_steps: Annotated[int, Field(ge=1)] = 1
-    """Batches whose gradients are added up for an optimizer step."""
+    """Batches to accumulate gradients over for an optimizer step."""
     grad_checkpointing: bool = False
-    """Recompute activations in the backward pass, where the model can: saves memory."""
+    """Recompute activations in the backward pass to save memory (gradient checkpointing)."""
     freeze_bn: bool = False
-    """BatchNorm keeps the statistics of the float model."""
+    """Keep the BatchNorm statistics of the float model."""
     save_minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Minutes between saved states within an epoch."""
+    """Minutes between saves of the training state within an epoch."""
     label_smoothing: Share = 0.0
     """Label smoothing of the loss on labels."""
     scale_lr: Positive = 1.0
-    """Factor of the learning rate for scales."""
+    """Learning rate of the quantizers' scales, as a factor of lr."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of the weights, which is then judged and exported."""
+    """Decay of a moving average of the weights, which is evaluated and exported."""
     reestimate_bn: bool = False
-    """Estimate BatchNorm statistics anew after each epoch, on calibration images."""
+    """Re-estimate BatchNorm statistics on the calibration images after each epoch."""
     progressive: tuple[Annotated[int, Field(ge=2, le=8)], ...] = ()
-    """Widths to train at first, as [8, 4], each for an equal share of the epochs."""
+    """Bits to train at before the final ones, such as [8, 4]; all stages have equal epochs."""
     damping: Annotated[float, Field(ge=0)] = 0.0
-    """Strength at the end of training of a pull toward the quantization levels."""
+    """Final strength of a penalty that pulls weights toward their levels; 0 is off."""
     damping_form: Literal["l2", "lne"] = "l2"
-    """Form of that pull: squared error, or LNE divergence."""
+    """Form of that penalty: squared error or LNE divergence."""
     freezing: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Fix weights whose code changes back and forth in more than this share of steps."""
+    """Freeze weights whose code oscillates in more than this share of steps."""
     distill: Share = 0.5
-    """Share of the float model's answers in the loss; the rest is the labels'."""
+    """Weight of distillation from the float model's logits; the rest is the loss on labels."""
     distill_features: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of a loss on the direction of the features before the head."""
+    """Weight of a distillation loss on the direction of the features before the head."""
     temperature: Positive = 1.0
-    """Temperature that softens both answers in distillation."""
+    """Temperature of the logits in distillation."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"warmup_epochs {self.warmup_epochs} leaves no epoch of {self.epochs}; lower it"
+                f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}; "
+                "lower it"
             )
         if self.freeze_bn and self.reestimate_bn:
-            raise ValueError("freeze_bn keeps what reestimate_bn replaces; remove one of them")
+            raise ValueError(
+                "freeze_bn and reestimate_bn contradict each other; remove one of them"
+            )
         stages = self.progressive
         if any(later >= earlier for earlier, later in pairwise(stages)):
-            raise ValueError(f"progressive {list(stages)} does not fall; write it as [8, 4]")
+            raise ValueError(
+                f"progressive {list(stages)} is not in descending order; write it as [8, 4]"
+            )
         if stages and self.freezing is not None:
-            raise ValueError("freezing fixes codes that progressive changes; remove one of them")
+            raise ValueError(
+                "freezing fixes the codes that progressive changes; remove one of them"
+            )
         if 0 < self.epochs <= len(stages):
             raise ValueError(
-                f"progressive {list(stages)} and the last stage need {len(stages) + 1} epochs, "
-                f"not {self.epochs}; give more"
+                f"progressive {list(stages)} needs at least {len(stages) + 1} epochs, one for each "
+                f"stage, not {self.epochs}; raise epochs"
             )
         return self

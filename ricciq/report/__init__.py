@@ -1,1 +1,1 @@
-"""What people read of a run: a report, pages, plots, tables."""
+"""The results of a run for people: report, pages, plots and tables."""

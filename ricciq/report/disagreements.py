@@ -1,4 +1,4 @@
-"""Validation pictures that the float model and the written file answer differently, as examples."""
+"""Validation images that the float model and the ONNX file classify differently."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from ricciq.evaluation import Predictions
 
 SHOWN = 12
+"""Largest number of examples."""
 THUMBNAIL = 112
-"""Pixels of the longer side; a page shows them no larger."""
+"""Longer side of an example, in pixels."""
 
 
 class Disagreement(BaseModel):
-    """A picture two models answer differently.
+    """An image that the two models classify differently.
 
     Attributes:
-        index: the picture's place among the validation pictures.
-        label: the name of its class; None where pictures have no labels.
-        float_guess: what the float model takes it for.
-        float_share: how sure it is, percent.
-        onnx_guess: what the file takes it for.
-        onnx_share: how sure it is, percent.
-        png: the picture, made small, as a PNG in base64.
+        index: position of the image in the validation split, from 0.
+        label: name of its class; None without labels.
+        float_guess: class that the float model predicts.
+        float_share: probability that it gives this class, percent.
+        onnx_guess: class that the ONNX file predicts.
+        onnx_share: probability that it gives this class, percent.
+        png: thumbnail of the image, as a PNG in base64.
     """
 
     index: int
@@ -46,7 +47,12 @@ class Disagreement(BaseModel):
 
 
 class Disagreements(BaseModel):
-    """How many such pictures there are, and some of them."""
+    """The number of such images, and some examples.
+
+    Attributes:
+        count: number of such images.
+        examples: at most `SHOWN` of them.
+    """
 
     count: int
     examples: list[Disagreement]
@@ -57,7 +63,7 @@ class Disagreements(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Disagreements:
-        """What `save` wrote; none if the file does not exist.
+        """Read a file that `save` wrote; empty if it does not exist.
 
         Raises:
             InputError: the file is damaged.
@@ -69,8 +75,8 @@ class Disagreements(BaseModel):
         except (OSError, ValidationError) as error:
             reason = on_one_line(error, 160)
             raise InputError(
-                f"{path} holds no examples of a run ({reason}); remove it, and the page goes "
-                "without them"
+                f"{path} is not a list of examples that a run wrote ({reason}); remove it to make "
+                "the page without examples"
             ) from None
 
 
@@ -79,16 +85,19 @@ def find_disagreements(
     in_onnx: Predictions,
     labels: list[str | None],
     names: list[str],
-    picture: Callable[[int], Image.Image],
+    open_image: Callable[[int], Image.Image],
 ) -> Disagreements:
-    """Where two models differ, with those pictures as examples of which the second is surest.
+    """Find the images that two models classify differently.
 
     Args:
-        in_float: the float model's predictions for (N,) images.
-        in_onnx: the file's predictions for the same.
-        labels: their N classes by name.
+        in_float: the float model's predictions for N images.
+        in_onnx: the ONNX file's predictions for the same images.
+        labels: the N names of their classes; None without labels.
         names: of the classes.
-        picture: opens the picture of an index.
+        open_image: opens the image at an index.
+
+    Returns:
+        Their number, and as examples those with the highest probability in the ONNX file.
     """
     differ = (in_float.classes != in_onnx.classes).nonzero()[:, 0]
     surest = differ[in_onnx.shares[differ].argsort(descending=True, stable=True)][:SHOWN]
@@ -100,15 +109,15 @@ def find_disagreements(
             float_share=100 * float(in_float.shares[index]),
             onnx_guess=names[int(in_onnx.classes[index])],
             onnx_share=100 * float(in_onnx.shares[index]),
-            png=_thumbnail(picture(index)),
+            png=_thumbnail(open_image(index)),
         )
         for index in surest.tolist()
     ]
     return Disagreements(count=len(differ), examples=examples)
 
 
-def _thumbnail(picture: Image.Image) -> str:
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+def _thumbnail(image: Image.Image) -> str:
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     content = BytesIO()
-    picture.save(content, format="png")
+    image.save(content, format="png")
     return base64.b64encode(content.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""A run's pages: report.md, and report.html, one file that needs no network and no other file."""
+"""The pages of a run: report.md, and report.html, which needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from ricciq.errors import InputError
+from ricciq.report.charts import BLUE, COSINE, RED, Line, by_layer, decay_lines, line_chart
 from ricciq.report.disagreements import THUMBNAIL, Disagreements
-from ricciq.report.plots import COSINE, as_svg, draw_decay, draw_epochs, draw_layers
 from ricciq.report.schema import Report, load_report
 from ricciq.runs.folder import RunFolder
 from ricciq.system.files import write_atomically
@@ -23,7 +22,12 @@ _TERNARY_BITS = math.log2(3)
 
 
 class Drawing(NamedTuple):
-    """A figure of the page, as an SVG element, and what it shows."""
+    """A figure of the page.
+
+    Attributes:
+        svg: the SVG element.
+        caption: what it shows.
+    """
 
     svg: Markup
     caption: str
@@ -34,14 +38,14 @@ def render_run(path: Path, *, dry_run: bool = False) -> list[Path]:
 
     Args:
         path: the run's folder.
-        dry_run: make the pages, and write nothing.
+        dry_run: make the pages, but write nothing.
 
     Returns:
-        The files.
+        The paths of the pages.
 
     Raises:
-        InputError: the folder is not of a finished run, or something in it is damaged.
-        UsageError: it is in use.
+        InputError: the folder is not that of a finished run, or a file in it is damaged.
+        UsageError: another process uses the folder.
     """
     folder = RunFolder(path)
     report = load_report(folder.report)
@@ -54,12 +58,16 @@ def render_run(path: Path, *, dry_run: bool = False) -> list[Path]:
 
 
 def write_pages(folder: RunFolder, report: Report) -> None:
-    """Write report.md and report.html of a run that has come to its report.
+    """Write report.md and report.html of a run.
+
+    Args:
+        folder: of the run.
+        report: of the run.
 
     Raises:
-        InputError: something the run wrote beside its report is damaged.
+        InputError: another file of the run is damaged.
     """
-    page = to_html(folder, report)  # if it cannot be made, both stay as they are
+    page = to_html(folder, report)  # first, so that an error leaves both pages unchanged
     write_atomically(folder.report_markdown, to_markdown(report))
     write_atomically(folder.page, page)
 
@@ -70,10 +78,14 @@ def to_markdown(report: Report) -> str:
 
 
 def to_html(folder: RunFolder, report: Report) -> str:
-    """The report as an HTML page, with what the run's folder holds beside it.
+    """The report as an HTML page, with plots and tables of the other files of the run.
+
+    Args:
+        folder: of the run.
+        report: of the run.
 
     Raises:
-        InputError: something there is damaged.
+        InputError: one of these files is damaged.
     """
     try:
         return _render(
@@ -90,18 +102,18 @@ def to_html(folder: RunFolder, report: Report) -> str:
             recipe=folder.recipe.read_text(encoding="utf-8"),
             command=_command(folder, report),
         )
-    # Numbers beyond all bounds end in the arithmetic of a plot.
+    # Extreme numbers raise an ArithmeticError in a chart.
     except (KeyError, ValueError, TypeError, ArithmeticError, OSError) as error:
         raise InputError(
-            f"{folder.path} holds tables of a run that cannot be read ({error}); give a finished "
-            "run as ricciq wrote it"
+            f"{folder.path} has tables that cannot be read ({error}); give a finished run as "
+            "ricciq wrote it"
         ) from None
 
 
 def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=jinja2.select_autoescape(["html.j2"]),  # names come out of files
+        autoescape=jinja2.select_autoescape(["html.j2"]),  # names come from files
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -114,49 +126,66 @@ def _training_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
     if not rows:
         return []
     top1 = "top-1" if report.labelled else "agreement with float"
-    parts = ("train", "hold-out")
-    losses = dict(zip(parts, ("train_loss", "holdout_loss"), strict=True))
-    accuracies = dict(zip(parts, ("train_top1", "holdout_top1"), strict=True))
     return [
-        _drawing(draw_epochs(rows, losses, "loss"), "Loss over the epochs"),
-        _drawing(draw_epochs(rows, accuracies, f"{top1}, %"), f"{top1} over the epochs"),
+        _drawing(_train_and_holdout(rows, "loss"), "epoch", "loss", "Loss over the epochs"),
+        _drawing(
+            _train_and_holdout(rows, "top1"), "epoch", f"{top1}, %", f"{top1} over the epochs"
+        ),
+    ]
+
+
+def _train_and_holdout(rows: list[dict[str, Any]], metric: str) -> list[Line]:
+    epochs = [int(row["epoch"]) for row in rows]
+    return [
+        Line(list(zip(epochs, (float(row[column]) for row in rows), strict=True)), color, label)
+        for column, color, label in (
+            (f"train_{metric}", BLUE, "train"),
+            (f"holdout_{metric}", RED, "hold-out"),
+        )
     ]
 
 
 def _geometry_drawings(folder: RunFolder, report: Report) -> list[Drawing]:
     drawings = []
     if decay := read_csv(folder.decay):
-        caption = "The perturbation of the LNE metric as the linear flow goes on, a line a layer"
+        caption = "Perturbation of the LNE metric over the time of the linear flow, by layer"
         if report.geometry.applied is False:
-            caption += "; a probe, not applied in training"
-        drawings.append(_drawing(draw_decay(decay), caption))
+            caption += "; computed as a probe, not applied in training"
+        layers, law = decay_lines(decay)
+        lines = [Line(points, BLUE) for points in layers]
+        lines += [Line(law, "currentColor", "slope −2π²", dashed=True)] if law else []
+        axes = "flow time (linear flow)", "metric off its diagonal"
+        drawings.append(_drawing(lines, *axes, caption, is_log=True))
     if rows := read_csv(folder.geometry):
         for column, label, caption in (
-            ("mismatch_cosine", "cosine", f"Mismatch: {COSINE}"),
-            ("codes_changed", "share", "Oscillation: the share of codes that changed"),
+            ("mismatch_cosine", "cosine", COSINE.capitalize()),
+            ("codes_changed", "share", "Oscillation: share of codes that changed"),
         ):
-            figure = draw_layers(rows, column, label)
-            drawings.append(_drawing(figure, f"{caption}, a line a layer"))
+            lines = [Line(points, RED) for points in by_layer(rows, "epoch", column, int)]
+            drawings.append(_drawing(lines, "epoch", label, f"{caption}, by layer"))
     return drawings
 
 
-def _drawing(figure: Figure, caption: str) -> Drawing:
-    return Drawing(Markup(as_svg(figure, caption)), caption)  # matplotlib escapes its texts
+def _drawing(
+    lines: list[Line], x_label: str, y_label: str, caption: str, *, is_log: bool = False
+) -> Drawing:
+    svg = line_chart(lines, x_label, y_label, caption, is_log=is_log)
+    return Drawing(Markup(svg), caption)  # line_chart escapes its texts
 
 
 def _sensitivity_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A layer's losses in nats by width, and the width it got."""
+    """A layer's losses in nats by bits, and the bits it got."""
     widths = {k.removeprefix("nats_at_"): float(row[k]) for k in row if k.startswith("nats_at_")}
     return {"layer": row["layer"], "bits": row["bits"], "nats": widths}
 
 
 def _share_of_8(bits: int | str) -> float:
-    """How long a bar for a width is, percent; float is none."""
+    """Length of the bar for a number of bits, percent of that of 8; zero for float."""
     number = _TERNARY_BITS if isinstance(bits, str) else bits
     return 100 * number / 8 if number <= 8 else 0.0
 
 
 def _command(folder: RunFolder, report: Report) -> str:
-    """What repeats the run."""
+    """The command that repeats the run."""
     recipe = shlex.quote(str(folder.recipe))
     return f"ricciq quantize {shlex.quote(report.model)} --recipe {recipe} --output runs/again"

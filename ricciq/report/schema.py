@@ -1,4 +1,4 @@
-"""Report -> JSON and a table for the terminal; `ricciq.report.page` makes pages of it."""
+"""The report of a run: its JSON, and its table for the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Part(BaseModel):
 
 
 class Accuracy(_Part):
-    """Accuracies in percent, cross-entropy in nats."""
+    """Accuracy in percent, cross-entropy in nats."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -30,11 +30,11 @@ class Accuracy(_Part):
 
 
 class OnnxAccuracy(Accuracy):
-    """The written file's accuracy, and how it agrees with the torch model it was made from.
+    """Accuracy of the ONNX file, and its agreement with the torch model it was exported from.
 
-    ``agreement`` is measured with onnxruntime's default optimizations, ``agreement_unoptimized``
-    with all of them off; both in percent of samples with the same first guess. So is
-    ``float_agreement``, with the float model; None where the run itself was in float.
+    Agreement is the percentage of samples with the same most likely class: ``agreement`` with
+    onnxruntime's default optimizations, ``agreement_unoptimized`` with all of them off, and
+    ``float_agreement`` with the float model; None if the run itself was in float.
     """
 
     agreement: float
@@ -46,7 +46,7 @@ class OnnxAccuracy(Accuracy):
 
 
 class Size(_Part):
-    """Bytes of the two ONNX files."""
+    """Size of the two ONNX files, in bytes."""
 
     float_bytes: int
     onnx_bytes: int
@@ -54,7 +54,7 @@ class Size(_Part):
 
 
 class LatencyReport(_Part):
-    """Median milliseconds a batch, from one interleaved run."""
+    """Median milliseconds for a batch, from interleaved measurements."""
 
     float_ms: float
     onnx_ms: float
@@ -76,7 +76,7 @@ class LayerReport(_Part):
 
 
 class KeptReport(_Part):
-    """Something that stayed float, and why."""
+    """A part that is kept in float, and why."""
 
     name: str
     kind: str
@@ -86,8 +86,8 @@ class KeptReport(_Part):
 class GeometryReport(_Part):
     """Means over the layers at the last step of the last epoch; None without training.
 
-    Where the flow is not ``applied`` it is a probe: what the flow of rows of weights would do. None
-    is a report of a version that did not say so.
+    If the flow is not ``applied``, it is a probe: it shows what the flow of rows of weights would
+    do. None is a report of a version without this key.
     """
 
     perturbation_start: float | None = None
@@ -99,12 +99,12 @@ class GeometryReport(_Part):
     @model_validator(mode="after")
     def _go_together(self) -> Self:
         if len({value is None for name, value in self if name != "applied"}) > 1:
-            raise ValueError("some numbers of the geometry are missing")
+            raise ValueError("some of the numbers of the geometry are missing")
         return self
 
 
 class TrainingReport(_Part):
-    """What training cost."""
+    """Cost of training."""
 
     epochs: int
     steps: int
@@ -117,9 +117,9 @@ class TrainingReport(_Part):
 
 
 class Report(_Part):
-    """Everything a run found out; schema 1, to which keys are only added.
+    """All results of a run; schema 1, to which keys are only added.
 
-    Where pictures are not ``labelled``, accuracies are agreement with the float model.
+    If images are not ``labelled``, accuracies are agreement with the float model.
     """
 
     model_config = ConfigDict(populate_by_name=True, protected_namespaces=())
@@ -145,15 +145,15 @@ class Report(_Part):
     messages: list[str] = []
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with the names report.json uses."""
+        """Plain values under the keys of report.json."""
         return self.model_dump(mode="json", by_alias=True)
 
     def save(self, path: Path) -> None:
-        """Write report.json, after all else: its presence says that the run is finished."""
+        """Write report.json, after all other files: its presence marks the run as finished."""
         write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def to_table(self) -> FittingTable:
-        """The verdict for a terminal."""
+        """The main results as a table for the terminal."""
         bits = f"W{self.weight_bits} A{self.act_bits}"
         table = FittingTable(title=escape(f"{self.model} on {self.data}, {bits}, {self.method}"))
         table.add_column("")
@@ -167,7 +167,7 @@ class Report(_Part):
             f"{self.onnx.top1 - self.float_.top1:+.2f}",
         )
         table.add_row(
-            "top-5" if self.labelled else "its answer in top 5",
+            "top-5" if self.labelled else "float class in top 5",
             f"{self.float_.top5:.2f} %",
             f"{self.quantized.top5:.2f} %",
             f"{self.onnx.top5:.2f} %",
@@ -195,10 +195,12 @@ def load_report(path: Path) -> Report:
     """Read a report.json.
 
     Raises:
-        InputError: it is missing or is not a report of ours.
+        InputError: it is missing, or not a report that ricciq wrote.
     """
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = on_one_line(error, 160)
-        raise InputError(f"{path} is no report of a run ({reason}); give a finished run") from None
+        raise InputError(
+            f"{path} is not the report of a run ({reason}); give a finished run"
+        ) from None

@@ -1,4 +1,4 @@
-"""What paired runs over seeds say about methods."""
+"""Statistics of paired runs over seeds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ Row = dict[str, Any]
 def summarize(
     rows: Sequence[Row], methods: Sequence[str], lr_scales: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
-    """What the seeds say about each method at each learning rate.
+    """Compare methods over seeds, at each learning rate.
 
-    Differences are paired by seed; their interval is Student's, at 95 % confidence. `drop` is what
-    the method loses to its own accuracy at the first rate.
+    Differences are from the first method, paired by seed; their interval is Student's, at 95 %
+    confidence. `drop` is the method's accuracy at the first learning rate minus this one.
+
+    Args:
+        rows: one for each run, with method, lr_scale, seed, top1, train_loss and diverged.
+        methods: the methods; the first one is the baseline.
+        lr_scales: factors of the learning rate.
+
+    Yields:
+        A row for each learning rate and method.
     """
     top1 = {(row["method"], row["lr_scale"], row["seed"]): row["top1"] for row in rows}
     seeds = sorted({row["seed"] for row in rows})

@@ -1,4 +1,4 @@
-"""What the verbs show a person: plain values as tables for the terminal."""
+"""Results of commands as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 _ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
-"""What `inspect` shows of a file's metadata; --json has all of it."""
+"""Keys of a file's metadata that `inspect` shows; --json prints all of them."""
 LEAST_FOLDED = 12
-"""Letters that a column is not made narrower than."""
+"""Smallest width of a folded column, in characters."""
 
 
 def show(
@@ -25,7 +25,14 @@ def show(
     table: Callable[[dict[str, Any]], RenderableType] | None = None,
     quiet: bool = False,
 ) -> None:
-    """Print what a verb found out on stdout: as one JSON object, or unless quiet as a table."""
+    """Print the result of a command on stdout, as one JSON object or as a table.
+
+    Args:
+        values: the result.
+        as_json: print JSON.
+        table: makes a table of the result; `value_table` by default.
+        quiet: print no table.
+    """
     if as_json:
         print(json.dumps(values))
     elif not quiet:
@@ -33,13 +40,13 @@ def show(
 
 
 class FittingTable(Table):
-    """A table that never cuts a value; where the terminal is too narrow, it has a line for each.
+    """A table that never cuts a value; if the terminal is too narrow, each value gets a line.
 
-    Columns that may wrap also break words, but not into less than `LEAST_FOLDED` letters.
+    A column that may wrap also breaks words, but is at least `LEAST_FOLDED` characters wide.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        """As rich asks for it."""
+        """Render the table."""
         frame = 3 * len(self.columns) + 1
         if frame + sum(_least_width(c, console) for c in self.columns) <= options.max_width:
             for column in self.columns:
@@ -58,7 +65,7 @@ class FittingTable(Table):
 
 
 def _least_width(column: Column, console: Console) -> int:
-    """Letters that a column needs."""
+    """Smallest width of a column, in characters."""
     wide = console.options.update(width=10_000)
     sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
     if column.no_wrap:
@@ -67,7 +74,7 @@ def _least_width(column: Column, console: Console) -> int:
 
 
 def plan_table(values: dict[str, Any]) -> Table:
-    """What a run would do, and take."""
+    """What a run would do, and what it needs."""
     title = f"{values['model']}: {values['steps']} steps on {values['device']}"
     about = (
         f"{values['bytes'] / 1e6:.1f} MB of {values['float_bytes'] / 1e6:.1f} MB in float; about "
@@ -86,8 +93,13 @@ def plan_table(values: dict[str, Any]) -> Table:
 
 
 def sensitivity_table(rows: Sequence[Mapping[str, Any]], average: float) -> Table:
-    """Which width each layer got, and what its answers lose in nats with it alone."""
-    table = Table(title="bits a layer", caption=f"{average:.3f} bits a weight on average")
+    """The bits of each layer, and the loss in nats if only this layer is quantized.
+
+    Args:
+        rows: of sensitivity.csv.
+        average: bits of a weight, on average.
+    """
+    table = Table(title="bits by layer", caption=f"{average:.3f} bits per weight on average")
     widths = [key for key in rows[0] if key.startswith("nats_at_")]
     table.add_column("layer", overflow="fold")
     for heading in ("weights", "bits", *(f"at {key.removeprefix('nats_at_')}" for key in widths)):
@@ -107,7 +119,7 @@ def as_text(table: Table) -> str:
 
 
 def inspection_tables(values: dict[str, Any]) -> Group:
-    """What an ONNX file holds."""
+    """The layers and the metadata of an ONNX file."""
     layers = FittingTable()
     headings = ("layer", "operator", "shape", "weight bits", "activation bits", "bytes", "integer")
     for heading in headings:
@@ -154,19 +166,19 @@ def keys_table(values: dict[str, Any]) -> Table:
 
 
 def doctor_tables(values: dict[str, Any]) -> Group:
-    """What an installation and its machine are, and what they lack."""
-    problems = FittingTable(title="what is missing or does harm")
+    """Versions, the machine, and problems with their remedies."""
+    problems = FittingTable(title="problems")
     problems.add_column("what")
     problems.add_column("remedy")
     for problem in values["problems"]:
         problems.add_row(shown(problem["what"]), shown(problem["remedy"]))
     machine = {key: values[key] for key in values if key not in ("versions", "problems")}
-    last = problems if values["problems"] else Text("nothing is missing")
+    last = problems if values["problems"] else Text("no problems found")
     return Group(value_table(values["versions"]), value_table(machine), last)
 
 
 def comparison_table(values: dict[str, Any]) -> Table:
-    """A study: a row a method and learning rate."""
+    """A study: a row for each method and learning rate."""
     bits = f"W{values['weight_bits']} A{values['act_bits']}"
     first = shown(values["results"][0]["method"])
     title = f"{values['model']} on {values['data']}, {bits}: {values['folder']}"
@@ -217,17 +229,22 @@ def _text(value: Any, depth: int = 2) -> str:
 
 
 def shown(text: str) -> str:
-    """Text out of a file, as a table shows it."""
+    """Text from a file, escaped for a table."""
     return escape(printable(text))
 
 
 def printable(text: str) -> str:
-    """Text with what could steer the terminal taken out."""
+    """Text without characters that could control the terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def shortened(text: str, most: int = 900) -> str:
-    """A sentence that names something long, without its middle: it ends with the remedy."""
+    """A sentence cut in the middle, so that the remedy at its end is kept.
+
+    Args:
+        text: the sentence.
+        most: largest number of characters to keep.
+    """
     if len(text) <= most:
         return text
     end = most // 3

@@ -1,1 +1,1 @@
-"""The folder of a run, and what it says of itself."""
+"""The folder of a run, and the metadata of its model."""

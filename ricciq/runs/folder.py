@@ -1,4 +1,4 @@
-"""The folder of a run: made, locked, found again, and never someone else's."""
+"""The folder of a run: create, lock and find it, and refuse a folder of anything else."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from ricciq.system.files import write_atomically
 
 RUNS = Path("runs")
 
-
 Folder = TypeVar("Folder", bound="RunFolder")
-
-
 _LOCK = ".lock"
 
 
 class RunFolder:
-    """Paths inside a run's folder, and what they say about its progress."""
+    """The paths in a run's folder, and the progress that they show."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,30 +48,33 @@ class RunFolder:
 
     @property
     def is_ours(self) -> bool:
-        """Whether ricciq wrote this folder as one of its kind."""
+        """Whether ricciq wrote this folder, as one of this kind."""
         return self.recipe.is_file()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its report."""
+        """Whether the run wrote its report."""
         return self.report.is_file()
 
     def load_recipe(self) -> Recipe:
         """The recipe the run was started with.
 
         Raises:
-            InputError: the folder is not a run.
+            InputError: the folder is not that of a run.
+            RecipeError: the recipe is damaged.
         """
         if not self.is_ours:
-            raise InputError(f"{self.path} is not the folder of a run; give one that ricciq wrote")
+            raise InputError(
+                f"{self.path} is not the folder of a run; give a folder that ricciq wrote"
+            )
         return Recipe.load(self.recipe)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder if need be, and hold it for as long as it is written to.
+        """Create the folder if it is missing, and lock it for the duration of a block.
 
         Raises:
-            UsageError: it cannot be made, or another process is using it.
+            UsageError: it cannot be created, or another process uses it.
         """
         lock = FileLock(self.path / _LOCK)
         try:
@@ -91,19 +91,20 @@ class RunFolder:
         try:
             yield
         finally:
-            lock.release()  # the file stays: removing it could free a lock just taken by another
+            # The file stays: removing it could free a lock that another process just took.
+            lock.release()
 
     def begin(self, recipe: Recipe) -> None:
-        """Remove what an earlier run wrote, and only that, and note what this one will do.
+        """Remove the files of an earlier run, and only those, and save the recipe of this one.
 
         Raises:
-            UsageError: something of a run's names cannot be removed.
+            UsageError: a file cannot be removed.
         """
         try:
             for path in vars(self).values():
-                if path not in (self.path, self.recipe):  # what says that the folder is ours
+                if path not in (self.path, self.recipe):  # which shows that ricciq wrote the folder
                     path.unlink(missing_ok=True)
-                if path.suffix == ".onnx":  # weights of a model over 2 GB lie beside it
+                if path.suffix == ".onnx":  # a model over 2 GB has its weights in another file
                     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(
@@ -113,10 +114,10 @@ class RunFolder:
 
 
 class StudyFolder(RunFolder):
-    """The folder of a comparison: a run's folder for each of its trials, and what they say.
+    """The folder of a comparison: a folder for each of its runs, and their results.
 
-    Its recipe has another name, so that neither is taken for the other. More trials can always be
-    added, so it is never finished.
+    Its recipe has another file name than that of a run, to tell the two apart. Runs can always be
+    added, so a study is never finished.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +130,7 @@ class StudyFolder(RunFolder):
 
     @property
     def is_finished(self) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     def trial(self, name: str) -> RunFolder:
@@ -137,7 +138,7 @@ class StudyFolder(RunFolder):
         return RunFolder(self.path / "trials" / name)
 
     def begin(self, recipe: Recipe) -> None:
-        """Remove what an earlier study wrote, its trials included, and only that.
+        """Remove the files of an earlier study and its runs, and only those, and save the recipe.
 
         Raises:
             UsageError: as `RunFolder.begin`.
@@ -149,7 +150,12 @@ class StudyFolder(RunFolder):
 
 
 def default_folder(recipe: Recipe, now: datetime) -> Path:
-    """runs/<date>-<time>-<model>-w<bits>a<bits>, as timm names its own."""
+    """runs/<date>-<time>-<model>-w<bits>a<bits>, in the style of timm.
+
+    Args:
+        recipe: of the run.
+        now: the time in its name.
+    """
     bits = recipe.quantization
     weights = "t" if bits.weight_bits == "ternary" else bits.weight_bits
     model = recipe.model.name.replace("/", "_").replace(":", "_")
@@ -164,18 +170,21 @@ def choose_run_folder(
     overwrite: bool,
     kind: type[Folder] = RunFolder,  # type: ignore[assignment]
 ) -> Folder:
-    """Find the folder a run may use; nothing is written yet.
+    """Choose the folder of a run; nothing is written yet.
 
     Args:
-        recipe: what the run will do.
-        output: where; by default a new folder, or with ``resume`` the newest unfinished one.
-        resume: go on with an unfinished run of the same recipe.
-        overwrite: allow a folder of ours that holds a run.
-        kind: of a run, or of a study.
+        recipe: of the run.
+        output: the folder; None is a new one, or with ``resume`` the newest unfinished one.
+        resume: continue an unfinished run of the same recipe.
+        overwrite: allow a folder that already has a run.
+        kind: `RunFolder` or `StudyFolder`.
+
+    Returns:
+        The folder.
 
     Raises:
-        UsageError: the folder is not ours, holds a run or the run's own source, or has nothing
-            to resume.
+        UsageError: the folder has other files, a run, or the float weights of this run, or it has
+            nothing to resume.
     """
     if output is None:
         output = _newest_unfinished(recipe, kind) if resume else _new_folder(recipe, kind)
@@ -183,7 +192,7 @@ def choose_run_folder(
     try:
         if output.exists() and not output.is_dir():
             raise UsageError(f"--output {output} is a file; give a folder")
-        # The lock, and what was being written, are what a run leaves that could not begin.
+        # A run that failed to begin leaves its lock and temporary files.
         occupied = output.is_dir() and any(not _is_left_over(path) for path in output.iterdir())
     except OSError as error:
         raise UsageError(
@@ -191,19 +200,19 @@ def choose_run_folder(
         ) from None
     if occupied and not folder.is_ours:
         raise UsageError(
-            f"--output {output} holds files that are not a run of ricciq; choose another folder"
+            f"--output {output} has files that are not a run of ricciq; choose another folder"
         )
     source = recipe.model.checkpoint
     if source is not None and source.resolve().is_relative_to(output.resolve()):
         raise UsageError(
-            f"--output {output} holds the float weights {source} that the run starts from; choose "
+            f"--output {output} has the float weights {source} that the run starts from; choose "
             "another folder"
         )
     if resume:
         _check_resumable(folder, recipe)
     elif occupied and not overwrite:
         remedy = "--overwrite" if folder.is_finished else "--resume or --overwrite"
-        raise UsageError(f"--output {output} already holds a run; give {remedy}")
+        raise UsageError(f"--output {output} already has a run; give {remedy}")
     return folder
 
 
@@ -219,19 +228,21 @@ def _new_folder(recipe: Recipe, kind: type[RunFolder]) -> Path:
 def _newest_unfinished(recipe: Recipe, kind: type[RunFolder]) -> Path:
     folders = [kind(path) for path in sorted(RUNS.glob("*"), reverse=True)]
     for folder in folders:
-        with suppress(RecipeError):  # a damaged recipe is not this one
+        with suppress(RecipeError):  # a damaged recipe differs from this one
             if folder.is_ours and not folder.is_finished and folder.load_recipe() == recipe:
                 return folder.path
-    raise UsageError(f"no unfinished run of this recipe is in {RUNS}; start one without --resume")
+    raise UsageError(
+        f"there is no unfinished run of this recipe in {RUNS}; start one without --resume"
+    )
 
 
 def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
     if not folder.is_ours:
-        raise UsageError(f"{folder.path} holds no run to resume; start one without --resume")
+        raise UsageError(f"{folder.path} has no run to resume; start one without --resume")
     if folder.is_finished:
-        raise UsageError(f"the run in {folder.path} is finished; start another one")
+        raise UsageError(f"the run in {folder.path} is finished; start another run")
     if folder.load_recipe() != recipe:
         raise UsageError(
-            f"the run in {folder.path} was started with another recipe; repeat its flags or choose "
-            "another --output"
+            f"the run in {folder.path} was started with another recipe; give the same flags or "
+            "choose another --output"
         )

@@ -1,4 +1,4 @@
-"""Metadata of a trained model, as its checkpoint and its ONNX file hold it."""
+"""Metadata of a trained model, which its checkpoint and its ONNX file contain."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ricciq.recipe import Recipe
 
 
 class Accuracy(Protocol):
-    """Anything with these four numbers: measured metrics, or a part of a report."""
+    """Any object with these four numbers: measured metrics, or a part of a report."""
 
     @property
     def top1(self) -> float:
-        """Percent."""
+        """Top-1 accuracy, percent."""
 
     @property
     def top5(self) -> float:
-        """Percent."""
+        """Top-5 accuracy, percent."""
 
     @property
     def loss(self) -> float:
@@ -35,17 +35,17 @@ class Accuracy(Protocol):
 
     @property
     def samples(self) -> int | None:
-        """How many images it was measured on."""
+        """Number of images it was measured on."""
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What is needed to evaluate a model. Both a checkpoint and an ONNX file of a run hold it.
+    """What is needed to evaluate a model. A run's checkpoint and its ONNX file both contain it.
 
     Attributes:
-        preprocessing: how images are prepared for the model.
-        class_names: one name a class, in the order of the logits.
-        labelled: whether the names come from data; without labels they are only numbers.
+        preprocessing: size and normalization of the model's input.
+        class_names: one name for each class, in the order of the logits.
+        labelled: whether the names come from data; without labels they are numbers.
     """
 
     preprocessing: Preprocessing
@@ -57,8 +57,8 @@ class ModelMetadata:
         """Read plain values, as they were stored.
 
         Args:
-            values: stored by this version or an older one; other keys are ignored.
-            file: where they were stored, for error messages.
+            values: as stored by this version or an older one; other keys are ignored.
+            file: the file they come from, for error messages.
 
         Returns:
             The metadata.
@@ -73,7 +73,7 @@ class ModelMetadata:
 
     @classmethod
     def _fields(cls, values: Mapping[str, Any], file: Path) -> dict[str, Any]:  # noqa: ARG003
-        """The arguments of `__init__`, each of them checked."""
+        """The arguments of `__init__`, checked."""
         return {
             "preprocessing": Preprocessing.from_dict(values["preprocessing"]),
             "class_names": _class_names(values.get("class_names")),
@@ -86,9 +86,9 @@ class RunMetadata(ModelMetadata):
     """What is needed to rebuild the model of a run without its data.
 
     Attributes:
-        recipe: what the run was started with.
-        plan: which layers are discrete, and what stayed float.
-        ricciq: the version that made the run.
+        recipe: of the run.
+        plan: which layers are discrete, and what is kept in float.
+        ricciq: version of ricciq that made the run.
     """
 
     recipe: Recipe
@@ -120,12 +120,12 @@ class RunMetadata(ModelMetadata):
         }
 
     def for_onnx(self, *, is_float: bool = False) -> dict[str, Any]:
-        """Plain values for an ONNX file: no plan, since the graph shows it.
+        """Plain values for an ONNX file, without the plan, which the graph shows.
 
-        The preprocessing is left out too; `ricciq.deploy.export.export_onnx` stores it itself.
+        The preprocessing is left out too: `ricciq.deploy.export.export_onnx` stores it itself.
 
         Args:
-            is_float: the file holds the float model, not the discrete one.
+            is_float: whether the file has the float model instead of the discrete one.
         """
         bits = self.recipe.quantization
         widths: tuple[Bits | str, int] = (bits.weight_bits, bits.act_bits)
@@ -141,7 +141,7 @@ class RunMetadata(ModelMetadata):
 
 
 def accuracy_for_onnx(measured: Accuracy) -> dict[str, Any]:
-    """Plain values for an ONNX file: the accuracy that onnxruntime reached with it.
+    """Plain values for an ONNX file: its accuracy with onnxruntime.
 
     Args:
         measured: metrics of the file.
@@ -152,7 +152,7 @@ def accuracy_for_onnx(measured: Accuracy) -> dict[str, Any]:
 
 def _class_names(names: Any) -> list[str]:
     if not (names and isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError("class_names that are no list of names")
+        raise ValueError("class_names is not a list of names")
     return names
 
 

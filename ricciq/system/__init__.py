@@ -1,1 +1,1 @@
-"""Files, processes, signals and the network: nothing of the field."""
+"""Files, processes, signals and the network; nothing about quantization."""

@@ -1,4 +1,4 @@
-"""Several processes of one run, as `torchrun` starts them; a process alone is a world of one."""
+"""The processes of one run, as `torchrun` starts them; a single process is a world of size 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ricciq.errors import RicciqError, UsageError
 
 PATIENCE = timedelta(hours=12)
-"""How long the others wait for the first, which alone evaluates, exports and reports."""
+"""How long the other processes wait for the first, which alone evaluates, exports and reports."""
 T = TypeVar("T")
 
 
@@ -25,8 +25,8 @@ class World:
     """The processes that train together, each with its own share of every batch.
 
     Attributes:
-        rank: of this process, counted from 0; the first alone writes and speaks.
-        size: how many there are.
+        rank: of this process, from 0; only the first process writes files and prints.
+        size: number of processes.
     """
 
     rank: int = 0
@@ -34,11 +34,16 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, handed to all of them; so is the error if it cannot."""
+        """Call a function in the first process, and return its result in every process.
+
+        Raises:
+            RicciqError: the call raised it in the first process; every process raises it.
+            KeyboardInterrupt: likewise.
+        """
         if self.size == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -56,12 +61,12 @@ class World:
         return made
 
     def share(self, tensor: Tensor) -> None:
-        """Overwrite a tensor by that of the first process."""
+        """Overwrite a tensor with that of the first process."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
 
     def gather(self, value: T) -> list[T]:
-        """The value of each process, to all of them."""
+        """The values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -69,7 +74,7 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether a flag is set in any process."""
         if self.size == 1:
             return flag
         raised = torch.tensor(int(flag))
@@ -77,7 +82,7 @@ class World:
         return bool(raised)
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum over the processes of a tensor, of one shape in all of them."""
+        """The sum of a tensor over the processes; its shape is the same in all of them."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -85,23 +90,27 @@ class World:
 
 
 def process_number(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Which process `torchrun` says this is, counted from 0, and of how many."""
+    """The rank of this process, from 0, and the number of processes, as `torchrun` sets them."""
     return int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
 
 
 def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The device a process takes where each has one of its own: ``cuda`` becomes ``cuda:1``.
+    """The device of this process: with several processes, ``cuda`` becomes ``cuda:1`` and so on.
+
+    Args:
+        name: the value of --device.
+        environment: variables that `torchrun` sets.
 
     Raises:
-        UsageError: several processes were given one and the same GPU.
+        UsageError: several processes were given the same GPU.
     """
     _, size = process_number(environment)
     if size == 1:
         return name
     if name.startswith("cuda:"):
         raise UsageError(
-            f"--device {name} is one device for {size} processes; give "
-            "--device cuda, of which each takes its own"
+            f"--device {name} is one device for {size} processes; give --device cuda, so that "
+            "each process uses its own"
         )
     on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     return f"cuda:{environment.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
@@ -109,7 +118,15 @@ def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
 
 @contextmanager
 def joined(device: torch.device, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
-    """The world that `torchrun` describes in the environment, for the length of a block."""
+    """Join the process group that `torchrun` describes, for the duration of a block.
+
+    Args:
+        device: of this process.
+        environment: variables that `torchrun` sets.
+
+    Yields:
+        The world; of size 1 without `torchrun`.
+    """
     if process_number(environment)[1] == 1:
         yield World()
         return

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from ricciq.errors import RicciqError
 
 @contextmanager
 def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Replace a file by what a block writes to the path it is given, or leave it as it was.
+    """Replace a file atomically: a block writes a temporary file, which then takes its place.
+
+    If the block fails, the file is left unchanged.
 
     Args:
-        path: of the file.
-        previous: what it is renamed to, if it is to be kept.
+        path: the file to replace.
+        previous: path to rename the old file to; None discards it.
+
+    Yields:
+        The path of the temporary file, for the block to write.
 
     Raises:
         RicciqError: the disk is full or the folder cannot be written.
@@ -35,12 +40,12 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
             f"cannot write {path} ({error}); free some space or choose another --output"
         ) from None
     finally:
-        with suppress(OSError):  # gone already, unless something above failed
+        with suppress(OSError):  # it is gone, unless something above failed
             temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renamings last through a power failure, where folders can be opened for that."""
+    """Make a renaming survive a power failure, on systems where a folder can be synced."""
     with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -50,6 +55,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes | str, previous: Path | None = None) -> None:
-    """Replace a file by new content, or leave it as it was; the rest is as in `replacing`."""
+    """Replace a file by new content, atomically.
+
+    Args:
+        path: the file to write.
+        data: its content; text is encoded as UTF-8.
+        previous: path to rename the old file to; None discards it.
+
+    Raises:
+        RicciqError: the disk is full or the folder cannot be written.
+    """
     with replacing(path, previous) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)

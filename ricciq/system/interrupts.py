@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the step is finished first, so that it can be saved."""
+"""Ctrl-C and SIGTERM in training: the current step is finished, so that its state can be saved."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
-    """The user asked to stop, and everything is between two steps."""
+    """The user asked to stop, and the current step is finished."""
 
 
 class Stopping:
-    """Remembers that a signal came; one that comes again stops at once."""
+    """Records a request to stop; a second signal stops at once."""
 
     def __init__(self, world: World) -> None:
         self.world, self.asked = world, False
 
     def watch(self, items: Iterable[T], alike: bool = True) -> Iterator[T]:
-        """The items, until the user asks to stop.
+        """Iterate over items until the user asks to stop.
 
         Args:
-            items: to be worked on one after the other.
-            alike: whether every process has as many; if not, several do not stop among them.
+            items: what the caller processes one by one.
+            alike: whether every process has the same number of items. If not, a run with several
+                processes does not stop between them.
+
+        Yields:
+            The items.
 
         Raises:
-            Stopped: after an item has been worked on; where there are several processes, in all of
-                them after the same one.
+            Stopped: after an item is processed; in all processes, after the same item.
         """
         for item in items:
             yield item
@@ -41,10 +44,10 @@ class Stopping:
                 self.check()
 
     def check(self) -> None:
-        """Stop here if the user asked to, in any process; all have to come by.
+        """Stop here if the user asked to; every process must call this.
 
         Raises:
-            Stopped: they did.
+            Stopped: the user asked to stop any of the processes.
         """
         if self.world.any(self.asked):
             raise Stopped
@@ -57,7 +60,7 @@ class Stopping:
 
 @contextmanager
 def stopping_between_steps(world: World) -> Iterator[Stopping]:
-    """Take signals for the length of a block; elsewhere than in the main thread none arrive."""
+    """Install signal handlers for the duration of a block; only the main thread can have them."""
     stopping = Stopping(world)
     if threading.current_thread() is not threading.main_thread():
         yield stopping

@@ -1,4 +1,4 @@
-"""What a run says while it works: to the terminal, and to log.txt once there is a folder."""
+"""Messages and progress of a run: on the terminal, and in log.txt once the run has a folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 LINE_SECONDS = 60.0
-"""How often a bar says a line where it cannot be drawn."""
+"""Seconds between lines where a progress bar cannot be drawn."""
 
 
 class Journal:
-    """Says a line at a time, and shows a bar where there is a terminal.
+    """Prints and logs messages, and shows progress bars on a terminal.
 
     Args:
-        console: where to show; None keeps silent and only logs.
+        console: where to print; None only logs.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -29,7 +29,7 @@ class Journal:
         self._pending: list[str] = []
 
     def say(self, text: str) -> None:
-        """Show a line and log it with the time."""
+        """Print a line, and log it with the time."""
         if self.console is not None:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._pending.append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
@@ -38,22 +38,26 @@ class Journal:
         try:
             with self._log.open("a", encoding="utf-8") as file:
                 file.writelines(self._pending)
-        except OSError as error:  # what matters more cannot be written either, and will say so
+        except OSError as error:  # the run cannot write its results either, and will fail
             self._log = None
-            self.say(f"{error.filename} cannot be written ({error.strerror}); it ends here")
+            self.say(f"{error.filename} cannot be written ({error.strerror}); the log ends here")
         self._pending.clear()
 
     def log_to(self, path: Path) -> None:
-        """Append to this file from now on, beginning with what was said before."""
+        """Log to this file from now on, including the messages so far."""
         self._log = path
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[Callable[[], str]], None]]:
-        """A progress bar for the length of a block; a line a minute where it cannot be drawn.
+        """Show a progress bar for the duration of a block, or a line a minute without a terminal.
+
+        Args:
+            title: text before the bar.
+            total: number of steps.
 
         Yields:
-            A function to call after each of ``total`` steps; its argument gives the text to show
-            and is called now and then, since making it may wait for the device.
+            A function to call after each step. Its argument returns the text to show; it is called
+            only for some steps, since it may wait for the device.
         """
         if self.console is None:
             yield lambda _: None
@@ -66,7 +70,7 @@ class Journal:
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            # In a narrow terminal this gives way, and the others stay whole.
+            # In a narrow terminal this column is cut, and the others are not.
             TextColumn("{task.fields[shown]}", table_column=Column(ratio=3, no_wrap=True)),
         )
         with Progress(*columns, console=self.console, transient=True, expand=True) as progress:
@@ -83,7 +87,7 @@ class Journal:
             yield advance
 
     def _lines(self, title: str, total: int) -> Callable[[Callable[[], str]], None]:
-        """What `bar` yields where only lines can be shown."""
+        """What `bar` yields where only lines can be printed."""
         began = said = monotonic()
         steps = 0
 

@@ -1,4 +1,4 @@
-"""Whether the network may be used: one switch, which other libraries are told of, too."""
+"""Whether the network may be used: one switch, which is passed on to other libraries."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import os
 
 SWITCH = "HF_HUB_OFFLINE"
 _OF_DATASETS = "HF_DATASETS_OFFLINE"
-"""Goes before the other in that library."""
+"""In the datasets library it takes precedence over `SWITCH`."""
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
-"""Or onnxruntime from 1.29 on keeps an identifier, and reports to its maker."""
+"""Without it onnxruntime, from 1.29 on, stores an identifier and sends usage data."""
 
 
 def forbid_network() -> None:
-    """Keep this process and those it starts off the network.
+    """Forbid the network to this process and those it starts.
 
-    To be called before onnxruntime and the libraries of Hugging Face are imported: they look once.
+    Call it before onnxruntime and the libraries of Hugging Face are imported: they look only once.
     """
     os.environ[SWITCH] = os.environ[_OF_DATASETS] = "1"
     forbid_telemetry()
 
 
 def forbid_telemetry() -> None:
-    """Keep onnxruntime from reporting; to be called before it is imported."""
+    """Forbid onnxruntime to send usage data; call it before onnxruntime is imported."""
     os.environ[_TELEMETRY] = "1"
 
 
 def is_network_forbidden() -> bool:
-    """Whether what is not on this machine cannot be had."""
+    """Whether nothing may be downloaded."""
     return os.environ.get(SWITCH, "").upper() in ("1", "ON", "YES", "TRUE")

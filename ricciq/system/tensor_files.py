@@ -1,7 +1,7 @@
 """The state of a run in one safetensors file, saved atomically and restored exactly.
 
-Tensors are stored under dotted names (``model.…``, ``optimizer.…``); whatever is no
-tensor is JSON in the file's metadata. Nothing is pickled.
+Tensors are stored under dotted names (``model.…``, ``optimizer.…``); everything else is JSON in the
+file's metadata. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ METADATA_KEY = "ricciq"
 
 
 class State(NamedTuple):
-    """What `load_tensors` found, and where."""
+    """A state as read from a file.
+
+    Attributes:
+        tensors: by name.
+        metadata: the JSON values.
+        path: of the file, for error messages.
+    """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
@@ -42,22 +48,22 @@ def save_tensors(
     Args:
         path: of the file.
         tensors: by name.
-        metadata: what JSON can hold.
-        previous: what the file that is there is renamed to, if it is to be kept.
+        metadata: values that JSON can represent.
+        previous: path to rename the old file to; None discards it.
 
     Raises:
         RicciqError: the disk is full or the folder cannot be written.
     """
-    # Clones: a quantizer may stand in two places, and safetensors refuses shared memory.
+    # Clones: two layers may share a quantizer, and safetensors refuses shared memory.
     whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, save(whole, {METADATA_KEY: json.dumps(metadata)}), previous)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote.
+    """Read a file that `save_tensors` wrote.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
+        CheckpointError: the file is missing, damaged, or not written by ricciq.
     """
     if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise CheckpointError(f"there is no checkpoint {path}; check the path")
@@ -65,9 +71,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
             if not isinstance(metadata, dict):
-                raise ValueError("what ricciq says in it is no mapping")
+                raise ValueError("its metadata is not a mapping")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # What safetensors raises of types that torch lacks is an AttributeError.
+    # safetensors raises an AttributeError for a dtype that torch lacks.
     except (
         SafetensorError,
         OSError,
@@ -78,38 +84,43 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ) as error:
         reason = on_one_line(error)
         raise CheckpointError(
-            f"{path} is not an intact checkpoint of ricciq ({reason}); give one a run wrote"
+            f"{path} is not an intact checkpoint of ricciq ({reason}); give a file that a run wrote"
         ) from None
     return tensors, metadata
 
 
 def check_finite(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse NaN, and infinity unless a model begins with it there, as an open bound.
+    """Refuse NaN, and infinity except where the model itself has it, as in an open bound.
 
     Args:
-        tensors: what a file holds; as float32, which it will be.
-        own: what the model begins with.
-        path: of the file.
+        tensors: of the file, checked in float32, the dtype in which they are used.
+        own: tensors of the model before loading.
+        path: of the file, for error messages.
 
     Raises:
-        CheckpointError: the message names the tensor.
+        CheckpointError: a tensor is not finite; the message names it.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        # Flat, since arithmetic with a million dimensions takes hours.
+        # Flat, since arithmetic on a tensor of a million dimensions takes hours.
         wide = tensor.reshape(-1).float()
         if wide.isfinite().all():
             continue
         open_bound = name in own and torch.equal(wide.isinf(), own[name].reshape(-1).isinf())
         if not open_bound or wide.isnan().any():
             raise CheckpointError(
-                f"checkpoint {path} holds NaN or infinity in {name!r}: give one that trained well"
+                f"checkpoint {path} has NaN or infinity in {name!r}; give one with finite weights"
             )
 
 
 def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a complete state into a model of the same structure.
+    """Load a complete state into a model of the same structure.
+
+    Args:
+        model: the model to change.
+        tensors: its state dict.
+        path: of the file they were read from, for error messages.
 
     Raises:
         CheckpointError: names or shapes differ, or a tensor is not finite.
@@ -120,16 +131,24 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path
     except RuntimeError as error:
         reason = on_one_line(error, 200)
         raise CheckpointError(
-            f"{path} does not fit the model of its recipe ({reason}); give the run's own file"
+            f"{path} does not fit the model of the recipe ({reason}); give the file of this run"
         ) from None
 
 
 def training_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything needed to go on, as tensors and as JSON.
+    """Everything needed to resume training.
 
-    No generator is among it: what a step draws by chance follows from the seed and its number.
+    It has no state of random generators: a step's randomness follows from the seed and its number.
+
+    Args:
+        model: the model in training.
+        optimizer: its optimizer.
+        progress: values that JSON can represent.
+
+    Returns:
+        The tensors and the metadata, for `save_tensors`.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     stored = _without_tensors(optimizer.state_dict(), "optimizer", tensors)
@@ -140,7 +159,12 @@ def training_state(
 def restore_training_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: State
 ) -> dict[str, Any]:
-    """Put a saved state back.
+    """Load a state that `training_state` made.
+
+    Args:
+        model: the model to change.
+        optimizer: the optimizer to change.
+        state: as read from a file.
 
     Returns:
         The progress that was saved with it.
@@ -174,7 +198,7 @@ def restore_training_state(
 
 
 def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Files hold numbers row by row; fused optimizers take moments as the weights lie in memory."""
+    """Give moments the memory format of their parameter: fused optimizers need it."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -182,7 +206,7 @@ def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON can hold it, its tensors moved into ``tensors`` and named in their place."""
+    """A value as JSON; its tensors are moved into ``tensors``, and their names take their place."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -207,7 +231,7 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if value.keys() == {"dtype"}:
         dtype = getattr(torch, value["dtype"])
         if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{value['dtype']} is no type of numbers")
+            raise TypeError(f"{value['dtype']} is not a dtype")
         return dtype
     if value.keys() == {"tuple"}:
         return tuple(_with_tensors(v, tensors) for v in value["tuple"])

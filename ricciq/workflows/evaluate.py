@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ricciq.data.dataset import PictureData
+from ricciq.data.dataset import ImageData
 from ricciq.data.open import open_data
 from ricciq.deploy.latency import interleave
 from ricciq.errors import (
@@ -37,7 +37,7 @@ def evaluate(
     Args:
         models: by name; an ONNX file, a run folder, a model on any device, or a function from
             (B, C, H, W) to (B, classes) logits.
-        batches: images and integer targets (B,), as `PictureData.loader` gives them.
+        batches: images and integer targets (B,), as `ImageData.loader` gives them.
         reference: name of the model to measure agreement with; by default the first.
 
     Returns:
@@ -69,7 +69,7 @@ def _on_its_device(model: nn.Module) -> Predict:
     return lambda images: model(images.to(device))
 
 
-def _check_classes(target: Target, path: Path, data: PictureData) -> None:
+def _check_classes(target: Target, path: Path, data: ImageData) -> None:
     """Check that the data have the classes of a target.
 
     Raises:
@@ -140,7 +140,7 @@ def evaluate_target(
     )
     if not data.labelled:
         answers = [predictors["reference"](images).argmax(1) for images, _ in loading()]
-        data.set_answers(data.num_classes, {"val": torch.cat(answers).numpy()})
+        data.set_pseudo_labels(data.num_classes, {"val": torch.cat(answers).numpy()})
     batches = loading()
     try:
         metrics = compare_predictors(

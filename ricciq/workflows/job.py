@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ricciq.convert.plan import Plan, plan_conversion
-from ricciq.data.dataset import PictureData, Split
+from ricciq.data.dataset import ImageData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
     recipe: Recipe
     device: torch.device
-    data: PictureData
+    data: ImageData
     model: nn.Module
     preprocessing: Preprocessing
     plan: Plan
@@ -63,7 +63,7 @@ class Job(NamedTuple):
         """Batches of one split, as the recipe says unless the arguments say otherwise.
 
         Args:
-            split: see `PictureData.loader`.
+            split: see `ImageData.loader`.
             training: shuffle and augment.
             samples: number of images; by default all, or the recipe's.
             batch_size: images in a batch.
@@ -156,7 +156,7 @@ def prepare(
     plan = plan_conversion(model, example, bits.planned_bits, bits.act_bits, bits.edge_bits)
     if not data.labelled:
         recipe = _without_labels(recipe, plan, session.journal)
-        data.set_answers(int(model.num_classes), {})  # type: ignore[arg-type]
+        data.set_pseudo_labels(int(model.num_classes), {})  # type: ignore[arg-type]
     job = Job(
         recipe,
         session.device,
@@ -213,7 +213,7 @@ def _use_predictions_as_labels(job: Job) -> None:
         split: torch.cat([model(x.to(job.device)).argmax(1).cpu() for x, _ in job.loader(split)])
         for split in splits
     }
-    job.data.set_answers(job.data.num_classes, {s: p.numpy() for s, p in predictions.items()})
+    job.data.set_pseudo_labels(job.data.num_classes, {s: p.numpy() for s, p in predictions.items()})
 
 
 def is_distilled(job: Job) -> bool:

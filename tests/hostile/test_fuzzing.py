@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from mutations_of_data import picture, tar_of
+from mutations_of_data import image, tar_of
 from safetensors.torch import save
 
 from ricciq.cli import options
@@ -117,7 +117,7 @@ def test_values_of_recipes(key: str, value: Any) -> None:
 # Tars and shards
 
 
-TAR = tar_of({"0/a.png": picture("PNG"), "1/b.png": picture("PNG"), "x.cls": b"1"})
+TAR = tar_of({"0/a.png": image("PNG"), "1/b.png": image("PNG"), "x.cls": b"1"})
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Hundreds of recipes, pictures and tars gone wrong, refused as in `test_hostile_files`."""
+"""Hundreds of recipes, images and tars gone wrong, refused as in `test_hostile_files`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from command import Answer
 from hostility import QUICK, Call, each, refused
 from mutations import MARK, NOTHING_OF_THE_KIND, Mutation, flips, truncations
 from mutations_of_data import (
+    IMAGES,
+    IMAGES_ALL_THE_SAME,
     NAMES,
-    PICTURES,
-    PICTURES_ALL_THE_SAME,
     RECIPES,
     SHARDS,
     TARS,
     TARS_ALL_THE_SAME,
     bare,
-    picture,
+    image,
     tar_of,
 )
 
@@ -56,18 +56,18 @@ def test_flipped_recipes(call: Call, mutation: Mutation) -> None:
     call("quantize digits_resnet8 --data digits --recipe {file} --dry-run", file)
 
 
-# Pictures and tars: the classes are those of the digits, so that what a run wrote can be evaluated
+# Images and tars: the classes are those of the digits, so that what a run wrote can be evaluated
 
 
 @pytest.fixture
 def data(place: Path) -> Path:
-    """A folder with a picture a class in each part."""
+    """A folder with an image a class in each part."""
     folder = place / "data"
     for part in ("train", "val"):
         for digit in range(10):
             path = folder / part / str(digit) / "0.png"
             path.parent.mkdir(parents=True)
-            path.write_bytes(picture("PNG"))
+            path.write_bytes(image("PNG"))
     return folder
 
 
@@ -76,16 +76,16 @@ def evaluate(call: Call, run: Path, data: Path) -> Callable[[], Answer]:
     return lambda: call(f"eval {run / 'model.onnx'} --data {data}")
 
 
-@each(NOTHING_OF_THE_KIND | truncations(0.1, 0.5) | PICTURES)
-def test_pictures(evaluate: Callable[[], Answer], data: Path, mutation: Mutation) -> None:
+@each(NOTHING_OF_THE_KIND | truncations(0.1, 0.5) | IMAGES)
+def test_images(evaluate: Callable[[], Answer], data: Path, mutation: Mutation) -> None:
     path = data / "val" / "3" / "0.png"
     path.write_bytes(mutation(path.read_bytes()))
     refused(evaluate(), str(path))
     assert not Path(MARK).exists()
 
 
-@each(PICTURES_ALL_THE_SAME)
-def test_strange_pictures(evaluate: Callable[[], Answer], data: Path, mutation: Mutation) -> None:
+@each(IMAGES_ALL_THE_SAME)
+def test_strange_images(evaluate: Callable[[], Answer], data: Path, mutation: Mutation) -> None:
     path = data / "val" / "3" / "0.png"
     path.write_bytes(mutation(path.read_bytes()))
     assert evaluate().code == 0
@@ -93,11 +93,11 @@ def test_strange_pictures(evaluate: Callable[[], Answer], data: Path, mutation: 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
 @each(flips(8) | flips(2, bits=40) | truncations(0.2, 0.8))
-def test_flipped_pictures(
+def test_flipped_images(
     evaluate: Callable[[], Answer], data: Path, kind: str, mutation: Mutation
 ) -> None:
     path = data / "val" / "3" / "0.png"
-    path.write_bytes(mutation(picture(kind, "RGB", (40, 30))))
+    path.write_bytes(mutation(image(kind, "RGB", (40, 30))))
     evaluate()
 
 
@@ -115,7 +115,7 @@ def circle(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [pipe, endless, circle, Path.mkdir])
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_pictures_that_are_no_files(
+def test_images_that_are_no_files(
     evaluate: Callable[[], Answer], data: Path, make: Callable[[Path], None], part: str
 ) -> None:
     path = data / part / "3" / "0.png"
@@ -126,9 +126,9 @@ def test_pictures_that_are_no_files(
 
 @pytest.fixture
 def val(data: Path) -> Path:
-    """The validation pictures in a tar."""
+    """The validation images in a tar."""
     path = data / "val.tar"
-    files = {f"{digit}/0.png": picture("PNG") for digit in range(10)}
+    files = {f"{digit}/0.png": image("PNG") for digit in range(10)}
     path.write_bytes(tar_of(files))
     shutil.rmtree(data / "val")
     return path
@@ -166,7 +166,7 @@ def test_shards(call: Call, run: Path, place: Path, mutation: Mutation) -> None:
     folder.mkdir()
     files = {}
     for digit in range(10):
-        files |= {f"{digit}.png": picture("PNG"), f"{digit}.cls": str(digit).encode()}
+        files |= {f"{digit}.png": image("PNG"), f"{digit}.cls": str(digit).encode()}
     (folder / "train.tar").write_bytes(tar_of(files))
     (folder / "validation.tar").write_bytes(mutation(tar_of(files)))
     call(f"eval {run / 'model.onnx'} --data wds/x --data-dir {folder}")

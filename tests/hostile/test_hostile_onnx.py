@@ -386,10 +386,10 @@ def test_external_data_beside_the_file_are_used(
         assert totals["file bytes"] == file.stat().st_size + 2560
 
 
-# Models that are no picture classifiers
+# Models that are no image classifiers
 
 
-NOT_PICTURES: dict[str, tuple[Make, str]] = {
+NOT_IMAGES: dict[str, tuple[Make, str]] = {
     "no input": (
         lambda path: save(
             path, [node("RandomNormal", "", "logits", shape=[1, 10])], [], inputs=[]
@@ -459,8 +459,8 @@ NOT_PICTURES: dict[str, tuple[Make, str]] = {
 @pytest.mark.parametrize(
     "line", [*EVALUATIONS.values(), *BENCHES.values()], ids=[*EVALUATIONS, *BENCHES]
 )
-@pytest.mark.parametrize(("make", "word"), NOT_PICTURES.values(), ids=NOT_PICTURES)
-def test_models_that_take_no_pictures(
+@pytest.mark.parametrize(("make", "word"), NOT_IMAGES.values(), ids=NOT_IMAGES)
+def test_models_that_take_no_images(
     ricciq: Callable[..., Answer], file: Path, make: Make, word: str, line: str
 ) -> None:
     make(file)
@@ -520,7 +520,7 @@ def test_what_a_model_answers_is_nothing_to_timing_and_inspection(
     assert ricciq(line, "--json").code == 0
 
 
-@pytest.mark.parametrize("make", [make for make, _ in NOT_PICTURES.values()], ids=NOT_PICTURES)
+@pytest.mark.parametrize("make", [make for make, _ in NOT_IMAGES.values()], ids=NOT_IMAGES)
 def test_what_a_model_takes_is_nothing_to_inspection(
     ricciq: Callable[..., Answer], file: Path, make: Make
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands that do not need torch do not import it, which takes seconds."""
+"""Commands that need neither torch nor matplotlib do not import them, which takes seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
     main(sys.argv[1:])
 except SystemExit as stop:
     code = stop.code
-heavy = sorted({"torch", "timm"} & sys.modules.keys())
+heavy = sorted({"torch", "timm", "matplotlib"} & sys.modules.keys())
 sys.exit(code or (f"imported {heavy}" if heavy else 0))
 """
 
@@ -41,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=" ".join,
 )
-def test_a_verb_does_not_import_torch(finished: Path, words: list[str]) -> None:
+def test_a_command_imports_no_heavy_library(finished: Path, words: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", RUN, *words],
         cwd=finished,

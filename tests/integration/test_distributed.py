@@ -98,8 +98,7 @@ def test_what_the_first_process_refuses_is_said_once(tmp_path):
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("ricciq: ")]
     assert said == [
-        f"ricciq: --output {tmp_path} holds files that are not a run of ricciq; choose another "
-        "folder"
+        f"ricciq: --output {tmp_path} has files that are not a run of ricciq; choose another folder"
     ]
 
 

@@ -200,7 +200,7 @@ def test_an_old_run_without_the_newer_files_has_a_page(copied: RunFolder) -> Non
     del report["onnx"]["float_agreement"]
     copied.report.write_text(json.dumps(report))
     assert ricciq("report", copied.path).code == 0
-    assert "did not write it down" in copied.page.read_text()
+    assert "did not record it" in copied.page.read_text()
 
 
 def test_what_is_no_finished_run_has_no_page(copied: RunFolder, tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ def test_runs_without_layers_or_training_have_pages(tmp_path: Path, more: list[s
     line = ["quantize", "digits_resnet8", "--data", "digits", *more, "--output", tmp_path / "run"]
     assert ricciq(*line).code == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert ("<p>None: the network was calibrated only.</p>" in page) == ("3" in more)
-    assert ("<p>None is discrete.</p>" in page) == ("32" in more)
+    assert ("<p>None: the model was only calibrated.</p>" in page) == ("3" in more)
+    assert ("<p>No layer is discrete.</p>" in page) == ("32" in more)
     assert "None %" not in page
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import Answer, ricciq
-from mutations_of_data import picture
+from mutations_of_data import image
 
 from ricciq.models.bundled import BUNDLED
 
@@ -25,7 +25,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         for digit in range(10):
             path = folder / "the data" / part / str(digit) / f"{request.param[:50]}.png"
             path.parent.mkdir(parents=True)
-            path.write_bytes(picture("PNG"))
+            path.write_bytes(image("PNG"))
     shutil.copy(BUNDLED / "digits_resnet8.safetensors", folder / "the weights.safetensors")
     recipe = folder / "the recipe.yaml"
     recipe.write_text("quantization: {reconstruction: 0, scale_search: 2}\ndata: {input_size: 8}")

@@ -179,7 +179,7 @@ def test_a_quiet_run_says_nothing_but_its_json(tmp_path):
     assert "float model:" in (tmp_path / "run" / "log.txt").read_text()
     again = call("--output", "run")
     assert again.returncode == 2
-    assert "ricciq: --output run already holds a run" in again.stderr
+    assert "ricciq: --output run already has a run" in again.stderr
 
 
 def test_a_quiet_plan_comes_as_json_or_not_at_all(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A folder of nothing but pictures: what stands for labels, what is refused, what a run says."""
+"""A folder of nothing but images: what stands for labels, what is refused, what a run says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ricciq.convert.rewrite import convert
-from ricciq.data.dataset import PictureData
+from ricciq.data.dataset import ImageData
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))
-PICTURES = 200
+IMAGES = 200
 PIXELS = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
 LABELS = load_digits().target
 
@@ -67,7 +67,7 @@ def write(folder: Path, numbers: range) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("flat") / "pictures", range(PICTURES))
+    return write(tmp_path_factory.mktemp("flat") / "images", range(IMAGES))
 
 
 def recipe_for(folder: Path | str, changes: dict[str, Any] | None = None) -> Recipe:
@@ -85,8 +85,8 @@ def job_for(folder: Path | str, changes: dict[str, Any] | None = None) -> Job:
     return prepare(recipe_for(folder, changes), Session(CPU), pseudo_labels=False)
 
 
-def drain(data: PictureData, split: str, **options: Any) -> tuple[Tensor, Tensor]:
-    """All pictures and targets of a split."""
+def drain(data: ImageData, split: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """All images and targets of a split."""
     defaults = {"batch_size": 64, "workers": 0, "training": False}
     batches = data.loader(split, DIGITS, **(defaults | options))
     images, targets = zip(*batches, strict=True)
@@ -94,14 +94,14 @@ def drain(data: PictureData, split: str, **options: Any) -> tuple[Tensor, Tensor
 
 
 def numbers_of(images: Tensor) -> list[int]:
-    """Which of the digits pictures are, by their pixels."""
-    known = {pixels.tobytes(): number for number, pixels in enumerate(PIXELS[:PICTURES])}
-    assert len(known) == PICTURES
+    """Which of the digits images are, by their pixels."""
+    known = {pixels.tobytes(): number for number, pixels in enumerate(PIXELS[:IMAGES])}
+    assert len(known) == IMAGES
     pixels = ((images * 0.3760 + 0.3054) * 255).round().to(torch.uint8)
-    return [known[picture.numpy().tobytes()] for picture in pixels]
+    return [known[image.numpy().tobytes()] for image in pixels]
 
 
-# The pictures
+# The images
 
 
 def test_a_tenth_is_for_validation_always_the_same_and_never_trained_on(folder: Path) -> None:
@@ -109,16 +109,16 @@ def test_a_tenth_is_for_validation_always_the_same_and_never_trained_on(folder: 
     splits = {name: numbers_of(drain(found[0], name)[0]) for name in ("fit", "holdout", "val")}
     again = {name: numbers_of(drain(found[1], name)[0]) for name in splits}
     assert splits == again
-    assert len(splits["val"]) == PICTURES // 10
-    assert len(splits["holdout"]) == round(0.05 * 0.9 * PICTURES)
+    assert len(splits["val"]) == IMAGES // 10
+    assert len(splits["holdout"]) == round(0.05 * 0.9 * IMAGES)
     everything = [number for split in splits.values() for number in split]
-    assert sorted(everything) == list(range(PICTURES))
-    # Names often tell classes or days, so neither the first pictures nor the last will do.
-    assert min(splits["val"]) < PICTURES / 3
-    assert max(splits["val"]) > 2 * PICTURES / 3
+    assert sorted(everything) == list(range(IMAGES))
+    # Names often tell classes or days, so neither the first images nor the last will do.
+    assert min(splits["val"]) < IMAGES / 3
+    assert max(splits["val"]) > 2 * IMAGES / 3
 
 
-def test_the_hold_out_grows_within_the_training_pictures(folder: Path) -> None:
+def test_the_hold_out_grows_within_the_training_images(folder: Path) -> None:
     small, large = (open_data(str(folder), None, share) for share in (0.05, 0.4))
     held = [set(numbers_of(drain(data, "holdout")[0])) for data in (small, large)]
     assert held[0] < held[1]
@@ -134,7 +134,7 @@ def test_they_have_no_classes_and_are_grey(folder: Path, tmp_path: Path) -> None
     assert open_data(str(tmp_path), None).channels == 3
 
 
-def test_what_is_hidden_or_no_picture_is_passed_over(tmp_path: Path) -> None:
+def test_what_is_hidden_or_no_image_is_passed_over(tmp_path: Path) -> None:
     write(tmp_path, range(20))
     write(tmp_path / ".thumbnails", range(3))
     (tmp_path / ".21.png").write_bytes(b"")
@@ -151,21 +151,21 @@ def test_labelled_data_is_labelled(tmp_path: Path) -> None:
     assert open_data("digits", None).labelled
 
 
-@pytest.mark.parametrize(("count", "words"), [(1, ["holds 1 pictures"]), (19, ["holds 19", "20"])])
-def test_too_few_pictures_are_refused(tmp_path: Path, count: int, words: list[str]) -> None:
+@pytest.mark.parametrize(("count", "words"), [(1, ["has 1 images"]), (19, ["has 19", "20"])])
+def test_too_few_images_are_refused(tmp_path: Path, count: int, words: list[str]) -> None:
     write(tmp_path / "few", range(count))
     answer = ricciq("quantize", "digits_resnet8", "--data", tmp_path / "few")
     check_refusal(answer, 3, str(tmp_path / "few"), "give at least 20", *words)
 
 
-def test_pictures_beside_folders_are_refused(tmp_path: Path) -> None:
+def test_images_beside_folders_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "both", range(30))
     write(tmp_path / "both" / "cat", range(3))
     answer = ricciq("quantize", "digits_resnet8", "--data", tmp_path / "both")
-    check_refusal(answer, 3, "pictures and folders", str(tmp_path / "both" / "cat"), "train/CLASS")
+    check_refusal(answer, 3, "images and folders", str(tmp_path / "both" / "cat"), "train/CLASS")
 
 
-def test_pictures_beside_train_and_val_are_no_data_without_labels(tmp_path: Path) -> None:
+def test_images_beside_train_and_val_are_no_data_without_labels(tmp_path: Path) -> None:
     write(tmp_path, range(30))
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -309,14 +309,14 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_report_says_that_accuracy_is_agreement(run: Run) -> None:
     assert run.report["labelled"] is False
     assert run.report["float"]["top1"] == 100.0
-    assert run.report["float"]["samples"] == run.report["onnx"]["samples"] == PICTURES // 10
+    assert run.report["float"]["samples"] == run.report["onnx"]["samples"] == IMAGES // 10
     assert run.report["quantized"]["top1"] > 70
     page = (run.folder / "report.md").read_text()
     for text in (page, run.shown.out):
         assert "agreement with float" in text
-        assert "its answer in top 5" in text
+        assert "float class in top 5" in text
         assert "| top-1 |" not in text
-    assert "The pictures have no labels" in page
+    assert "The images have no labels" in page
     assert "its predictions replace labels" in run.shown.err
     assert "training.distill 0.5 counts as 1" in run.shown.err
     _, about = load_tensors(run.folder / "best.safetensors")
@@ -341,7 +341,7 @@ def test_evaluation_needs_a_reference_and_counts_agreement_with_it(run: Run, fol
     found = eval_(run.folder / "model.onnx", "--data", folder, "--reference",
                   run.folder / "float.onnx")  # fmt: skip
     assert found["labelled"] is False
-    assert found["samples"] == PICTURES // 10
+    assert found["samples"] == IMAGES // 10
     assert found["top1"] == found["agreement"] == run.report["onnx"]["top1"]
     assert found["reference_top1"] == 100.0
     turned = eval_(run.folder / "float.onnx", "--data", folder, "--reference", run.folder)
@@ -391,7 +391,7 @@ def test_data_with_another_number_of_classes_is_refused(run: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize("named", ["target", "reference"])
-def test_what_has_names_and_what_has_none_agree_on_pictures(
+def test_what_has_names_and_what_has_none_agree_on_images(
     run: Run, folder: Path, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = trained.open_target
@@ -416,7 +416,7 @@ def compare(folder: Path, output: Path, *flags: str) -> Answer:
     return ricciq(*command, "--output", output, *flags)
 
 
-def test_a_comparison_on_validation_pictures_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_comparison_on_validation_images_is_refused(folder: Path, tmp_path: Path) -> None:
     for flags in ([], ["--split", "val"]):
         answer = compare(folder, tmp_path / "study", *flags)
         check_refusal(answer, 2, "no labels", "--split holdout")

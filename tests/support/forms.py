@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from webdataset import ShardWriter
 
-from ricciq.data.dataset import PictureData
+from ricciq.data.dataset import ImageData
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError
@@ -22,7 +22,7 @@ COUNTS = {"train": 8, "val": 2}
 
 
 def png(value: int) -> bytes:
-    """A picture of 20 x 16 pixels in a lossless format, another one for each value."""
+    """An image of 20 x 16 pixels in a lossless format, another one for each value."""
     pixels = np.random.default_rng(value).integers(0, 256, (16, 20, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -30,7 +30,7 @@ def png(value: int) -> bytes:
 
 
 def samples(split: str) -> Iterable[tuple[int, str, bytes]]:
-    """Target, file name and content of every picture, in the order of the folder form."""
+    """Target, file name and content of every image, in the order of the folder form."""
     for target in range(len(CLASSES)):
         for i in range(COUNTS[split]):
             yield target, f"{i}.png", png(1000 * (split == "val") + 100 * target + i)
@@ -143,20 +143,20 @@ FORMS: dict[str, Callable[[Path], tuple[str, Path | None]]] = {
 }
 
 
-def batches(data: PictureData, split="fit", preprocessing=TINY, **options):
+def batches(data: ImageData, split="fit", preprocessing=TINY, **options):
     """A loader with defaults for tests."""
     defaults = {"batch_size": 4, "workers": 0, "training": False}
     return data.loader(split, preprocessing, **(defaults | options))
 
 
 def drain(loader) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pictures and targets of a loader."""
+    """All images and targets of a loader."""
     images, targets = zip(*loader, strict=True)
     return torch.cat(images), torch.cat(targets)
 
 
 def everything(name: str, root: Path | None, **options) -> dict[str, tuple]:
-    """Pictures and targets of every split."""
+    """Images and targets of every split."""
     data = open_data(name, root)
     return {split: drain(batches(data, split, **options)) for split in ("fit", "holdout", "val")}
 
@@ -171,7 +171,7 @@ def refusal(name: str, root: Path | None, *words: str) -> str:
         raise AssertionError(f"{name} was read")
     assert "\n" not in message
     assert "Traceback" not in message
-    assert ": " in message  # what is wrong: what to do
+    assert "; " in message  # what is wrong; what to do
     for word in words:
         assert word in message, message
     return message

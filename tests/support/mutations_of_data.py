@@ -1,4 +1,4 @@
-"""Recipes, pictures and tars gone wrong, as in `mutations`."""
+"""Recipes, images and tars gone wrong, as in `mutations`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ RECIPES: Mutations = {
     "a data set of 900 kB": recipe("data: {name: " + "x" * 900_000 + "}"),
     "a model of 900 kB": recipe("model: {checkpoint: " + "x" * 900_000 + "}"),
     "an optimizer of 900 kB": recipe("training: {opt: " + "x" * 900_000 + "}"),
-    "pictures of a gigapixel": values("data", "input_size", value=100_000),
+    "images of a gigapixel": values("data", "input_size", value=100_000),
     "a seed beyond 64 bits": values("seed", value=2**64),
     "a seed that is text": values("seed", value="one"),
     "widths that are a list": values("quantization", "weight_bits", value=[2, 2]),
@@ -133,10 +133,10 @@ NAMES: Mutations = {
 """What is read without complaint, and is nothing that there is."""
 
 
-# Pictures
+# Images
 
 
-def picture(kind: str, mode: str = "L", size: tuple[int, int] = (8, 8), **options: Any) -> bytes:
+def image(kind: str, mode: str = "L", size: tuple[int, int] = (8, 8), **options: Any) -> bytes:
     """One that PIL wrote."""
     file = io.BytesIO()
     chance = random.Random(f"{kind} {mode} {size}")
@@ -171,7 +171,7 @@ def png(
     return make
 
 
-PICTURES: Mutations = {
+IMAGES: Mutations = {
     "a PNG of 10 gigapixels": png(100_000, 100_000),
     "a PNG of 100 megapixels, all there": png(10_000, 10_000, rows=10_001 * 10_000),
     "a PNG of 2^31 pixels a side": png(2**31 - 1, 2**31 - 1),
@@ -204,39 +204,39 @@ PICTURES: Mutations = {
         + struct.pack("<IiiHHIIiiII", 40, -8, -2**31, 1, 8, 0, 0, 0, 0, 0, 0) + bytes(1000)
     ),
     "a GIF of 4 gigapixels": something_else(
-        picture("GIF")[:6] + b"\xff\xff\xff\xff" + picture("GIF")[10:]
+        image("GIF")[:6] + b"\xff\xff\xff\xff" + image("GIF")[10:]
     ),
     "a PPM of 10 gigapixels": something_else(b"P5 100000 100000 255\n" + bytes(100)),
     "a TIFF whose directory is itself": lambda _: b"II*\0\x08\0\0\0\0\0" + b"\x08\0\0\0",
 }  # fmt: skip
 
-PICTURES_ALL_THE_SAME: Mutations = {
+IMAGES_ALL_THE_SAME: Mutations = {
     "a PNG with half of its data": png(8, 8, rows=36),
-    "a PNG with an animation of a billion pictures": png(
+    "a PNG with an animation of a billion images": png(
         8, 8, more=lambda: chunk(b"acTL", struct.pack(">II", 2**30, 0))
     ),
-    "a JPEG called PNG": something_else(picture("JPEG")),
-    "a WebP called PNG": something_else(picture("WEBP", "RGB")),
+    "a JPEG called PNG": something_else(image("JPEG")),
+    "a WebP called PNG": something_else(image("WEBP", "RGB")),
     "an animation": something_else(
-        picture("GIF", save_all=True, append_images=[Image.new("L", (8, 8))] * 5)
+        image("GIF", save_all=True, append_images=[Image.new("L", (8, 8))] * 5)
     ),
     "an animated PNG": something_else(
-        picture("PNG", save_all=True, append_images=[Image.new("L", (8, 8))] * 5)
+        image("PNG", save_all=True, append_images=[Image.new("L", (8, 8))] * 5)
     ),
-    "CMYK": something_else(picture("JPEG", "CMYK")),
-    "a palette": something_else(picture("PNG", "P")),
-    "black and white": something_else(picture("PNG", "1")),
-    "an alpha channel": something_else(picture("PNG", "RGBA")),
-    "grey with an alpha channel": something_else(picture("PNG", "LA")),
-    "32-bit numbers": something_else(picture("TIFF", "I")),
-    "floats": something_else(picture("TIFF", "F")),
+    "CMYK": something_else(image("JPEG", "CMYK")),
+    "a palette": something_else(image("PNG", "P")),
+    "black and white": something_else(image("PNG", "1")),
+    "an alpha channel": something_else(image("PNG", "RGBA")),
+    "grey with an alpha channel": something_else(image("PNG", "LA")),
+    "32-bit numbers": something_else(image("TIFF", "I")),
+    "floats": something_else(image("TIFF", "F")),
     "EXIF of 60 kB of noise": something_else(
-        picture("JPEG", exif=b"Exif\0\0" + random.Random(1).randbytes(60_000))
+        image("JPEG", exif=b"Exif\0\0" + random.Random(1).randbytes(60_000))
     ),
-    "EXIF that turns it": something_else(picture("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01"
+    "EXIF that turns it": something_else(image("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01"
         b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")),
-    "one pixel": something_else(picture("PNG", size=(1, 1))),
-    "a line of 5,000 pixels": something_else(picture("PNG", size=(5000, 1))),
+    "one pixel": something_else(image("PNG", size=(1, 1))),
+    "a line of 5,000 pixels": something_else(image("PNG", size=(5000, 1))),
     "more behind its end": lambda b: b + bytes(1000),
 }  # fmt: skip
 
@@ -277,7 +277,7 @@ def bare(name: str, size: int, kind: bytes = tarfile.REGTYPE, data: bytes = b"")
     return change
 
 
-PIXELS = picture("PNG")
+PIXELS = image("PNG")
 LEADING_OUT = ["../../owned/0.png", "/owned/0.png", "0/../../owned/0.png"]
 TARS: Mutations = {
     **{f"a file called {name}": tar(member(name, PIXELS)) for name in LEADING_OUT},
@@ -297,9 +297,9 @@ TARS: Mutations = {
     "a pipe": tar(member("0/1.png", type=tarfile.FIFOTYPE)),
     "a file of an unknown type": tar(member("0/1.png", type=b"?")),
     "a file twice": tar(member("0/0.png", PIXELS), member("0/0.png", PIXELS)),
-    "a picture in no class": tar(member("1.png", PIXELS)),
-    "a picture of nothing": tar(member("0/1.png")),
-    "a picture of text": tar(member("0/1.png", b"text")),
+    "an image in no class": tar(member("1.png", PIXELS)),
+    "an image of nothing": tar(member("0/1.png")),
+    "an image of text": tar(member("0/1.png", b"text")),
     "another class": tar(member("owned/0.png", PIXELS)),
     "a tar within": tar(member("0.tar", b"text")),
     "a packed tar within": tar(member("0.tar.gz", b"text")),
@@ -333,7 +333,7 @@ TARS_ALL_THE_SAME: Mutations = {
     "an extended header that is text": bare("x", 9, tarfile.XHDTYPE, b"not at all"),
     "a hidden folder": tar(member("..\\owned/x.png", PIXELS)),
     "hidden files": tar(member("0/._0.png", b"x"), member("__MACOSX/.x/._0.png", b"x")),
-    "what is no picture": tar(member("0/readme.txt", b"x"), member("../../owned.sh", b"x")),
+    "what is no image": tar(member("0/readme.txt", b"x"), member("../../owned.sh", b"x")),
     "a folder that leads out": tar(member("../../../owned", type=tarfile.DIRTYPE)),
     "names of an extended header": tar(member("0/ünï çødé.png", PIXELS), kind=tarfile.PAX_FORMAT),
     "owners of no system": tar(member("0/1.png", PIXELS, uid=2**31, uname="owned", mode=0o7777)),
@@ -360,7 +360,7 @@ SHARDS: Mutations = {
     "a label below zero": tar(member("10.png", PIXELS), member("10.cls", b"-1")),
     "a label of a million": tar(member("10.png", PIXELS), member("10.cls", b"999999")),
     "a label of a pickle": tar(member("10.png", PIXELS), member("10.pickle", b"x")),
-    "no picture": tar(member("10.cls", b"1")),
+    "no image": tar(member("10.cls", b"1")),
     "no label": tar(member("10.png", PIXELS)),
     "a sample twice": tar(member("1.png", PIXELS), member("1.cls", b"1")),
     "names that lead out": tar(member("../../owned.png", PIXELS), member("../../owned.cls", b"x")),

@@ -119,12 +119,12 @@ def test_a_key_like_no_other_is_to_be_removed():
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(values, key, value):
-    assert refusal(values).startswith(f"the recipe does not hold at {key} = {value}: ")
+    assert refusal(values).startswith(f"the recipe is invalid at {key} = {value}: ")
 
 
 def test_a_warmup_that_leaves_no_epoch_is_refused():
     sentence = refusal({"training": {"epochs": 3, "warmup_epochs": 3}})
-    assert "warmup_epochs 3 leaves no epoch of 3" in sentence
+    assert "warmup_epochs 3 must be less than epochs 3" in sentence
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""The forms that images come in, a module a form."""
+"""The forms of data that --data takes, one module for each."""

@@ -1,4 +1,4 @@
-"""Labelled pictures that can be opened one by one: encoded ones, strictly, or arrays in memory."""
+"""Labelled images with random access: encoded ones, which are opened strictly, or arrays."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ricciq.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 GREY_PROBES = 32
+"""How many images are opened to find out whether all are grey."""
 EXTENSIONS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -29,46 +30,58 @@ EXTENSIONS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "JPEG2000": (".jp2", ".j2k", ".jpx"),
 }
-"""Of files that hold images, by PIL's name of the format.
+"""Extensions of image files, by PIL's name of the format.
 
-Other formats are programs that PIL has run, as PostScript, or what no data set is made of.
+Formats that PIL runs as a program, such as PostScript, or that no data set uses, are left out.
 """
 IMAGE_SUFFIXES = tuple(suffix for suffixes in EXTENSIONS.values() for suffix in suffixes)
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
-    """A key to sort as timm does, 9 before 10; the name itself parts what that leaves equal."""
+    """A key to sort names as timm does, 9 before 10; equal ones are sorted by the name itself."""
     return natural_key(name), name  # type: ignore[no-untyped-call]
 
 
-class Pictures(Protocol):
-    """Pictures that can be opened one by one, with targets known beforehand."""
+class Images(Protocol):
+    """Images with random access.
+
+    Attributes:
+        targets: (N,) class indices.
+    """
 
     targets: Indices
 
     def open(self, index: int, mode: str) -> Image.Image:
-        """The picture of an index in PIL mode "L" or "RGB"."""
+        """Open an image.
+
+        Args:
+            index: of the image, from 0.
+            mode: PIL mode to convert it to, "L" or "RGB".
+
+        Raises:
+            DataError: it cannot be read.
+        """
 
     def grey(self) -> bool:
-        """Whether the pictures have one channel."""
+        """Whether the images have one channel."""
 
 
 class Parts(NamedTuple):
-    """What a form of --data holds.
+    """What a form of --data opens.
 
     Attributes:
-        class_names: one name a class, in the order of the targets; none where there are no labels.
-        train: the training pictures.
-        val: the validation pictures.
+        class_names: one name for each class, in the order of the targets; empty without labels.
+        train: the training images.
+        val: the validation images.
     """
 
     class_names: list[str]
-    train: Pictures
-    val: Pictures
+    train: Images
+    val: Images
 
 
-class EncodedPictures(ABC):
-    """Pictures that are decoded when they are asked for; a subclass knows where they lie.
+class EncodedImages(ABC):
+    """Images that are decoded when they are opened; a subclass knows where they are stored.
 
     Attributes:
         targets: (N,) class indices.
@@ -79,56 +92,60 @@ class EncodedPictures(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call a picture in a message."""
+        """The name of an image in an error message."""
 
     @abstractmethod
     def source(self, index: int) -> str | BinaryIO:
-        """The file of a picture, or its content."""
+        """The path of an image, or a stream of its bytes."""
 
     def open(self, index: int, mode: str) -> Image.Image:
-        """Decode the picture of an index in full.
+        """Decode an image in full.
+
+        Args:
+            index: of the image, from 0.
+            mode: PIL mode to convert it to, "L" or "RGB".
 
         Raises:
             DataError: it is missing, damaged, or so large that PIL suspects an attack.
         """
-        with self._opened(index) as picture:
-            if picture.mode.startswith("I"):
-                # PIL would clip 16-bit grey at 255, which turns most of it white.
-                high = np.clip(np.asarray(picture), 0, 65535) >> 8
+        with self._opened(index) as image:
+            if image.mode.startswith("I"):
+                # PIL would clip 16-bit grey at 255, so that most of it became white.
+                high = np.clip(np.asarray(image), 0, 65535) >> 8
                 return Image.fromarray(high.astype(np.uint8)).convert(mode)
-            return picture.convert(mode)
+            return image.convert(mode)
 
     def grey(self) -> bool:
-        """Whether an evenly spaced sample of the pictures is grey throughout."""
+        """Whether all images of an evenly spaced sample are grey."""
         count = len(self.targets)
         for index in set(np.linspace(0, count - 1, GREY_PROBES).astype(int)):
-            with self._opened(int(index)) as picture:
-                if picture.getbands()[0] not in {"1", "L", "I", "F"}:
+            with self._opened(int(index)) as image:
+                if image.getbands()[0] not in {"1", "L", "I", "F"}:
                     return False
         return True
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[Image.Image]:
-        """An open picture; whatever goes wrong with it is a DataError that names it."""
+        """An open image; any error in the block becomes a DataError that names the image."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.source(index), formats=[*EXTENSIONS]) as picture:
-                    yield picture
-        except Exception as error:  # decoders raise nearly anything on damaged files
+                with Image.open(self.source(index), formats=[*EXTENSIONS]) as image:
+                    yield image
+        except Exception as error:  # on damaged files decoders raise nearly anything
             reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
-            if isinstance(error, UnidentifiedImageError):  # its own words show a BytesIO's address
-                reason = "no kind of picture that is known"
+            if isinstance(error, UnidentifiedImageError):  # its message shows a BytesIO's address
+                reason = "unknown image format"
             raise DataError(
-                f"picture {self.name(index)} cannot be read ({reason}): repair or remove it"
+                f"image {self.name(index)} cannot be read ({reason}); repair or remove it"
             ) from error
 
 
-class PictureFiles(EncodedPictures):
-    """Pictures in files.
+class ImageFiles(EncodedImages):
+    """Images in files.
 
     Attributes:
-        paths: one file a picture.
+        paths: one file for each image.
     """
 
     def __init__(self, paths: Sequence[str], targets: Sequence[int]) -> None:
@@ -143,16 +160,16 @@ class PictureFiles(EncodedPictures):
         """The path.
 
         Raises:
-            OSError: it is that of a pipe or a device, which might never end.
+            OSError: it is a pipe or a device, which might never end.
         """
         path = self.paths[index]
         if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("it is no file")
+            raise OSError("it is not a regular file")
         return path
 
 
-class PictureArrays:
-    """Pictures in memory.
+class ImageArrays:
+    """Images in memory.
 
     Attributes:
         pixels: (N, H, W, C) bytes, C being 1 or 3.
@@ -164,15 +181,20 @@ class PictureArrays:
         self.targets: Indices = np.asarray(targets, dtype=np.int64)
 
     def open(self, index: int, mode: str) -> Image.Image:
-        """The picture of an index."""
+        """Convert an array to an image.
+
+        Args:
+            index: of the image, from 0.
+            mode: PIL mode to convert it to, "L" or "RGB".
+        """
         pixels = self.pixels[index]
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert(mode)
 
     def grey(self) -> bool:
-        """Whether the pictures have one channel."""
+        """Whether the images have one channel."""
         return bool(self.pixels.shape[-1] == 1)
 
     def fits(self, preprocessing: Preprocessing) -> bool:
-        """Whether evaluation leaves the pixels as they are, but for the normalization."""
+        """Whether evaluation only normalizes the pixels, without resizing or cropping."""
         channels, height, width = preprocessing.input_size
         return self.pixels.shape[1:] == (height, width, channels) and preprocessing.crop_pct == 1.0

@@ -1,6 +1,6 @@
-"""The sources of images that --data can name. Importing this imports none of their libraries.
+"""The sources of images that --data can name. Importing it imports none of their libraries.
 
-To add a source, write a module with `open_source` in this package and name it here.
+To add a source, write a module with `open_source` in this package, and add an entry here.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ class Source:
 
     Attributes:
         module: the module of this package whose ``open_source(name, root)`` opens it.
-        form: what a user writes: a prefix with NAME behind it, a word, or, where ``is_path``, what
-            must lie at the path.
-        help: a line about it.
-        root: what --data-dir means to it; empty if it has no use for one.
-        needs_root: whether it cannot be opened without --data-dir.
-        is_path: whether it is named by a path; such a source is tried after all others.
-        is_refused: whether it only says why it cannot be used; help and errors leave it out.
+        form: what a user writes: a prefix followed by NAME, a word, or with ``is_path`` what the
+            path must contain.
+        help: a few words about it.
+        root: what --data-dir means for it; empty if it ignores --data-dir.
+        needs_root: whether it requires --data-dir.
+        is_path: whether it is named by a path; such a source is tried last.
+        is_refused: whether opening it only explains why it is not supported; help and errors leave
+            it out.
     """
 
     module: str
@@ -58,7 +59,7 @@ class Source:
             The class names and both parts.
 
         Raises:
-            DataError: the data set is missing, unreadable or has no proper splits.
+            DataError: the data set is missing, unreadable or lacks a split.
         """
         module = import_module(f"ricciq.data.sources.{self.module}")
         return cast("Parts", module.open_source(name, root))
@@ -96,26 +97,26 @@ def usable() -> list[Source]:
 
 
 def forms() -> str:
-    """All forms of --data, as the part of a sentence."""
-    told = []
+    """All forms of --data, as a part of a sentence."""
+    parts = []
     for needs_root, group in groupby(usable(), key=lambda source: source.needs_root):
         shown = [source.form if " " in source.form else _code(source.form) for source in group]
-        told += [f"{' or '.join(shown)} with --data-dir"] if needs_root else shown
-    return f"{', '.join(told[:-1])}, or {told[-1]}"
+        parts += [f"{' or '.join(shown)} with --data-dir"] if needs_root else shown
+    return f"{', '.join(parts[:-1])}, or {parts[-1]}"
 
 
 def _code(form: str) -> str:
-    """A word in quotes, so that it is not taken for one of the sentence."""
+    """A word in backquotes, to tell it from the words of the sentence."""
     return form if "/" in form else f"`{form}`"
 
 
 def data_help() -> str:
-    """The help of --data: a form and what it is, for every source."""
-    told = "; ".join(f"{source.form}: {source.help}" for source in usable())
-    return f"{told[0].upper()}{told[1:]}."
+    """The help of --data: the form of each source, and what it is."""
+    text = "; ".join(f"{source.form}: {source.help}" for source in usable())
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def root_help() -> str:
-    """The help of --data-dir: what it is, for every source that has a use for it."""
-    told = "; ".join(f"{source.root} of {source.form}" for source in usable() if source.root)
-    return f"{told[0].upper()}{told[1:]}."
+    """The help of --data-dir: what it means for each source that uses it."""
+    text = "; ".join(f"{source.root} of {source.form}" for source in usable() if source.root)
+    return f"{text[0].upper()}{text[1:]}."

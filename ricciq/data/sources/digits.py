@@ -1,4 +1,4 @@
-"""scikit-learn's digits, which need no download."""
+"""The form digits: scikit-learn's digits, which need no download."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ricciq.data.sources.base import Parts, PictureArrays
+from ricciq.data.sources.base import ImageArrays, Parts
 
 DIGITS_VALIDATION = 360
 
@@ -14,8 +14,12 @@ DIGITS_VALIDATION = 360
 def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
     """scikit-learn's 1,797 scanned digits of 8x8 pixels, 360 of them for validation.
 
+    Args:
+        name: digits.
+        root: ignored.
+
     Returns:
-        The class names and both parts, the same ones every time.
+        The class names and both parts; the split is fixed and stratified.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -31,6 +35,6 @@ def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
     )
     return Parts(
         [str(name) for name in digits.target_names],
-        PictureArrays(pixels[train], digits.target[train]),
-        PictureArrays(pixels[val], digits.target[val]),
+        ImageArrays(pixels[train], digits.target[train]),
+        ImageArrays(pixels[val], digits.target[val]),
     )

@@ -1,6 +1,6 @@
-"""A folder given to --data: train/ and val/ hold class folders or class tars, or are a tar each.
+"""A folder given to --data: train/ and val/ have a folder or a tar for each class, or are tars.
 
-Or the folder holds nothing but pictures, which then have no labels.
+Or the folder has only images, which then have no labels.
 """
 
 from __future__ import annotations
@@ -14,89 +14,90 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from ricciq.data.sources.base import (
     IMAGE_SUFFIXES,
-    EncodedPictures,
+    EncodedImages,
+    ImageFiles,
     Parts,
-    PictureFiles,
     natural_order,
 )
 from ricciq.data.sources.tar import (
     COMPRESSED_SUFFIXES,
+    ImagesInTars,
     Member,
-    PicturesInTars,
     files_in_inner_tar,
     files_in_tar,
     refuse_compressed,
 )
 from ricciq.errors import DataError
 
-Split = tuple[list[str], EncodedPictures]
+Split = tuple[list[str], EncodedImages]
 LEAST_UNLABELLED = 20
+"""Smallest number of images without labels."""
 
 
 def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
-    """The class names and both parts of a data folder; no names where there are no labels.
+    """Open a data folder.
 
     Args:
         name: the folder.
-        root: of no use here.
+        root: ignored.
 
     Returns:
-        The class names and both parts.
+        The class names and both parts; no class names if there are no labels.
 
     Raises:
-        DataError: a part is missing or cannot be read, or they do not hold the same classes.
+        DataError: a part is missing or cannot be read, or the parts have different classes.
     """
     folder = Path(name)
     train_at, val_at = _find(folder, "train"), _find(folder, "val", "validation")
-    if train_at is None and val_at is None and (unlabelled := _pictures_in(folder)):
+    if train_at is None and val_at is None and (unlabelled := _images_in(folder)):
         return _without_labels(folder, unlabelled)
     if train_at is None:
         raise DataError(
-            f"data folder {folder} has no train/ in it, nor a train.tar: put the pictures to train "
-            "on there, one folder a class"
+            f"data folder {folder} has neither train/ nor train.tar; put the training images "
+            "there, one folder for each class"
         )
     if val_at is None:
         raise DataError(
-            f"data folder {folder} has neither val/ nor validation/ in it, nor such a tar: put "
-            "pictures that are not in train/ there, one folder a class"
+            f"data folder {folder} has neither val/ nor validation/, nor such a tar; put images "
+            "that are not in train/ there, one folder for each class"
         )
     class_names, train = _read_split(train_at)
     val_names, val = _read_split(val_at)
     if odd := sorted(set(class_names) ^ set(val_names), key=natural_order):
         shown = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
         raise DataError(
-            f"{train_at} and {val_at} do not hold the same classes ({shown} in one only): "
-            "give both the same classes"
+            f"{train_at} and {val_at} do not have the same classes ({shown} in one only); give "
+            "both the same classes"
         )
     return Parts(class_names, train, val)
 
 
-def _pictures_in(folder: Path) -> list[str]:
-    """The pictures that lie in a folder itself, in natural order."""
+def _images_in(folder: Path) -> list[str]:
+    """The images directly in a folder, in natural order."""
     visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
     found = [e for e in visible if e.suffix.lower() in IMAGE_SUFFIXES and e.is_file()]
     return sorted(map(str, found), key=natural_order)
 
 
 def _without_labels(folder: Path, paths: list[str]) -> Parts:
-    """A tenth of the pictures, always the same ones, are for validation."""
+    """Split images without labels: a fixed tenth of them is for validation."""
     if odd := [entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]:
         raise DataError(
-            f"data folder {folder} holds pictures and folders, such as {odd[0]}: put the pictures "
-            "of each class in train/CLASS and val/CLASS, or take the folders away"
+            f"data folder {folder} has both images and folders, such as {odd[0]}; put the images "
+            "of each class in train/CLASS and val/CLASS, or remove the folders"
         )
     if len(paths) < LEAST_UNLABELLED:
         raise DataError(
-            f"data folder {folder} holds {len(paths)} pictures: give at least {LEAST_UNLABELLED}"
+            f"data folder {folder} has {len(paths)} images; give at least {LEAST_UNLABELLED}"
         )
     order = np.random.RandomState(0).permutation(len(paths))
     parts = np.sort(order[len(paths) // 10 :]), np.sort(order[: len(paths) // 10])
-    train, val = (PictureFiles([paths[i] for i in part], [0] * len(part)) for part in parts)
+    train, val = (ImageFiles([paths[i] for i in part], [0] * len(part)) for part in parts)
     return Parts([], train, val)
 
 
 def _find(folder: Path, *names: str) -> Path | None:
-    """Where a split lies: a folder goes before a tar, which may be left over from unpacking."""
+    """The path of a split: a folder goes before a tar, which may be left from unpacking."""
     for name in names:
         if (inside := folder / name).is_dir():
             return inside
@@ -110,7 +111,7 @@ def _find(folder: Path, *names: str) -> Path | None:
 
 
 def _read_split(place: Path) -> Split:
-    """The class names of a folder or tar, in timm's order, and its pictures."""
+    """The class names of a folder or tar, in timm's order, and its images."""
     if place.is_file():
         return _read_tar(place)
     visible = [entry for entry in place.iterdir() if not entry.name.startswith(".")]
@@ -120,13 +121,13 @@ def _read_split(place: Path) -> Split:
         refuse_compressed(entry)
     if not class_names and not tars:
         raise DataError(
-            f"{place} has no class folders in it, nor tars: put the pictures in one a class"
+            f"{place} has neither class folders nor tars; give each class a folder with its images"
         )
     for entry in visible:
         if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
-            raise DataError(f"picture {entry} lies beside the class folders: move it into one")
+            raise DataError(f"image {entry} is beside the class folders; move it into one")
     if class_names and tars:
-        raise DataError(f"{place} holds class folders and tars, such as {tars[0]}: keep one kind")
+        raise DataError(f"{place} has class folders and tars, such as {tars[0]}; keep one kind")
     if tars:
         return _read_class_tars(sorted(tars, key=lambda tar: natural_order(tar.name)))
     paths: list[str] = []
@@ -137,60 +138,58 @@ def _read_split(place: Path) -> Split:
         found = [path for path, _ in files if f"{os.sep}." not in path[len(folder) :]]
         if not found:
             raise DataError(
-                f"class folder {folder} holds no pictures "
-                f"({', '.join(IMAGE_SUFFIXES)}): fill or remove it"
+                f"class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)}); fill or "
+                "remove it"
             )
         paths += sorted(found, key=natural_order)
         targets += [target] * len(found)
-    return class_names, PictureFiles(paths, targets)
+    return class_names, ImageFiles(paths, targets)
 
 
 def _read_class_tars(tars: list[Path]) -> Split:
-    """A folder of tars, named after their class unless their own folders or tars are."""
+    """The images of a folder of tars; a tar without folders or tars in it is a class."""
     labelled = [pair for tar in tars for pair in _labelled(tar, files_in_tar(tar), tar.stem)]
     return _sorted_by_class(labelled)
 
 
 def _read_tar(tar: Path) -> Split:
-    """A split in one tar, whose folders or inner tars are named after the classes."""
+    """The images of one tar, whose folders or inner tars are the classes."""
     return _sorted_by_class(_labelled(tar, files_in_tar(tar), None))
 
 
 def _labelled(
     tar: Path | Member, files: list[Member], class_name: str | None
 ) -> list[tuple[str, Member]]:
-    """The pictures of a tar, those of tars in it too, each with its class.
+    """The images of a tar and of the tars in it, each with its class.
 
-    It is the innermost folder of the picture, or where there is none, the tar's class name.
+    The class is the innermost folder of the image, or without a folder the name of the tar.
     """
     labelled: list[tuple[str, Member]] = []
     for file in files:
         path = PurePosixPath(file.name)
         if path.suffix.lower() == ".tar":
             if isinstance(tar, Member):
-                raise DataError(f"tar {file} lies in a tar within a tar: unpack {tar.archive}")
+                raise DataError(f"tar {file} is in a tar within a tar; unpack {tar.archive}")
             labelled += _labelled(file, files_in_inner_tar(file), path.stem)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             folder = path.parent.name or class_name
             if folder is None:
-                raise DataError(f"picture {file} lies in no class folder: put it in one and repack")
+                raise DataError(f"image {file} is in no class folder; put it in one and repack")
             labelled.append((folder, file))
         else:
             refuse_compressed(file)
     if not labelled:
-        raise DataError(
-            f"tar {tar} holds no pictures ({', '.join(IMAGE_SUFFIXES)}): fill or remove it"
-        )
+        raise DataError(f"tar {tar} has no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it")
     return labelled
 
 
 def _sorted_by_class(labelled: Iterable[tuple[str, Member]]) -> Split:
-    """In the order that the same pictures would have as files in class folders."""
+    """A split of these images, in the order they would have as files in class folders."""
     ordered = sorted(
         labelled, key=lambda pair: (natural_order(pair[0]), natural_order(pair[1].name))
     )
     class_names = list(dict.fromkeys(class_name for class_name, _ in ordered))
     target = {class_name: i for i, class_name in enumerate(class_names)}
-    return class_names, PicturesInTars(
+    return class_names, ImagesInTars(
         [file for _, file in ordered], [target[class_name] for class_name, _ in ordered]
     )

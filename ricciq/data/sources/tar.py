@@ -1,7 +1,7 @@
 """The files inside tar archives: indexed from the headers, read one by one, never extracted.
 
-A file's place is its archive, its first byte and its length. Whoever has that can read it, in any
-order and in any process, with nothing but an open and a seek.
+A file is located by its archive, offset and size, so it can be read in any order and in any process
+with an open and a seek.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from ricciq.data.sources.base import EncodedPictures
+from ricciq.data.sources.base import EncodedImages
 from ricciq.errors import DataError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 LARGEST_HEADER = 1 << 20
-"""In bytes; the longest name that a system takes is a few thousand."""
+"""In bytes; the longest path that an operating system allows has a few thousand."""
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
@@ -29,8 +29,8 @@ class Member(NamedTuple):
 
     Attributes:
         archive: the tar's path.
-        name: the folders and the file name, joined by "/"; nothing in it leads out of the tar.
-        offset: of its first byte in the archive.
+        name: the folders and the file name, joined by "/", without "..".
+        offset: position of its first byte in the archive.
         size: in bytes.
     """
 
@@ -40,29 +40,29 @@ class Member(NamedTuple):
     size: int
 
     def __str__(self) -> str:
-        """What to call it in a message."""
+        """The name of the file in an error message."""
         return f"{self.name} in {self.archive}"
 
     def read(self) -> bytes:
         """The content.
 
         Raises:
-            OSError: the archive is gone, or shorter than it was.
+            OSError: the archive is missing, or shorter than before.
         """
         with self.archive.open("rb") as file:
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) < self.size:
-            raise OSError(f"{self.archive} has become shorter")
+            raise OSError(f"{self.archive} is shorter than before")
         return content
 
 
-class PicturesInTars(EncodedPictures):
-    """Pictures inside tars."""
+class ImagesInTars(EncodedImages):
+    """Images inside tars."""
 
     def __init__(self, members: Sequence[Member], targets: Sequence[int]) -> None:
         super().__init__(targets)
-        # An array of numbers, since a list of a million tuples would be copied to every worker.
+        # An array, since a list of a million tuples would be copied to every worker.
         self._names = [member.name for member in members]
         self._archives = list(dict.fromkeys(member.archive for member in members))
         position = {archive: i for i, archive in enumerate(self._archives)}
@@ -73,7 +73,7 @@ class PicturesInTars(EncodedPictures):
         return str(self._member(index))
 
     def source(self, index: int) -> BinaryIO:
-        """The content."""
+        """A stream of the member's bytes."""
         return BytesIO(self._member(index).read())
 
     def _member(self, index: int) -> Member:
@@ -82,24 +82,28 @@ class PicturesInTars(EncodedPictures):
 
 
 def files_in_tar(path: Path) -> list[Member]:
-    """The visible files of a tar, in its own order.
+    """The files of a tar that are not hidden, in its own order.
 
     Raises:
-        DataError: it is no tar, compressed, damaged, cut short, or holds what is no plain file.
+        DataError: it is not a tar, compressed, damaged or truncated, or has links or devices.
     """
     return _files(path, path, 0, _size(path))
 
 
 def files_in_inner_tar(inner: Member) -> list[Member]:
-    """The visible files of a tar that lies within a tar; errors as for `files_in_tar`."""
+    """The files of a tar within a tar that are not hidden; errors as in `files_in_tar`."""
     return _files(inner.archive, inner, inner.offset, inner.offset + inner.size)
 
 
 def refuse_compressed(path: Path | Member) -> None:
-    """Raise a DataError where a file's name says that it is a compressed tar."""
+    """Refuse a compressed tar.
+
+    Raises:
+        DataError: the name of the file is that of a compressed tar.
+    """
     if path.name.lower().endswith(COMPRESSED_SUFFIXES):
         raise DataError(
-            f"tar {path} is compressed, so nothing in it can be found quickly: unpack it to a "
+            f"tar {path} is compressed, so its files cannot be read one by one; unpack it to a "
             "plain .tar"
         )
 
@@ -108,7 +112,7 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise DataError(f"tar {path} cannot be read ({error}): give a file that is there") from None
+        raise DataError(f"tar {path} cannot be read ({error}); check the path") from None
 
 
 def _files(path: Path, shown: Path | Member, start: int, end: int) -> list[Member]:
@@ -118,27 +122,27 @@ def _files(path: Path, shown: Path | Member, start: int, end: int) -> list[Membe
             found += _members(path, file, shown, start, end)
     except DataError:
         raise
-    except Exception as error:  # tarfile raises nearly anything on damaged headers
+    except Exception as error:  # on damaged headers tarfile raises nearly anything
         reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
-        raise DataError(f"tar {shown} cannot be read ({reason}): pack it again") from error
+        raise DataError(f"tar {shown} cannot be read ({reason}); pack it again") from error
     for name, count in Counter(member.name for member in found).most_common(1):
         if count > 1:
-            raise DataError(f"tar {shown} holds {name} {count} times: pack it again with one each")
+            raise DataError(f"tar {shown} has {name} {count} times; pack it again with one each")
     return found
 
 
 class _Headers:
-    """A tar as tarfile sees it: it reads only headers here, some as long as they say they are."""
+    """The file that tarfile reads headers from, with a limit on the size of a header."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self.close = file.seek, file.tell, file.close
         self._read = file.read
 
     def read(self, size: int) -> bytes:
-        """As of a file.
+        """As a file does.
 
         Raises:
-            ValueError: so long a header could fill the memory.
+            ValueError: the header is too long, and could fill the memory.
         """
         if size > LARGEST_HEADER:
             raise ValueError(f"it has a header of {size} bytes")
@@ -148,31 +152,31 @@ class _Headers:
 def _members(
     path: Path, file: BinaryIO, shown: Path | Member, start: int, end: int
 ) -> Iterator[Member]:
-    """What `files_in_tar` lists, of the tar that lies between two bytes of a file."""
+    """What `files_in_tar` lists, for the tar between two offsets in a file."""
     file.seek(start)
     head = file.read(tarfile.BLOCKSIZE)
     for magic, compression in COMPRESSED.items():
         if head.startswith(magic) and b"ustar" not in head:
             raise DataError(
-                f"tar {shown} is compressed with {compression}, so nothing in it can be found "
-                "quickly: unpack it to a plain .tar"
+                f"tar {shown} is compressed with {compression}, so its files cannot be read one by "
+                "one; unpack it to a plain .tar"
             )
     file.seek(start)
     with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
         while (entry := tar.next()) is not None:
-            # Or the headers of a million pictures would fill a gigabyte.
+            # Otherwise the headers of a million images would fill a gigabyte.
             tar.members.clear()  # type: ignore[attr-defined]
             if entry.size < 0 or entry.offset_data + entry.size > end:
                 raise DataError(
-                    f"tar {shown} is cut short or damaged: {entry.name} has {entry.size} bytes by "
-                    "its header, which are not there; copy it again"
+                    f"tar {shown} is truncated or damaged: the header of {entry.name} says "
+                    f"{entry.size} bytes, which are not in the file; copy it again"
                 )
             name = _plain(entry.name)
             if entry.isdir() or _hidden(name):
                 continue
             if not entry.isreg() or entry.issparse():
                 raise DataError(
-                    f"{entry.name} in {shown} is a link or no plain file: pack the tar again with "
+                    f"{entry.name} in {shown} is not a regular file; pack the tar again with "
                     "tar --dereference --hard-dereference"
                 )
             yield Member(path, name, entry.offset_data, entry.size)
@@ -180,25 +184,25 @@ def _members(
 
 
 def _check_end(file: BinaryIO, shown: Path | Member, offset: int, end: int) -> None:
-    """tarfile takes a damaged header for the end of the archive; the true end is zeros."""
+    """Check that a tar ends with zeros: tarfile takes a damaged header for its end."""
     file.seek(offset)
     rest = end - offset
     if rest < tarfile.BLOCKSIZE:
-        raise DataError(f"tar {shown} is cut short, it has no end mark: copy it again")
+        raise DataError(f"tar {shown} is truncated, since it has no end mark; copy it again")
     while rest > 0 and (piece := file.read(min(rest, 1 << 20))):
         rest -= len(piece)
         if piece.strip(b"\0"):
             raise DataError(
-                f"tar {shown} is damaged, or two in one: there is more in it after {offset} bytes "
-                "that is no file; pack it again"
+                f"tar {shown} is damaged, or two tars in one: what follows after {offset} bytes is "
+                "not a file of it; pack it again"
             )
 
 
 def _plain(name: str) -> str:
-    """A member's name without what would lead elsewhere if it were extracted."""
+    """A member's name without the parts that could lead out of a folder if it were extracted."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def _hidden(name: str) -> bool:
-    """Whether a file or one of its folders begins with a dot, as what macOS adds to a tar does."""
+    """Whether the name of a file or a folder begins with a dot, as in what macOS adds to tars."""
     return name.startswith(".") or "/." in name

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from timm.data.dataset_factory import create_dataset
 
-from ricciq.data.sources.base import Parts, PictureArrays, PictureFiles, Pictures
+from ricciq.data.sources.base import ImageArrays, ImageFiles, Images, Parts
 from ricciq.errors import DataError
 
-# timm's names and torchvision's. The first kind keeps its pictures in memory, the second in files.
+# timm's names and torchvision's. The first kind keeps images in memory, the second in files.
 IN_MEMORY = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
@@ -25,27 +25,27 @@ NAMES = IN_MEMORY | IN_FILES
 
 
 def open_source(name: str, root: Path | None) -> Parts:
-    """The class names and both parts of a torchvision data set; nothing is downloaded.
+    """Open a torchvision data set; nothing is downloaded.
 
     Args:
         name: torch/NAME.
-        root: the folder of its files.
+        root: folder of its files.
 
     Returns:
         The class names and both parts.
 
     Raises:
-        DataError: timm knows no such set, or its files are missing or damaged.
+        DataError: timm does not know the data set, or its files are missing or damaged.
     """
     name = name.removeprefix("torch/")
     if name in ("inat", "inaturalist"):
         raise DataError(
-            f"data 'torch/{name}' has a label on each of seven ranks, not one: lay the pictures "
-            "out as a folder with train/ and val/, one folder a class"
+            f"data 'torch/{name}' has seven labels for each image, not one; arrange the images as "
+            "a folder with train/ and val/, one folder for each class"
         )
     if name not in NAMES:
         raise DataError(
-            f"there is no data set 'torch/{name}': give one of "
+            f"there is no data set 'torch/{name}'; give one of "
             + ", ".join(f"torch/{known}" for known in NAMES)
         )
     try:
@@ -56,29 +56,29 @@ def open_source(name: str, root: Path | None) -> Parts:
     except Exception as error:  # torchvision raises whatever its parsers meet
         download = "" if name in ("image_folder", "imagenet") else ", download=True"
         raise DataError(
-            f"torch/{name} is missing or damaged in {root}: point --data-dir at a folder that "
+            f"torch/{name} is missing or damaged in {root}; give --data-dir a folder that "
             f"torchvision.datasets.{NAMES[name]}(folder{download}) has filled"
         ) from error
     if name in IN_MEMORY:
         return Parts(list(train.classes), _arrays(train), _arrays(val))
-    # timm takes the root itself for a split that is not there.
+    # If a split is missing, timm uses the root itself.
     if (name == "image_folder" and train.root == val.root) or train.classes != val.classes:
         raise DataError(
-            f"torch/{name} needs train/ and validation/ in {root} with the same classes in both: "
-            "point --data-dir there"
+            f"torch/{name} needs train/ and validation/ in {root} with the same classes in both; "
+            "give --data-dir such a folder"
         )
     # ImageNet's classes are tuples of synonyms, some in two classes; its folders name each once.
     names = getattr(train, "wnids", train.classes)
     return Parts(list(names), _files(train), _files(val))
 
 
-def _arrays(part: Any) -> Pictures:
+def _arrays(part: Any) -> Images:
     pixels, targets = np.asarray(part.data), np.asarray(part.targets)
     if pixels.ndim == 3:
         pixels = pixels[..., None]
-    # QMNIST adds to the label where the digit comes from.
-    return PictureArrays(pixels, targets if targets.ndim == 1 else targets[:, 0])
+    # In QMNIST the other columns say where the digit comes from.
+    return ImageArrays(pixels, targets if targets.ndim == 1 else targets[:, 0])
 
 
-def _files(part: Any) -> Pictures:
-    return PictureFiles([path for path, _ in part.imgs], part.targets)
+def _files(part: Any) -> Images:
+    return ImageFiles([path for path, _ in part.imgs], part.targets)

@@ -1,8 +1,8 @@
-"""The form wds/NAME: webdataset shards on a disk, indexed so that any sample can be read at once.
+"""The form wds/NAME: webdataset shards on a disk, indexed for random access.
 
-The webdataset library, which reads shards as streams, is not needed. As tars like any others they
-keep what streams cannot: a hold-out, an order that follows from seed and epoch, and going on in the
-middle of an epoch.
+The webdataset library, which reads shards as streams, is not needed. Random access allows what
+streams do not: a hold-out, an order that depends only on seed and epoch, and resuming in the middle
+of an epoch.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from ricciq.data.sources.base import Parts, natural_order
-from ricciq.data.sources.tar import Member, PicturesInTars, files_in_tar
+from ricciq.data.sources.tar import ImagesInTars, Member, files_in_tar
 from ricciq.errors import DataError
 
 INFO_FILES = ("_info.json", "info.json")
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 META = re.compile(r"__[^/]*__($|/)")
-"""What webdataset takes for notes about a shard, not for samples."""
+"""Files that webdataset takes as notes about a shard, not as samples."""
 LABEL = re.compile(rb"\s*[0-9]{1,6}\s*")
-"""There are as many classes as the highest label says, so nine digits would be damage."""
+"""At most six digits: the highest label sets the number of classes."""
 LABEL_BYTES = 32
 
 Sample = tuple[Member, int]
@@ -38,7 +38,7 @@ class _SplitInfo(BaseModel):
 
 
 class _Info(BaseModel):
-    """What is used of the info file, under timm's names."""
+    """The keys of the info file that are used, under timm's names."""
 
     splits: dict[str, _SplitInfo] = {}
     class_names: list[str] | None = None
@@ -46,20 +46,20 @@ class _Info(BaseModel):
 
 
 def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
-    """The class names and both parts of a folder of webdataset shards.
+    """Open a folder of webdataset shards.
 
     Args:
-        name: wds/NAME, where any NAME will do.
-        root: the folder of the shards.
+        name: wds/NAME, with any NAME.
+        root: folder of the shards.
 
     Returns:
         The class names and both parts.
 
     Raises:
-        DataError: a shard or the info file is missing or damaged, or a sample is something other
-            than one picture with one label.
+        DataError: a shard or the info file is missing or damaged, or a sample does not have exactly
+            one image and one label.
     """
-    assert root is not None, "the catalogue says so"
+    assert root is not None, "the catalogue has needs_root"
     _refuse_remote(str(root))
     info = _read_info(root)
     splits = [_split(root, info, "train"), _split(root, info, "validation", "val")]
@@ -67,18 +67,18 @@ def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
     for shard, count in listed.most_common(1):
         if count > 1:
             raise DataError(
-                f"shard {root / shard} is in the splits {count} times: list each shard once, in "
-                f"one split, in {root / INFO_FILES[0]}"
+                f"shard {root / shard} is listed {count} times; list each shard in one split only, "
+                f"in {root / INFO_FILES[0]}"
             )
     train, val = (_read_split(root, split) for split in splits)
-    return Parts(_class_names(info, train + val), _pictures(train), _pictures(val))
+    return Parts(_class_names(info, train + val), _images(train), _images(val))
 
 
 def _refuse_remote(place: str) -> None:
     if REMOTE.match(place):
         raise DataError(
-            f"shards at {place} would come as a stream, which has neither a hold-out nor an order "
-            "that can be repeated: copy them to a folder and give that to --data-dir"
+            f"shards at {place} would be a stream, whose order cannot be reproduced; copy them "
+            "to a folder and give it to --data-dir"
         )
 
 
@@ -92,40 +92,40 @@ def _read_info(root: Path) -> _Info:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its top"
         raise DataError(
-            f"{path} does not hold at {where} ({first['msg']}): correct it, or remove it to take "
-            "the shards by their names"
+            f"{path} is invalid at {where} ({first['msg']}); correct it, or remove it to find the "
+            "shards by their names"
         ) from None
 
 
 def _split(root: Path, info: _Info, *names: str) -> _SplitInfo:
-    """What the info file says of the split with one of these names, or else what is there."""
+    """The split with one of these names in the info file; without one, found by file names."""
     if not info.splits:
         # The shortest name is in all the others: "val" in "validation".
         pattern = f"*{min(names, key=len)}*.tar"
         shards = sorted((path.name for path in root.glob(pattern)), key=natural_order)
         if not shards:
             raise DataError(
-                f"folder {root} has no shards called {pattern}, nor an {INFO_FILES[0]} that lists "
-                "them: rename them, or give the folder they are in to --data-dir"
+                f"folder {root} has neither shards called {pattern} nor an {INFO_FILES[0]}; rename "
+                "the shards, or give their folder to --data-dir"
             )
         return _SplitInfo(filenames=shards)
     split = next((info.splits[name] for name in names if name in info.splits), None)
     if split is None or not split.filenames:
         raise DataError(
             f"{INFO_FILES[0]} in {root} lists no shards of a split called {' or '.join(names)}, "
-            f"only {', '.join(info.splits)}: add it"
+            f"only {', '.join(info.splits)}; add it"
         )
     if split.alt_label:
         raise DataError(
-            f"{INFO_FILES[0]} in {root} takes labels from {split.alt_label!r} in json files: write "
-            "them as .cls files, with the class number in each"
+            f"{INFO_FILES[0]} in {root} takes labels from {split.alt_label!r} in json files; write "
+            "them as .cls files, each with a class number"
         )
     for name in split.filenames:
         _refuse_remote(name)
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(
-                f"{INFO_FILES[0]} in {root} lists shard {name}, which lies elsewhere: list shards "
-                "of its own folder only"
+                f"{INFO_FILES[0]} in {root} lists shard {name}, which is elsewhere; list only "
+                "shards of its own folder"
             )
     return split
 
@@ -134,38 +134,38 @@ def _read_split(root: Path, split: _SplitInfo) -> list[Sample]:
     samples = [sample for name in split.filenames for sample in _samples(root / name)]
     if split.num_samples not in (None, len(samples)):
         raise DataError(
-            f"shards {split.filenames[0]} to {split.filenames[-1]} in {root} hold {len(samples)} "
-            f"samples, but {INFO_FILES[0]} says {split.num_samples}: add those that are missing, "
-            "or correct it"
+            f"shards {split.filenames[0]} to {split.filenames[-1]} in {root} have {len(samples)} "
+            f"samples, but {INFO_FILES[0]} says {split.num_samples}; add the missing shards, or "
+            "correct the number"
         )
     return samples
 
 
 def _samples(shard: Path) -> Iterator[Sample]:
-    """The picture and the label of every sample in a shard."""
+    """The image and the label of every sample in a shard."""
     files = [file for file in files_in_tar(shard) if not META.match(file.name)]
     keyed = [(*_key_and_extension(file.name), file) for file in files]
     seen: set[str] = set()
-    # webdataset's rule: neighbours with the same key are a sample; what has no extension is none.
+    # webdataset's rule: neighbours with the same key are a sample; files without extension are not.
     for key, group in groupby((k for k in keyed if k[1]), key=lambda k: k[0]):
         entries = [(extension, file) for _, extension, file in group]
         sample = dict(entries)
         if key in seen or len(sample) < len(entries):
-            raise DataError(f"shard {shard} has sample {key} twice: write it again with one each")
+            raise DataError(f"shard {shard} has sample {key} twice; write it again with one each")
         seen.add(key)
-        pictures = [sample[extension] for extension in PICTURES if extension in sample]
-        if len(pictures) != 1 or "cls" not in sample:
+        images = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
+        if len(images) != 1 or "cls" not in sample:
             raise DataError(
-                f"sample {key} in {shard} has the files {', '.join(sample)}: give it one picture "
-                f"({', '.join(PICTURES)}) and one label (cls)"
+                f"sample {key} in {shard} has the files {', '.join(sample)}; give it one image "
+                f"({', '.join(IMAGE_EXTENSIONS)}) and one label (cls)"
             )
-        yield pictures[0], _label(sample["cls"])
+        yield images[0], _label(sample["cls"])
     if not seen:
-        raise DataError(f"shard {shard} holds no samples: remove it, or write it again")
+        raise DataError(f"shard {shard} has no samples; remove it, or write it again")
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
-    """A name up to the first dot of its last part, and what is behind, in lower case."""
+    """A path up to the first dot of its file name, and the rest in lower case."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
@@ -176,22 +176,22 @@ def _label(file: Member) -> int:
     if not LABEL.fullmatch(text):
         shown = text.decode("ascii", "replace").strip()
         raise DataError(
-            f"label {file} is {shown!r}: write a class number there, a whole number from 0 on with "
-            "at most six digits"
+            f"label {file} is {shown!r}; write a class number there, a whole number from 0 of at "
+            "most six digits"
         )
     return int(text)
 
 
 def _class_names(info: _Info, samples: list[Sample]) -> list[str]:
-    picture, highest = max(samples, key=lambda sample: sample[1])
+    image, highest = max(samples, key=lambda sample: sample[1])
     names = info.class_names or info.classes or [str(label) for label in range(highest + 1)]
     if highest >= len(names):
         raise DataError(
-            f"the label of {picture} is {highest}, but {INFO_FILES[0]} has {len(names)} class "
-            "names, counted from 0: correct one of them"
+            f"the label of {image} is {highest}, but {INFO_FILES[0]} has {len(names)} class "
+            "names, counted from 0; correct one of them"
         )
     return names
 
 
-def _pictures(samples: list[Sample]) -> PicturesInTars:
-    return PicturesInTars([member for member, _ in samples], [label for _, label in samples])
+def _images(samples: list[Sample]) -> ImagesInTars:
+    return ImagesInTars([member for member, _ in samples], [label for _, label in samples])

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ricciq.data.augmentation import Augmentation
-from ricciq.data.dataset import PictureData
+from ricciq.data.dataset import ImageData
 from ricciq.data.loader import set_epoch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
@@ -23,7 +23,7 @@ TINY = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3)
 GREY = Preprocessing((1, 8, 8), (0.25,), (0.5,))
 
 
-def write_picture(path: Path, value: int = 0, size: tuple[int, int] = (20, 16), mode="RGB") -> Path:
+def write_image(path: Path, value: int = 0, size: tuple[int, int] = (20, 16), mode="RGB") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(value)
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
@@ -33,15 +33,15 @@ def write_picture(path: Path, value: int = 0, size: tuple[int, int] = (20, 16), 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, eight training and two validation pictures each."""
+    """Two classes, eight training and two validation images each."""
     for split, count in (("train", 8), ("val", 2)):
         for label, class_name in enumerate(("cat", "dog")):
             for i in range(count):
-                write_picture(tmp_path / split / class_name / f"{i}.png", 100 * label + i)
+                write_image(tmp_path / split / class_name / f"{i}.png", 100 * label + i)
     return tmp_path
 
 
-def batches(data: PictureData, split="fit", preprocessing=TINY, **options):
+def batches(data: ImageData, split="fit", preprocessing=TINY, **options):
     defaults = {"batch_size": 4, "workers": 0, "training": False}
     return data.loader(split, preprocessing, **(defaults | options))
 
@@ -87,11 +87,11 @@ def test_validation_may_be_called_validation(folder):
     assert len(drain(batches(open_data(str(folder), None), "val"))[1]) == 4
 
 
-def test_classes_are_in_timm_order_and_pictures_may_be_nested(tmp_path):
+def test_classes_are_in_timm_order_and_images_may_be_nested(tmp_path):
     for split in ("train", "val"):
         for class_name in ("10", "9"):
             for i in range(2):
-                write_picture(tmp_path / split / class_name / "deeper" / f"{i}.png", i)
+                write_image(tmp_path / split / class_name / "deeper" / f"{i}.png", i)
     data = open_data(str(tmp_path), None)
     assert data.class_names == ["9", "10"]
     assert drain(batches(data, "val"))[1].tolist() == [0, 0, 1, 1]
@@ -116,11 +116,11 @@ def test_a_folder_without_train_is_refused(folder):
     (folder / "train").rename(folder / "training")
     with pytest.raises(DataError) as error:
         open_data(str(folder), None)
-    one_sentence(error, str(folder), "no train/")
+    one_sentence(error, str(folder), "neither train/ nor train.tar")
 
 
 def test_a_folder_without_validation_is_refused(folder):
-    # timm would evaluate on the training pictures.
+    # timm would evaluate on the training images.
     (folder / "val").rename(folder / "test")
     with pytest.raises(DataError) as error:
         open_data(str(folder), None)
@@ -128,11 +128,11 @@ def test_a_folder_without_validation_is_refused(folder):
 
 
 def test_a_split_without_class_folders_is_refused(tmp_path):
-    write_picture(tmp_path / "train" / "0.png")
-    write_picture(tmp_path / "val" / "0.png")
+    write_image(tmp_path / "train" / "0.png")
+    write_image(tmp_path / "val" / "0.png")
     with pytest.raises(DataError) as error:
         open_data(str(tmp_path), None)
-    one_sentence(error, str(tmp_path / "train"), "no class folders")
+    one_sentence(error, str(tmp_path / "train"), "neither class folders nor tars")
 
 
 def test_an_empty_class_folder_is_named(folder):
@@ -143,29 +143,29 @@ def test_an_empty_class_folder_is_named(folder):
     one_sentence(error, str(folder / "train" / "emu"), ".png")
 
 
-def test_a_picture_outside_the_class_folders_is_named(folder):
-    stray = write_picture(folder / "train" / "stray.jpg")
+def test_an_image_outside_the_class_folders_is_named(folder):
+    stray = write_image(folder / "train" / "stray.jpg")
     with pytest.raises(DataError) as error:
         open_data(str(folder), None)
     one_sentence(error, str(stray))
 
 
 def test_different_classes_in_train_and_val_are_named(folder):
-    write_picture(folder / "val" / "emu" / "0.png")
+    write_image(folder / "val" / "emu" / "0.png")
     with pytest.raises(DataError) as error:
         open_data(str(folder), None)
     one_sentence(error, "emu", "val")
 
 
-def test_a_single_training_picture_is_refused(tmp_path):
+def test_a_single_training_image_is_refused(tmp_path):
     for split in ("train", "val"):
-        write_picture(tmp_path / split / "cat" / "0.png")
+        write_image(tmp_path / split / "cat" / "0.png")
     with pytest.raises(DataError) as error:
         open_data(str(tmp_path), None)
-    one_sentence(error, "single training picture")
+    one_sentence(error, "single training image")
 
 
-# Strict pictures
+# Strict images
 
 
 def truncate(path: Path) -> None:
@@ -173,7 +173,7 @@ def truncate(path: Path) -> None:
 
 
 def scribble(path: Path) -> None:
-    path.write_bytes(b"this is no picture")
+    path.write_bytes(b"this is no image")
 
 
 def remove(path: Path) -> None:
@@ -183,12 +183,12 @@ def remove(path: Path) -> None:
 @pytest.mark.parametrize("damage", [truncate, scribble, remove])
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_bad_picture_ends_the_run_and_is_named(folder, damage, workers, training):
+def test_a_bad_image_ends_the_run_and_is_named(folder, damage, workers, training):
     data = open_data(str(folder), None)
     bad = folder / ("train" if training else "val") / "dog" / "1.png"
     damage(bad)
     augmentation = Augmentation(no_aug=False) if training else None
-    # The picture may be in the hold-out; together the two splits hold every training picture.
+    # The image may be in the hold-out; together the two splits hold every training image.
     for part in ("fit", "holdout") if training else ("val",):
         loader = batches(
             data, part, workers=workers, training=training, augmentation=augmentation, batch_size=2
@@ -199,7 +199,7 @@ def test_a_bad_picture_ends_the_run_and_is_named(folder, damage, workers, traini
             found = error
             break
     else:
-        pytest.fail("the bad picture went unnoticed")
+        pytest.fail("the bad image went unnoticed")
     message = str(found)
     assert found.args == (message,)
     assert str(bad) in message
@@ -218,7 +218,7 @@ def test_a_decompression_bomb_is_refused(folder, monkeypatch, limit):
     one_sentence(error, str(folder / "val" / "cat" / "0.png"), "bomb")
 
 
-def test_a_damaged_picture_among_the_grey_probes_is_named(folder):
+def test_a_damaged_image_among_the_grey_probes_is_named(folder):
     bad = folder / "train" / "cat" / "0.png"
     scribble(bad)
     with pytest.raises(DataError) as error:
@@ -229,34 +229,34 @@ def test_a_damaged_picture_among_the_grey_probes_is_named(folder):
 # Grey and colour
 
 
-def test_a_folder_of_grey_pictures_is_grey_until_one_is_not(folder):
+def test_a_folder_of_grey_images_is_grey_until_one_is_not(folder):
     for path in folder.rglob("*.png"):
-        write_picture(path, mode="L")
+        write_image(path, mode="L")
     assert open_data(str(folder), None).channels == 1
-    write_picture(folder / "train" / "dog" / "7.png")
+    write_image(folder / "train" / "dog" / "7.png")
     assert open_data(str(folder), None).channels == 3
 
 
-def first_value(folder: Path, picture: Image.Image, channels: int) -> list[int]:
-    """The bytes a one-coloured picture arrives as."""
-    picture.save(folder / "val" / "cat" / "0.png")
+def first_value(folder: Path, image: Image.Image, channels: int) -> list[int]:
+    """The bytes a one-coloured image arrives as."""
+    image.save(folder / "val" / "cat" / "0.png")
     plain = Preprocessing((channels, 16, 16), (0.0,) * channels, (1.0,) * channels)
     images, _ = drain(batches(open_data(str(folder), None), "val", plain))
     return (images[0, :, 8, 8] * 255).round().int().tolist()
 
 
-def palette_picture() -> Image.Image:
-    picture = Image.new("P", (16, 16), 1)
-    picture.putpalette([0, 0, 0, 200, 100, 0])
-    return picture
+def palette_image() -> Image.Image:
+    image = Image.new("P", (16, 16), 1)
+    image.putpalette([0, 0, 0, 200, 100, 0])
+    return image
 
 
 @pytest.mark.parametrize(
-    ("picture", "rgb", "grey"),
+    ("image", "rgb", "grey"),
     [
         (Image.new("RGB", (16, 16), (200, 100, 0)), [200, 100, 0], [118]),
         (Image.new("RGBA", (16, 16), (200, 100, 0, 7)), [200, 100, 0], [118]),
-        (palette_picture(), [200, 100, 0], [118]),
+        (palette_image(), [200, 100, 0], [118]),
         (Image.new("L", (16, 16), 90), [90, 90, 90], [90]),
         (Image.new("LA", (16, 16), (90, 7)), [90, 90, 90], [90]),
         (Image.new("I;16", (16, 16), 0x4000), [64, 64, 64], [64]),
@@ -264,9 +264,9 @@ def palette_picture() -> Image.Image:
     ],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
 )
-def test_every_mode_is_converted(folder, picture, rgb, grey):
-    assert first_value(folder, picture, 3) == rgb
-    assert first_value(folder, picture, 1) == grey
+def test_every_mode_is_converted(folder, image, rgb, grey):
+    assert first_value(folder, image, 3) == rgb
+    assert first_value(folder, image, 1) == grey
 
 
 # Digits
@@ -283,7 +283,7 @@ def test_digits_need_no_download_and_are_scaled_to_bytes():
     images = torch.cat([images for images, _ in parts])
     values = sorted(set((images * 255).round().int().flatten().tolist()))
     assert values == [round(v * 255 / 16) for v in range(17)]
-    # The three parts are the 1,797 pictures, each once.
+    # The three parts are the 1,797 images, each once.
     truth = np.rint(load_digits().images * 255 / 16).astype(np.uint8).reshape(1797, 64)
     found = (images * 255).round().to(torch.uint8).reshape(1797, 64).numpy()
     assert sorted(map(bytes, found)) == sorted(map(bytes, truth))
@@ -294,9 +294,9 @@ def test_the_fast_path_gives_what_the_transform_gives(crop_pct):
     preprocessing = replace(GREY, crop_pct=crop_pct)
     data = open_data("digits", None)
     fast, _ = drain(batches(data, "val", preprocessing))
-    pictures, indices = data._splits["val"]
+    images, indices = data._splits["val"]
     transform = preprocessing.evaluation_transform()
-    slow = torch.stack([transform(pictures.open(int(i), "L")) for i in indices])
+    slow = torch.stack([transform(images.open(int(i), "L")) for i in indices])
     assert torch.equal(fast, slow)
 
 
@@ -310,7 +310,7 @@ def test_grey_arrays_serve_colour_models_of_another_size():
 # The hold-out and the subset
 
 
-def in_split(data: PictureData, split: str) -> np.ndarray:
+def in_split(data: ImageData, split: str) -> np.ndarray:
     return data._splits[split][1]
 
 
@@ -336,24 +336,24 @@ def test_a_larger_holdout_holds_the_usual_one():
 @pytest.mark.parametrize(
     ("sizes", "held_out"),
     [
-        ([1, 2, 100], [0, 1, 4]),  # rare classes are held out once, a lone picture never
-        ([1, 1, 1, 1], None),  # nothing can be stratified: any one picture
-        ([2] + [1] * 60, [1] + [0] * 60),  # many lone pictures do not empty the other class
+        ([1, 2, 100], [0, 1, 4]),  # rare classes are held out once, a lone image never
+        ([1, 1, 1, 1], None),  # nothing can be stratified: any one image
+        ([2] + [1] * 60, [1] + [0] * 60),  # many lone images do not empty the other class
     ],
 )
 def test_rare_classes_in_the_holdout(tmp_path, sizes, held_out):
     for class_name, size in enumerate(sizes):
-        write_picture(tmp_path / "val" / str(class_name) / "0.png")
+        write_image(tmp_path / "val" / str(class_name) / "0.png")
         for i in range(size):
-            write_picture(tmp_path / "train" / str(class_name) / f"{i}.png")
+            write_image(tmp_path / "train" / str(class_name) / f"{i}.png")
     data = open_data(str(tmp_path), None)
-    pictures, _ = data._splits["fit"]
-    counts = np.bincount(pictures.targets[in_split(data, "holdout")], minlength=len(sizes))
+    images, _ = data._splits["fit"]
+    counts = np.bincount(images.targets[in_split(data, "holdout")], minlength=len(sizes))
     if held_out is None:
         assert counts.sum() == 1
     else:
         assert counts.tolist() == held_out
-        assert (np.bincount(pictures.targets[in_split(data, "fit")]) > 0).all()
+        assert (np.bincount(images.targets[in_split(data, "fit")]) > 0).all()
 
 
 def test_train_samples_is_fixed_stratified_and_leaves_the_holdout_alone():
@@ -421,7 +421,7 @@ def test_a_seed_and_an_epoch_can_be_repeated(folder):
     assert not torch.equal(seen(3, 5), seen(3, 6))
 
 
-def test_a_picture_is_augmented_the_same_in_every_batch_and_subset(folder):
+def test_an_image_is_augmented_the_same_in_every_batch_and_subset(folder):
     data = open_data(str(folder), None)
     every = batches(data, training=True, augmentation=VARIED, batch_size=14).dataset
     few = batches(data, training=True, augmentation=VARIED, train_samples=5).dataset
@@ -443,9 +443,9 @@ def test_order_and_augmentation_each_depend_on_what_they_should(folder):
     assert order(1, 1) != order(1, 2)
     assert order(1, 1) != order(2, 1)
 
-    # All pictures equal, so that only the augmentation can tell them apart.
+    # All images equal, so that only the augmentation can tell them apart.
     for path in folder.rglob("*.png"):
-        write_picture(path, 1)
+        write_image(path, 1)
     data = open_data(str(folder), None)
 
     def varied(seed, epoch):
@@ -494,7 +494,7 @@ def test_training_shuffles_and_drops_a_partial_batch_only_beside_a_full_one():
     assert torch.equal(in_order.sort().values, shuffled.sort().values)
 
 
-def test_evaluation_keeps_every_picture_in_order():
+def test_evaluation_keeps_every_image_in_order():
     data = open_data("digits", None)
     loader = batches(data, "val", GREY, batch_size=100)
     assert [len(targets) for _, targets in loader] == [100, 100, 100, 60]
@@ -530,7 +530,7 @@ def is_varied(data, preprocessing, augmentation):
         (Augmentation(auto_augment="rand-m9-n3"), 16, True),
     ],
 )
-def test_when_pictures_are_varied(folder, augmentation, size, varied):
+def test_when_images_are_varied(folder, augmentation, size, varied):
     preprocessing = Preprocessing((3, size, size), (0.5,) * 3, (0.25,) * 3)
     assert is_varied(open_data(str(folder), None), preprocessing, augmentation) is varied
 
@@ -554,7 +554,7 @@ def test_pad_crop_shifts_and_flips_at_native_size():
     assert len(seen) == 18
 
 
-def test_grey_pictures_can_be_auto_augmented():
+def test_grey_images_can_be_auto_augmented():
     data = open_data("digits", None)
     policy = Augmentation(no_aug=False, auto_augment="rand-m9-n3-mstd0.5", reprob=0.3)
     images, _ = drain(batches(data, "fit", GREY, training=True, augmentation=policy, batch_size=65))
@@ -630,7 +630,7 @@ def test_a_colour_torch_set(tmp_path, monkeypatch):
 
 
 class Files:
-    """What torchvision has of a set whose pictures are in files."""
+    """What torchvision has of a set whose images are in files."""
 
     def __init__(self, root, split):
         self.root = root
@@ -643,7 +643,7 @@ class Files:
 def test_torch_sets_in_files_are_opened_strictly(tmp_path, monkeypatch):
     for split in ("train", "validation"):
         for i in range(4):
-            write_picture(tmp_path / split / f"{i}.png", i)
+            write_image(tmp_path / split / f"{i}.png", i)
 
     def create(name, root, split, download):
         assert (name, download) == ("torch/imagenet", False)
@@ -671,7 +671,7 @@ def test_places365(tmp_path, monkeypatch):
         lines = [f"{i}.png {i % 2}" for i in range(4)]
         (tmp_path / name).write_text("\n".join(lines))
         for i in range(4):
-            write_picture(tmp_path / folder / f"{i}.png", 10 * number + i)
+            write_image(tmp_path / folder / f"{i}.png", 10 * number + i)
     data = open_data("torch/places365", tmp_path)
     assert data.class_names == ["/a/abbey", "/a/alley"]
     assert drain(batches(data, "val"))[1].tolist() == [0, 1, 0, 1]
@@ -694,18 +694,18 @@ def test_qmnist_labels_are_the_first_of_eight(tmp_path):
 
 def test_an_image_folder_of_torch_needs_both_splits(tmp_path):
     # timm would take the root for both, and so train on what it evaluates.
-    write_picture(tmp_path / "cat" / "0.png")
-    write_picture(tmp_path / "cat" / "1.png")
+    write_image(tmp_path / "cat" / "0.png")
+    write_image(tmp_path / "cat" / "1.png")
     with pytest.raises(DataError) as error:
         open_data("torch/image_folder", tmp_path)
     one_sentence(error, "train/ and validation/", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["inaturalist", "inat"])
-def test_a_set_with_many_labels_a_picture_is_refused(tmp_path, name):
+def test_a_set_with_many_labels_an_image_is_refused(tmp_path, name):
     with pytest.raises(DataError) as error:
         open_data(f"torch/{name}", tmp_path)
-    one_sentence(error, f"torch/{name}", "seven ranks", "as a folder")
+    one_sentence(error, f"torch/{name}", "seven labels", "as a folder")
 
 
 @pytest.mark.parametrize("name", ["imagenet", "image_folder"])

@@ -1,4 +1,4 @@
-"""The same pictures in every form of --data give the same batches, or the same kind of refusal."""
+"""The same images in every form of --data give the same batches, or the same kind of refusal."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from ricciq.errors import DataError
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """The pictures and targets of the folder form."""
+    """The images and targets of the folder form."""
     return everything(*FORMS["folder"](tmp_path_factory.mktemp("folder")))
 
 
@@ -55,7 +55,7 @@ def test_order_and_augmentation_do_not_depend_on_workers(form, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("split", COUNTS)
-def test_a_damaged_picture_names_itself(form, split, tmp_path, monkeypatch):
+def test_a_damaged_image_names_itself(form, split, tmp_path, monkeypatch):
     bad = 1000 * (split == "val") + 101
     monkeypatch.setattr("forms.png", lambda value: png(value)[: 100 if value == bad else None])
     name, root = FORMS[form](tmp_path)
@@ -71,11 +71,11 @@ def test_what_disappears_after_it_was_listed_is_named(form, tmp_path):
     for path in sorted(tmp_path.iterdir()):
         if path.name != "cache":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(DataError, match=r"picture .* cannot be read"):
+    with pytest.raises(DataError, match=r"image .* cannot be read"):
         drain(batches(data, "val"))
 
 
-def test_nothing_is_written_beside_the_pictures(tmp_path):
+def test_nothing_is_written_beside_the_images(tmp_path):
     name, root = as_parquet(tmp_path / "parquet")
     before = sorted((tmp_path / "parquet" / "pets").iterdir())
     everything(name, root)

@@ -55,13 +55,13 @@ def test_targets_are_shares_of_two_classes(digits, mixing):
     assert not torch.equal(images, plain)
 
 
-def test_a_mixed_picture_is_the_sum_that_its_shares_say(digits):
+def test_a_mixed_image_is_the_sum_that_its_shares_say(digits):
     plain, targets = seen(digits, None, batch_size=1365)
     images, shares = seen(digits, MIXUP, batch_size=1365)
     other = plain[:1364].flip(0)
     lam = next(shares[i, targets[i]] for i in range(1364) if targets[i] != targets[1363 - i])
     torch.testing.assert_close(images[:1364], plain[:1364] * lam + other * (1 - lam))
-    # An odd batch: the last picture is as it was.
+    # An odd batch: the last image is as it was.
     assert torch.equal(images[1364], plain[1364])
     assert torch.equal(shares[1364], F.one_hot(targets[1364], 10).float())
 

@@ -15,7 +15,7 @@ from command import ricciq
 
 from ricciq.data.open import open_data
 from ricciq.data.sources import catalog
-from ricciq.data.sources.base import Parts, PictureArrays
+from ricciq.data.sources.base import ImageArrays, Parts
 from ricciq.data.sources.catalog import SOURCES, Source, find_source, forms
 from ricciq.errors import DataError, UsageError
 
@@ -72,7 +72,7 @@ def test_help_and_errors_name_every_source(source: Source) -> None:
 
 @pytest.mark.parametrize("source", [s for s in USABLE if s.needs_root], ids=lambda s: s.form)
 def test_a_source_that_needs_a_root_says_so(source: Source) -> None:
-    with pytest.raises(UsageError, match=r"^data '.*' needs --data-dir: give the folder"):
+    with pytest.raises(UsageError, match=r"^data '.*' needs --data-dir; give the folder"):
         open_data(source.form, None)
 
 
@@ -86,7 +86,7 @@ def test_the_forms_are_a_list_in_words() -> None:
 def test_a_source_is_added_by_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_source(name: str, root: Path | None) -> Parts:
         assert (name, root) == ("stripes/two", None)
-        part = PictureArrays(np.zeros((4, 8, 8, 1), np.uint8), [0, 0, 1, 1])
+        part = ImageArrays(np.zeros((4, 8, 8, 1), np.uint8), [0, 0, 1, 1])
         return Parts(["up", "across"], part, part)
 
     module = ModuleType("ricciq.data.sources.stripes")

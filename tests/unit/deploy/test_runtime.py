@@ -177,7 +177,7 @@ def test_a_negative_class_is_refused(target):
 def test_no_picture_is_refused():
     with pytest.raises(DataError) as error:
         evaluate({"a": table(SEVEN)}, [])
-    one_sentence(error, "no picture")
+    one_sentence(error, "no image")
 
 
 def test_evaluation_takes_no_gradients():
@@ -258,5 +258,5 @@ def test_a_missing_file_is_not_timed(tmp_path):
 def test_a_model_that_is_no_classifier_is_refused():
     pictures = [(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long))]
     for answer in (torch.zeros(5, 3), torch.zeros(2, 3, 4), torch.zeros(2)):
-        with pytest.raises(ModelError, match="the encoder model answers 2 pictures"):
+        with pytest.raises(ModelError, match="the encoder model returns an output of shape"):
             evaluate({"encoder": lambda _, answer=answer: answer}, pictures)

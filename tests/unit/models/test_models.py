@@ -248,11 +248,11 @@ def test_the_first_convolution_is_adapted_with_a_message(tmp_path):
     torch.save(fashion, path)
     adapted = load("fashion_resnet8", channels=3, checkpoint=path)
     assert "1 to 3 channels" in adapted.messages[0]
-    # A grey picture in three channels must look to the model as it did in one.
+    # A grey image in three channels must look to the model as it did in one.
     original = load("fashion_resnet8", channels=1, checkpoint=path)
-    picture = torch.rand(2, 1, 28, 28)
+    image = torch.rand(2, 1, 28, 28)
     torch.testing.assert_close(
-        adapted.model.conv1(picture.expand(-1, 3, -1, -1)), original.model.conv1(picture)
+        adapted.model.conv1(image.expand(-1, 3, -1, -1)), original.model.conv1(image)
     )
 
 
@@ -345,7 +345,7 @@ def test_a_malicious_checkpoint_is_refused_and_not_executed(tmp_path):
             write(content)
             with pytest.raises(CheckpointError) as error:
                 load("digits_resnet8", channels=1, checkpoint=path)
-            one_sentence(error, str(path), "nothing of it was loaded", ".safetensors")
+            one_sentence(error, str(path), "nothing was loaded", ".safetensors")
             assert not marker.exists()
     # The payload is a real one.
     pickle.loads(path.read_bytes())
@@ -357,7 +357,7 @@ def test_a_pickled_model_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2), path)
     with pytest.raises(CheckpointError) as error:
         load("digits_resnet8", checkpoint=path)
-    one_sentence(error, str(path), "objects beside tensors")
+    one_sentence(error, str(path), "objects other than tensors")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -387,7 +387,7 @@ def test_paths_that_are_no_checkpoint_are_refused(tmp_path):
     for path, words in (
         (tmp_path / "none.pth", "there is no checkpoint"),
         (tmp_path, "is a folder"),
-        (other, "endings .safetensors"),
+        (other, "extensions .safetensors"),
     ):
         with pytest.raises(CheckpointError) as error:
             load("digits_resnet8", checkpoint=path)
@@ -402,19 +402,19 @@ def test_the_nets_keep_timm_manners(name):
     model = timm.create_model(name)
     config = model.pretrained_cfg
     channels, height, width = config["input_size"]
-    picture = torch.rand(2, channels, height, width)
+    image = torch.rand(2, channels, height, width)
     stride = 2 if name == "fashion_resnet8" else 1
-    features = model.forward_features(picture)
+    features = model.forward_features(image)
     assert features.shape == (2, model.num_features, -(-height // (4 * stride)), features.shape[3])
-    assert model(picture).shape == (2, 10)
+    assert model(image).shape == (2, 10)
     assert model.get_classifier() is model.fc
     model.reset_classifier(3)
-    assert model(picture).shape == (2, 3)
+    assert model(image).shape == (2, 3)
     assert model.get_submodule(config["first_conv"]).in_channels == channels
     for info in model.feature_info:
         assert info["num_chs"] in (16, 32, 64)
     backbone = timm.create_model(name, features_only=True, out_indices=(0, 1, 2, 3))
-    for feature, info in zip(backbone(picture), model.feature_info, strict=True):
+    for feature, info in zip(backbone(image), model.feature_info, strict=True):
         assert feature.shape[1] == info["num_chs"]
         assert feature.shape[2] == -(-height // info["reduction"])
 
@@ -463,7 +463,7 @@ def test_bundled_weights_are_found(tmp_path, monkeypatch, name, tag):
     one_sentence(error, name, "--checkpoint")
 
 
-def test_normalization_of_the_digits_net_is_that_of_its_training_pictures():
+def test_normalization_of_the_digits_net_is_that_of_its_training_images():
     from ricciq.data.open import open_data
 
     plain = Preprocessing((1, 8, 8), (0.0,), (1.0,))

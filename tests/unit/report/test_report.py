@@ -148,7 +148,7 @@ def test_a_flow_that_does_not_act_is_called_a_probe(applied, said, unsaid):
 def test_garbage_is_no_report(tmp_path, text):
     path = tmp_path / "report.json"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"report\.json is no report") as caught:
+    with pytest.raises(InputError, match=r"report\.json is not the report") as caught:
         load_report(path)
     assert caught.value.exit_code == 3
 
@@ -156,7 +156,7 @@ def test_garbage_is_no_report(tmp_path, text):
 def test_a_missing_or_binary_file_or_a_folder_is_no_report(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path, tmp_path / "none", tmp_path / "binary"):
-        with pytest.raises(InputError, match="is no report of a run"):
+        with pytest.raises(InputError, match="is not the report of a run"):
             load_report(path)
 
 

@@ -75,7 +75,7 @@ def test_a_name_the_file_system_refuses_is_refused(tmp_path):
 )
 def test_a_run_is_replaced_only_on_demand(tmp_path, finished, remedy):
     make_run(tmp_path, finished=finished)
-    with pytest.raises(UsageError, match=f"already holds a run; {remedy}$"):
+    with pytest.raises(UsageError, match=f"already has a run; {remedy}$"):
         choose(tmp_path)
     assert choose(tmp_path, overwrite=True) == tmp_path
 
@@ -118,9 +118,9 @@ def test_a_run_is_resumed_with_its_own_recipe_only(tmp_path):
 
 def test_nothing_to_resume_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="holds no run to resume"):
+    with pytest.raises(UsageError, match="has no run to resume"):
         choose(tmp_path, resume=True)
-    with pytest.raises(UsageError, match="no unfinished run of this recipe is in runs"):
+    with pytest.raises(UsageError, match="no unfinished run of this recipe in runs"):
         choose(None, resume=True)
     make_run(tmp_path / "done", finished=True)
     with pytest.raises(UsageError, match="is finished"):

@@ -63,9 +63,9 @@ def test_the_accuracy_of_a_file_is_four_numbers():
     [
         ("recipe", None, "the recipe in run/best.safetensors"),
         ("recipe", {"quantization": {"weight_bits": 9}}, "weight_bits"),
-        ("preprocessing", {}, "preprocessing without 'input_size'"),
-        ("class_names", [], "class_names that are no list of names"),
-        ("class_names", [1, 2], "class_names that are no list of names"),
+        ("preprocessing", {}, "preprocessing lacks 'input_size'"),
+        ("class_names", [], "class_names is not a list of names"),
+        ("class_names", [1, 2], "class_names is not a list of names"),
         ("plan", {"layers": 5, "points": {}, "kept": []}, "plan.layers"),
     ],
 )

@@ -50,7 +50,7 @@ def stored(path: Path) -> State:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Steps on random pictures with random dropout, both of which follow from a step's number."""
+    """Steps on random images with random dropout, both of which follow from a step's number."""
     for step in steps:
         torch.manual_seed(step)
         optimizer.zero_grad()

@@ -281,7 +281,7 @@ def test_the_saved_averages_are_those_of_the_training_pictures(tmp_path, ema):
 
 
 def test_averages_that_are_kept_cannot_be_taken_anew():
-    with pytest.raises(RecipeError, match="freeze_bn keeps what reestimate_bn replaces") as caught:
+    with pytest.raises(RecipeError, match="freeze_bn and reestimate_bn contradict") as caught:
         RECIPE.override({"training.freeze_bn": True, "training.reestimate_bn": True})
     assert "\n" not in str(caught.value)
 
@@ -425,12 +425,24 @@ def test_the_slope_is_that_of_the_width(tmp_path, most):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"training.progressive": [4, 8]}, r"progressive \[4, 8\] does not fall; write it as"),
-        ({"training.progressive": [4, 4]}, r"progressive \[4, 4\] does not fall"),
-        ({"training.freezing": 0.1}, "freezing fixes codes that progressive changes; remove one"),
-        ({"training.epochs": 2}, r"the last stage need 3 epochs, not 2; give more"),
-        ({"quantization.weight_quantizer": "codebook"}, "weight_quantizer codebook cannot; take"),
-        ({"quantization.weight_quantizer": "dorefa"}, "weight_quantizer dorefa cannot; take lsq"),
+        (
+            {"training.progressive": [4, 8]},
+            r"progressive \[4, 8\] is not in descending order; write it",
+        ),
+        ({"training.progressive": [4, 4]}, r"progressive \[4, 4\] is not in descending order"),
+        (
+            {"training.freezing": 0.1},
+            "freezing fixes the codes that progressive changes; remove one",
+        ),
+        ({"training.epochs": 2}, r"at least 3 epochs, one for each stage, not 2; raise"),
+        (
+            {"quantization.weight_quantizer": "codebook"},
+            "weight_quantizer codebook does not support",
+        ),
+        (
+            {"quantization.weight_quantizer": "dorefa"},
+            "weight_quantizer dorefa does not support; use lsq",
+        ),
         ({"training.progressive": [9]}, "training.progressive"),
         ({"training.progressive": [4, 1]}, "training.progressive"),
     ],
@@ -439,7 +451,7 @@ def test_stages_that_cannot_be_are_refused(change, sentence):
     with pytest.raises(RecipeError, match=sentence) as caught:
         RECIPE.override(STAGES | change)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("the command line does not hold at ")
+    assert str(caught.value).startswith("the command line is invalid at ")
 
 
 # Steps with a rate of their own

@@ -391,7 +391,7 @@ def test_a_dry_run_shows_the_bits_that_are_found(
     answer = ricciq(*QUANTIZE, "--bits", "auto:2.5", "--dry-run", "--json")
     assert answer.code == 0, answer.err
     assert "--bits auto:2.5 sets the weights; activations get 3 bits" in answer.err
-    assert "bits a layer" in answer.err
+    assert "bits by layer" in answer.err
     plan = json.loads(answer.out)
     wanted = plan["recipe"]["quantization"]
     assert (wanted["weight_bits"], wanted["average_bits"]) == ("auto", 2.5)
@@ -535,7 +535,7 @@ def check_folder(folder: Path) -> list[int]:
     assert [row["layer"] for row in rows] == [layer["name"] for layer in report["layers"]][1:-1]
     assert list(rows[0]) == ["layer", "parameters", "bits", *(f"nats_at_{b}" for b in WIDTHS)]
     assert (folder / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
-    assert "bits a layer" in (folder / "log.txt").read_text()
+    assert "bits by layer" in (folder / "log.txt").read_text()
     written = inspect_onnx(folder / "model.onnx")
     assert [layer.weight_bits for layer in written.layers] == [8, *bits, 8]
     assert written.fused_share() == 100

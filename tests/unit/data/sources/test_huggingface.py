@@ -15,7 +15,7 @@ from ricciq.data.open import open_data
 def write(root: Path, split="train", labels=(0, 1, 0, 1), names=CLASSES, **more) -> str:
     """A split with these labels, and more columns given as (feature, values)."""
     columns = {
-        "picture": (Image(), [{"bytes": png(i), "path": None} for i in range(len(labels))]),
+        "image": (Image(), [{"bytes": png(i), "path": None} for i in range(len(labels))]),
         "kind": (ClassLabel(names=list(names)), list(labels)),
     } | more
     columns = {name: column for name, column in columns.items() if column}
@@ -74,7 +74,7 @@ def test_labels_are_read_without_decoding(tmp_path, monkeypatch):
 def test_a_damaged_file_of_an_image_folder_is_named(tmp_path):
     name, cache = as_image_folder(tmp_path)
     bad = tmp_path / "pets" / "val" / "dog" / "1.png"
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     refusal(name, cache, str(bad), "repair or remove it")
 
 
@@ -119,7 +119,7 @@ def test_both_splits_are_needed(tmp_path, splits):
 @pytest.mark.parametrize(
     "columns",
     [
-        {"picture": None, "text": (Value("string"), list("abcd"))},
+        {"image": None, "text": (Value("string"), list("abcd"))},
         {"kind": None, "label": (Value("int64"), [0, 1, 0, 1])},
         {"other": (Image(), [{"bytes": png(i), "path": None} for i in range(4)])},
         {"other": (ClassLabel(names=["a"]), [0] * 4)},
@@ -133,15 +133,15 @@ def test_columns_in_doubt_are_listed(tmp_path, columns):
 
 
 @pytest.mark.parametrize("label", [-1, None])
-def test_pictures_without_labels_are_refused(tmp_path, label):
+def test_images_without_labels_are_refused(tmp_path, label):
     write(tmp_path)
     name = write(tmp_path, "test", labels=(0, 1, label, 1))
     refusal(name, tmp_path / "cache", "row 2 of split test", "-1", "0 to 1")
 
 
 def test_an_empty_row_is_named(tmp_path):
-    pictures = [{"bytes": png(i), "path": None} for i in range(4)]
-    pictures[1] = None
+    images = [{"bytes": png(i), "path": None} for i in range(4)]
+    images[1] = None
     write(tmp_path)
-    name = write(tmp_path, "validation", picture=(Image(), pictures))
-    refusal(name, tmp_path / "cache", "picture 1 of split validation", "the row is empty")
+    name = write(tmp_path, "validation", image=(Image(), images))
+    refusal(name, tmp_path / "cache", "image 1 of split validation", "the row is empty")

@@ -1,4 +1,4 @@
-"""Pictures in tars: which class they get, and what is refused."""
+"""Images in tars: which class they get, and what is refused."""
 
 import bz2
 import gzip
@@ -60,8 +60,8 @@ def test_the_innermost_folder_is_the_class_in_timm_order(tmp_path):
     names, found = targets(both_splits(tmp_path, files))
     assert names == ["9", "10"]
     assert found["val"] == [0, 0, 1, 1]
-    pictures, _ = open_data(str(tmp_path), None)._splits["val"]
-    assert pictures.name(0) == f"sets/pets/9/9.JPEG in {tmp_path / 'val.tar'}"
+    images, _ = open_data(str(tmp_path), None)._splits["val"]
+    assert images.name(0) == f"sets/pets/9/9.JPEG in {tmp_path / 'val.tar'}"
 
 
 def test_folders_in_a_class_tar_go_before_its_name(tmp_path):
@@ -84,14 +84,14 @@ def test_labels_are_those_of_timm(tmp_path):
 
 def test_hidden_files_are_ignored_in_tars_as_in_folders(tmp_path):
     hidden = ["._a.png", ".DS_Store", ".cache/b.png", "cat/._0.png", "cat/.old/0.png"]
-    files = [(name, b"no picture") for name in hidden]
+    files = [(name, b"no image") for name in hidden]
     both_splits(tmp_path, [*files, ("cat/0.png", png(0)), ("cat/1.png", png(1))])
     assert targets(tmp_path)[1]["val"] == [0, 0]
     folder = tmp_path / "folder"
     as_folder(folder)
-    (folder / "val" / "cat" / "._0.png").write_bytes(b"no picture")
+    (folder / "val" / "cat" / "._0.png").write_bytes(b"no image")
     (folder / "val" / "cat" / ".old").mkdir()
-    (folder / "val" / "cat" / ".old" / "0.png").write_bytes(b"no picture")
+    (folder / "val" / "cat" / ".old" / "0.png").write_bytes(b"no image")
     assert len(everything(str(folder), None)["val"][0]) == 4
 
 
@@ -106,16 +106,16 @@ def test_names_that_lead_out_of_a_tar_lead_nowhere(tmp_path, name):
 # What is refused
 
 
-def test_a_tar_without_pictures_is_named(tmp_path):
+def test_a_tar_without_images_is_named(tmp_path):
     both_splits(tmp_path, [])
-    refusal(str(tmp_path), None, str(tmp_path / "train.tar"), "holds no pictures", ".png")
+    refusal(str(tmp_path), None, str(tmp_path / "train.tar"), "has no images", ".png")
 
 
-def test_a_class_tar_without_pictures_is_named(tmp_path):
+def test_a_class_tar_without_images_is_named(tmp_path):
     for split in ("train", "val"):
         write_tar(tmp_path / split / "cat.tar", [("0.png", png(0)), ("1.png", png(1))])
         write_tar(tmp_path / split / "dog.tar", [("notes.txt", b"later")])
-    refusal(str(tmp_path), None, str(tmp_path / "train" / "dog.tar"), "holds no pictures")
+    refusal(str(tmp_path), None, str(tmp_path / "train" / "dog.tar"), "has no images")
 
 
 def test_an_empty_file_is_no_tar(tmp_path):
@@ -187,7 +187,7 @@ def test_tars_in_one_file_are_refused(tmp_path):
     as_tar(tmp_path)
     path = tmp_path / "train.tar"
     path.write_bytes(path.read_bytes() * 2)
-    refusal(str(tmp_path), None, str(path), "two in one")
+    refusal(str(tmp_path), None, str(path), "two tars in one")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -229,7 +229,7 @@ def test_a_file_that_comes_twice_is_refused(tmp_path):
     refusal(str(tmp_path), None, "cat/0.png 2 times")
 
 
-def test_a_picture_in_no_class_is_named(tmp_path):
+def test_an_image_in_no_class_is_named(tmp_path):
     both_splits(tmp_path, [("cat/0.png", png(0)), ("stray.png", png(1))])
     refusal(str(tmp_path), None, "stray.png in", "no class folder")
 
@@ -257,7 +257,7 @@ def test_a_sparse_file_is_refused(tmp_path):
     sparse = tarfile.TarInfo("cat/0.png")
     sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
     (tmp_path / "one.tar").write_bytes(sparse.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
-    with pytest.raises(DataError, match=r"cat/0\.png in .* is a link or no plain file"):
+    with pytest.raises(DataError, match=r"cat/0\.png in .* is not a regular file"):
         files_in_tar(tmp_path / "one.tar")
 
 

@@ -52,12 +52,12 @@ def write_sample(root: Path, files: list[tuple[str, bytes]]) -> str:
 def test_samples_are_those_that_webdataset_reads(root):
     names = [str(root / name) for name in shards(root, "val")]
     read = webdataset.WebDataset(names, shardshuffle=False).decode("rgb8").to_tuple("png", "cls")
-    pictures, indices = open_data("wds/pets", root)._splits["val"]
+    images, indices = open_data("wds/pets", root)._splits["val"]
     found = list(read)
     assert len(found) == len(indices) == 4
     for index, (pixels, target) in enumerate(found):
-        assert pictures.targets[index] == target
-        assert (pixels == pictures.open(index, "RGB")).all()
+        assert images.targets[index] == target
+        assert (pixels == images.open(index, "RGB")).all()
 
 
 @pytest.mark.parametrize("name", ["_info.json", "info.json"])
@@ -135,8 +135,8 @@ def test_a_damaged_info_file_is_named(root, text):
         ({"filenames": ["/pets.tar"]}, ("/pets.tar", "elsewhere")),
         ({"filenames": ["pets-train-0000.tar"] * 2}, ("pets-train-0000.tar", "2 times")),
         ({"filenames": ["pets-val-0000.tar"]}, ("pets-val-0000.tar", "2 times")),
-        ({"num_samples": 17}, ("hold 16", "says 17")),
-        ({"num_samples": 15}, ("hold 16", "says 15")),
+        ({"num_samples": 17}, ("have 16", "says 17")),
+        ({"num_samples": 15}, ("have 16", "says 15")),
         ({"alt_label": "breed"}, ("'breed'", ".cls")),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_label_that_is_no_number_is_named(root, label):
         [("a/b.cls", b"0"), ("a/b.x.png", png(0))],
     ],
 )
-def test_a_sample_without_one_picture_and_one_label_is_named(root, files):
+def test_a_sample_without_one_image_and_one_label_is_named(root, files):
     shard = write_sample(root, files)
     refusal("wds/pets", root, f"sample a/b in {shard}", files[0][0][4:], "one label (cls)")
 
@@ -185,12 +185,12 @@ def test_a_sample_that_comes_twice_is_named(root):
     shard = write_sample(root, [*sample, ("a.PNG", png(1))])
     refusal("wds/pets", root, f"shard {shard} has sample a twice")
     shard = write_sample(root, [*sample, ("a.png", png(1))])
-    refusal("wds/pets", root, f"{shard} holds a.png 2 times")
+    refusal("wds/pets", root, f"{shard} has a.png 2 times")
 
 
 @pytest.mark.parametrize("files", [[], [("README", b"")]])
 def test_a_shard_without_samples_is_named(root, files):
-    refusal("wds/pets", root, f"shard {write_sample(root, files)} holds no samples")
+    refusal("wds/pets", root, f"shard {write_sample(root, files)} has no samples")
 
 
 def test_a_shard_cut_short_is_named(root):
