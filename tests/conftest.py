@@ -14,6 +14,7 @@ import torch
 from command import MAIN_JOB, ricciq
 from filelock import FileLock
 from torch import Tensor, nn
+from torchlib import collect_once
 
 from ricciq.convert.plan import Plan
 from ricciq.convert.rewrite import quantize, quantized_layers
@@ -24,6 +25,8 @@ from ricciq.deploy.modules import deploy
 from ricciq.quant.calibration import calibrate
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+collect_once()
 pytest.register_assert_rewrite("hostility")  # a helper that asserts, too
 
 WIDTH = 9  # odd, so that packed rows do not fill their last byte

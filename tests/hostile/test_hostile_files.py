@@ -6,8 +6,6 @@ Where a turned bit leaves a file valid it is used; what may not happen is anythi
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -30,6 +28,7 @@ from mutations import (
 from mutations_of_data import RECIPES
 from mutations_of_runs import ABOUT, REPORTS, RESULTS, STATES, TABLES, USELESS
 from onnx import numpy_helper
+from processes import start
 from safetensors.torch import load_file
 
 from ricciq.errors import UsageError
@@ -117,16 +116,10 @@ def test_a_pickle_is_refused_in_a_single_line(tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     file.write_bytes(payload(MARK))
     line = f"quantize digits_resnet8 --data digits --checkpoint {file}"
-    done = subprocess.run(
-        [sys.executable, "-m", "ricciq", *line.split()],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 3
-    (sentence,) = done.stderr.splitlines()
+    process = start(line.split(), cwd=tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 3
+    (sentence,) = err.splitlines()
     assert sentence.startswith("ricciq: ")
     assert list(tmp_path.iterdir()) == [file]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 
 from ricciq.data.loader import set_epoch
 from ricciq.data.open import open_data
@@ -28,42 +29,50 @@ data: {{name: digits, batch_size: {batch_size}, train_samples: 400}}
 quantization: {{weight_bits: 2, act_bits: 2}}
 training: {{epochs: 2, lr: 0.0001, freeze_bn: true, grad_accum_steps: {accumulated}}}
 """
-TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ricciq"]
-ALONE = [sys.executable, "-m", "ricciq"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ricciq"]
 
 
-def train(folder: Path, launcher: list[str], batch_size: int, accumulated: int = 1) -> Path:
+def launch(processes: int, *arguments: str | Path) -> str:
+    """Start a command as torchrun would, and return what the processes printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    started = [
+        start(arguments, environment=world | {"RANK": str(n), "LOCAL_RANK": str(n)})
+        for n in range(processes)
+    ]
+    printed = [process.communicate() for process in started]
+    for process, (_, err) in zip(started, printed, strict=True):
+        assert process.returncode == 0, err
+    return "".join(out for out, _ in printed)
+
+
+def train(folder: Path, processes: int, batch_size: int, accumulated: int = 1) -> Path:
     folder.mkdir()
     (folder / "recipe.yaml").write_text(
         RECIPE.format(batch_size=batch_size, accumulated=accumulated)
     )
-    arguments = ["--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "run")]
-    done = subprocess.run(
-        [*launcher, "quantize", "digits_resnet8", *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1, "the first process alone speaks"
+    flags = ["--recipe", folder / "recipe.yaml", "--output", folder / "run", "--json"]
+    printed = launch(processes, "quantize", "digits_resnet8", *flags)
+    assert len(printed.splitlines()) == 1, "the first process alone speaks"
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("alone") / "one", ALONE, batch_size=40)
+    return train(tmp_path_factory.mktemp("alone") / "one", 1, batch_size=40)
 
 
 @pytest.mark.parametrize(
-    ("launcher", "batch_size", "accumulated"),
-    [(TOGETHER, 20, 1), (ALONE, 20, 2), (TOGETHER, 10, 2)],
+    ("processes", "batch_size", "accumulated"),
+    [(2, 20, 1), (1, 20, 2), (2, 10, 2)],
     ids=["two processes", "two batches a step", "both"],
 )
 def test_a_batch_in_parts_gives_the_losses_of_the_whole(
-    alone, tmp_path, launcher, batch_size, accumulated
+    alone, tmp_path, processes, batch_size, accumulated
 ):
-    parted = train(tmp_path / "parted", launcher, batch_size, accumulated)
+    parted = train(tmp_path / "parted", processes, batch_size, accumulated)
     rows, expected = (read_csv(folder / "summary.csv") for folder in (parted, alone))
     assert len(rows) == 2
     for row, same in zip(rows, expected, strict=True):
@@ -74,26 +83,18 @@ def test_a_batch_in_parts_gives_the_losses_of_the_whole(
 
 def test_the_hold_out_need_not_come_out_even(tmp_path):
     """Of 37 pictures one process has a batch more than the other."""
-    flags = ["--output", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "6", "--json"]
+    flags = ["--output", tmp_path / "run", "--epochs", "1", "--batch-size", "6", "--json"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: {name: digits, train_samples: 60, holdout: 0.026}\n")
-    done = subprocess.run(
-        [*TOGETHER, "quantize", "digits_resnet8", "--recipe", str(recipe), *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["layers"]) == 10
+    printed = launch(2, "quantize", "digits_resnet8", "--recipe", recipe, *flags)
+    assert len(json.loads(printed)["layers"]) == 10
 
 
 def test_what_the_first_process_refuses_is_said_once(tmp_path):
     (tmp_path / "mine").write_text("something of the user's")
     arguments = ["quantize", "digits_resnet8", "--data", "digits", "--output", str(tmp_path)]
     done = subprocess.run(
-        [*TOGETHER, *arguments], capture_output=True, text=True, check=False, timeout=300
+        [*TORCHRUN, *arguments], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("ricciq: ")]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +18,7 @@ from command import MAIN_JOB
 from command import json_of as ricciq
 from cpu import saturates
 from fashion import lay_out_fashion_mnist, needs_fashion
+from processes import start
 from safetensors.torch import load_file, save_file
 
 from ricciq.deploy.inspection import inspect_onnx
@@ -46,17 +44,6 @@ FILES = {
     "log.txt",
 }
 SHORT = [*MAIN_JOB, "--epochs", "3"]
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start a command in a process of its own, to be stopped by a signal."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "ricciq", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here: sums depend on the threads
-    )
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -167,7 +154,7 @@ def test_two_runs_with_one_seed_give_the_same_bytes(tmp_path: Path) -> None:
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     short = [*MAIN_JOB, "--epochs", "1", "--seed", "3"]
     ricciq(*short, "--output", here)
-    process = start([*short, "--output", str(elsewhere)])  # with another order of sets
+    process = start([*short, "--output", elsewhere])  # with another order of sets
     _, err = process.communicate()
     assert process.returncode == 0, err
     for name in ("best.safetensors", "model.onnx", "float.onnx", "recipe.yaml"):
@@ -177,10 +164,10 @@ def test_two_runs_with_one_seed_give_the_same_bytes(tmp_path: Path) -> None:
 def test_a_stopped_run_resumes_to_the_same_weights_and_file(tmp_path: Path) -> None:
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     ricciq(*SHORT, "--output", undisturbed)
-    process = start([*SHORT, "--output", str(stopped)])
+    process = start([*SHORT, "--output", stopped])
     while process.poll() is None and not (stopped / "state.json").is_file():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
     _, err = process.communicate()
     assert process.returncode == 130, err
     assert "--resume" in err.strip().splitlines()[-1]
@@ -268,7 +255,7 @@ def test_fashion_mnist_through_timm(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="folder locks are tested with POSIX signals")
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    command = [*MAIN_JOB, "--epochs", "1000", "--output", str(tmp_path / "run")]
+    command = [*MAIN_JOB, "--epochs", "1000", "--output", tmp_path / "run"]
     first = start(command)
     while first.poll() is None and not (tmp_path / "run" / "recipe.yaml").is_file():
         time.sleep(0.02)
@@ -277,6 +264,6 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     assert second.returncode == 2
     assert "in use" in err
     assert first.poll() is None
-    first.terminate()  # SIGINT would be ignored where tests run in the background of a shell
-    first.communicate(timeout=120)
+    first.terminate()
+    first.communicate()
     assert first.returncode == 130

@@ -6,14 +6,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
+from processes import Process
 
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
@@ -40,18 +40,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(recipe: Path, output: Path, *flags: str, code: str = "") -> subprocess.Popen[str]:
+def start(recipe: Path, output: Path, *flags: str, code: str = "") -> Process:
     """A run in a process of its own; `code` is executed in it first."""
-    arguments = ["quantize", "digits_resnet8", "--recipe", str(recipe), "--output", str(output)]
-    program = f"{code}\nfrom ricciq.cli import main\nmain({[*arguments, *flags]!r})"
-    return subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums depend on the threads
-        start_new_session=True,  # as from a terminal: a signal goes to its workers too
-    )
+    arguments = ["quantize", "digits_resnet8", "--recipe", recipe, "--output", output, *flags]
+    return processes.start(arguments, code=code)
 
 
 def progress(output: Path) -> dict[str, Any]:
@@ -60,8 +52,8 @@ def progress(output: Path) -> dict[str, Any]:
     return values
 
 
-def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
-    _, err = process.communicate(timeout=600)
+def finish(process: Process, expect: int = 0) -> str:
+    _, err = process.communicate()
     assert process.returncode == expect, err
     assert "Traceback" not in err
     return err

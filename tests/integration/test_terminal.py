@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from command import check_command, ricciq, verbs
+from processes import start
 from rich.console import Console
 
 from ricciq.report.terminal import FittingTable, plan_table, value_table
@@ -166,20 +167,18 @@ def test_a_column_that_must_not_wrap_does_not():
 @pytest.mark.slow
 def test_a_quiet_run_says_nothing_but_its_json(tmp_path):
     (tmp_path / "short.yaml").write_text("quantization: {reconstruction: 0}\n")
-    run = [sys.executable, "-m", "ricciq", *QUANTIZE, "--recipe", "short.yaml"]
-    run += ["--bits", "1", "--epochs", "0", "--quiet"]
+    run = [*QUANTIZE, "--recipe", "short.yaml", "--bits", "1", "--epochs", "0", "--quiet"]
 
-    def call(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*run, *more], capture_output=True, text=True, check=False, cwd=tmp_path
-        )
+    def call() -> tuple[int | None, str, str]:
+        process = start([*run, "--output", "run"], cwd=tmp_path)
+        out, err = process.communicate()
+        return process.returncode, out, err
 
-    done = call("--output", "run")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert call() == (0, "", "")
     assert "float model:" in (tmp_path / "run" / "log.txt").read_text()
-    again = call("--output", "run")
-    assert again.returncode == 2
-    assert "ricciq: --output run already has a run" in again.stderr
+    code, _, err = call()
+    assert code == 2
+    assert "ricciq: --output run already has a run" in err
 
 
 def test_a_quiet_plan_comes_as_json_or_not_at_all(tmp_path, monkeypatch):
