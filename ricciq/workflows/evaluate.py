@@ -70,7 +70,7 @@ def _on_its_device(model: nn.Module) -> Predict:
 
 
 def _check_classes(target: Target, path: Path, data: PictureData) -> None:
-    """Check that the data have the classes of a target.
+    """Refuse data whose classes a target does not know.
 
     Raises:
         DataError: the number or a name of the classes differs.

@@ -209,11 +209,11 @@ def _use_predictions_as_labels(job: Job) -> None:
     """
     model = job.model.eval()
     splits: tuple[Split, ...] = ("holdout", "val")
-    predictions = {
+    answers = {
         split: torch.cat([model(x.to(job.device)).argmax(1).cpu() for x, _ in job.loader(split)])
         for split in splits
     }
-    job.data.set_answers(job.data.num_classes, {s: p.numpy() for s, p in predictions.items()})
+    job.data.set_answers(job.data.num_classes, {s: a.numpy() for s, a in answers.items()})
 
 
 def is_distilled(job: Job) -> bool:

@@ -1,4 +1,4 @@
-"""Commands that do not need torch do not import it, which takes seconds."""
+"""Verbs that compute nothing with torch do not wait the seconds that importing it takes."""
 
 from __future__ import annotations
 
