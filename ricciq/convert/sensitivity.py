@@ -112,7 +112,7 @@ def _quantizer(
 
 def _divergence(net: nn.Module, batches: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     lost = 0.0
-    for images, logs in zip(batches, expected, strict=True):
-        answers = F.log_softmax(net(images).float(), 1)
-        lost += F.kl_div(answers, logs, reduction="sum", log_target=True).item()
+    for images, wanted in zip(batches, expected, strict=True):
+        found = F.log_softmax(net(images).float(), 1)
+        lost += F.kl_div(found, wanted, reduction="sum", log_target=True).item()
     return lost / sum(map(len, batches))

@@ -98,7 +98,7 @@ def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
         return train(*arguments, **options)
 
     monkeypatch.setattr(study, "train", stop_at_the_third)
-    with pytest.raises(InterruptedRunError, match="--resume` goes on"):
+    with pytest.raises(InterruptedRunError, match="--resume` continues"):
         compare(RECIPE, METHODS, 2, tmp_path / "study")
     assert not (tmp_path / "study" / "compare.json").exists()
     verdict, _ = compare(RECIPE, METHODS, 2, tmp_path / "study", resume=True)

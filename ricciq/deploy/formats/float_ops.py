@@ -51,9 +51,7 @@ def apply(deployed: nn.Module) -> nn.Module:
     """
     modules = list(deployed.modules())
     for module in modules:
-        if isinstance(
-            module, DeployedLayer
-        ):  # reads its input quantizers, so these are replaced later
+        if isinstance(module, DeployedLayer):  # its bias depends on the input quantizer: first
             module.bias = module.float_bias()
             module.weight_quantizer = _Constant(module.weight_quantizer())
     for module in modules:

@@ -319,7 +319,9 @@ def test_export_carries_the_accuracy_along(
     assert ricciq("export", finished_run / "best.safetensors", "--output", "again.onnx").code == 0
     assert (tmp_path / "again.onnx").read_bytes() == (finished_run / "model.onnx").read_bytes()
     (tmp_path / "alone.safetensors").write_bytes((finished_run / "best.safetensors").read_bytes())
-    check_refusal(ricciq("export", "alone.safetensors"), 2, "in no folder of a run; give --output")
+    check_refusal(
+        ricciq("export", "alone.safetensors"), 2, "is not in the folder of a run; give --output"
+    )
     assert ricciq("export", "alone.safetensors", "--output", "alone.onnx").code == 0
     assert "accuracy" not in stored_in(tmp_path / "alone.onnx")
     shutil.copytree(finished_run, tmp_path / "copy")
