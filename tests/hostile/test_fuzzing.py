@@ -1,4 +1,4 @@
-"""Whatever a parser of ours is given, it reads, or refuses with an error of ours in a sentence."""
+"""A parser of ricciq reads any input, or refuses it with a RicciqError of one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hundreds of recipes, images and tars gone wrong, refused as in `test_hostile_files`."""
+"""Hundreds of damaged recipes, images and tars, refused as in `test_hostile_files`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_flipped_recipes(call: Call, mutation: Mutation) -> None:
 
 @pytest.fixture
 def data(place: Path) -> Path:
-    """A folder with an image a class in each part."""
+    """A folder with one image for each class in each part."""
     folder = place / "data"
     for part in ("train", "val"):
         for digit in range(10):
@@ -145,7 +145,7 @@ def test_tars(evaluate: Callable[[], Answer], val: Path, mutation: Mutation) -> 
 def test_a_header_that_is_3_gb_of_nothing(
     evaluate: Callable[[], Answer], val: Path, kind: bytes
 ) -> None:
-    """On a disk it takes no place."""
+    """A sparse file, which takes no space on a disk."""
     good = val.read_bytes()
     with val.open("wb") as file:
         file.write(bare("x", 3 << 30, kind)(b""))

@@ -1,4 +1,4 @@
-"""Hundreds of files gone wrong: each is refused with a sentence, in time, in little memory.
+"""Hundreds of damaged files: each is refused with a sentence, in time, in little memory.
 
 Where a turned bit leaves a file valid it is used; what may not happen is anything else.
 """
@@ -46,7 +46,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs end with exit code 2 once they have used what they were given."""
+    """End runs with exit code 2 once they have used their input."""
 
     def end(*_: object) -> None:
         raise UsageError("far enough; start again")
@@ -112,7 +112,7 @@ def test_flipped_torch_files(
 
 
 def test_a_pickle_is_refused_in_a_single_line(tmp_path: Path) -> None:
-    """In a process of its own, where nobody catches warnings."""
+    """In a separate process, where warnings are not caught."""
     file = tmp_path / "x.pth"
     file.write_bytes(payload(MARK))
     line = f"quantize digits_resnet8 --data digits --checkpoint {file}"
@@ -142,7 +142,7 @@ def test_flipped_what_a_run_trained(call: Call, run: Path, mutation: Mutation) -
 
 
 def unfinished(run: Path, place: Path) -> Path:
-    """The folder of a run that is to be gone on with."""
+    """The folder of a run to resume."""
     folder = place / "out"
     shutil.copytree(run, folder)
     (folder / "report.json").unlink()
@@ -238,7 +238,7 @@ WRONG_NUMBERS = {"NaN": float("nan"), "infinity": float("inf")}
 
 @pytest.mark.parametrize("number", WRONG_NUMBERS.values(), ids=WRONG_NUMBERS)
 def test_onnx_whose_weights_are_not_finite(call: Call, run: Path, number: float) -> None:
-    """What it answers means nothing, but it can be looked into and timed."""
+    """Its outputs are meaningless, but it can be inspected and timed."""
     model = onnx.load(run / "float.onnx")
     weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
     values = numpy_helper.to_array(weight).copy()

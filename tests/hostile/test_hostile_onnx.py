@@ -67,7 +67,7 @@ def save(
     ir_version: int = 10,
     metadata: object = METADATA,
 ) -> onnx.ModelProto:
-    """Write a model, by default one that classifies digits at random and is fine."""
+    """Write a model, by default a valid one with random weights for digits."""
     graph = helper.make_graph(
         nodes,
         "graph",
@@ -85,10 +85,10 @@ def save(
 
 
 class Answer(command.Answer):
-    """What a command line answered, down to what C++ wrote to its streams."""
+    """The result of a command line, including what C++ wrote to its streams."""
 
     def refuses(self, *words: str) -> None:
-        """Exit code 3 and one sentence with these words, with a remedy behind its semicolon."""
+        """Exit code 3 and one sentence with these words and a remedy after its semicolon."""
         assert self.code == 3, self.err
         assert self.out == ""
         (line,) = self.err.splitlines()
@@ -103,7 +103,7 @@ class Answer(command.Answer):
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with nothing wrong."""
+    """A valid file."""
     path = tmp_path_factory.mktemp("good") / "good.onnx"
     save(path)
     return path
@@ -111,7 +111,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ricciq(capfd: pytest.CaptureFixture[str], tmp_path: Path, good: Path) -> Callable[..., Answer]:
-    """Run a command line on model.onnx of a folder that holds nothing else."""
+    """Run a command line on model.onnx in a folder with nothing else."""
     (tmp_path / "folder").mkdir()
 
     def call(line: str, *more: str) -> Answer:
@@ -277,7 +277,7 @@ PLACES: dict[str, Callable[[Path, TensorProto], object]] = {
 
 @pytest.fixture
 def secret(tmp_path: Path, file: Path) -> Path:
-    """A file outside the model's folder that would do as its weights, and a link to it inside."""
+    """A file outside the model's folder that could be its weights, and a link to it inside."""
     path = tmp_path / "secret"
     path.write_bytes(weights().raw_data)
     (file.parent / "link").symlink_to(path)
@@ -287,7 +287,7 @@ def secret(tmp_path: Path, file: Path) -> Path:
 
 @pytest.fixture
 def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither onnxruntime nor onnx_ir may so much as look at a file."""
+    """Fail if onnxruntime or onnx_ir opens a file."""
 
     session = ort.InferenceSession
 
@@ -358,7 +358,7 @@ SHORT: dict[str, tuple[TensorProto, str]] = {
 
 @each
 @pytest.mark.parametrize(("data", "word"), SHORT.values(), ids=SHORT)
-def test_external_data_that_are_not_all_there(
+def test_truncated_external_data(
     ricciq: Callable[..., Answer], file: Path, data: TensorProto, word: str, line: str
 ) -> None:
     (file.parent / "sub").mkdir()
@@ -504,7 +504,7 @@ NOT_LOGITS: dict[str, tuple[Make, str]] = {
 
 @each_evaluation
 @pytest.mark.parametrize(("make", "word"), NOT_LOGITS.values(), ids=NOT_LOGITS)
-def test_models_that_answer_with_something_else(
+def test_models_with_other_outputs(
     ricciq: Callable[..., Answer], file: Path, make: Make, word: str, line: str
 ) -> None:
     make(file)
@@ -513,7 +513,7 @@ def test_models_that_answer_with_something_else(
 
 @each_other
 @pytest.mark.parametrize("make", [make for make, _ in NOT_LOGITS.values()], ids=NOT_LOGITS)
-def test_what_a_model_answers_is_nothing_to_timing_and_inspection(
+def test_timing_and_inspection_ignore_outputs(
     ricciq: Callable[..., Answer], file: Path, make: Make, line: str
 ) -> None:
     make(file)
@@ -521,9 +521,7 @@ def test_what_a_model_answers_is_nothing_to_timing_and_inspection(
 
 
 @pytest.mark.parametrize("make", [make for make, _ in NOT_IMAGES.values()], ids=NOT_IMAGES)
-def test_what_a_model_takes_is_nothing_to_inspection(
-    ricciq: Callable[..., Answer], file: Path, make: Make
-) -> None:
+def test_inspection_ignores_inputs(ricciq: Callable[..., Answer], file: Path, make: Make) -> None:
     make(file)
     assert ricciq(EVERY["inspect"], "--json").code == 0
 
@@ -584,7 +582,7 @@ METADATAS: dict[str, tuple[object, str]] = {
 
 @each_evaluation
 @pytest.mark.parametrize(("stored", "word"), METADATAS.values(), ids=METADATAS)
-def test_metadata_that_do_not_hold(
+def test_invalid_metadata(
     ricciq: Callable[..., Answer], file: Path, stored: object, word: str, line: str
 ) -> None:
     save(file, metadata=stored)

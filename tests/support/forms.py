@@ -162,7 +162,7 @@ def everything(name: str, root: Path | None, **options) -> dict[str, tuple]:
 
 
 def refusal(name: str, root: Path | None, *words: str) -> str:
-    """The DataError that opening or reading a data set ends with: one sentence with these words."""
+    """The message of the DataError from a data set: one sentence with these words."""
     try:
         everything(name, root)
     except DataError as error:

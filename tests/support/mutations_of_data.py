@@ -1,4 +1,4 @@
-"""Recipes, images and tars gone wrong, as in `mutations`."""
+"""Damaged recipes, images and tars, as in `mutations`."""
 
 from __future__ import annotations
 
@@ -130,14 +130,14 @@ NAMES: Mutations = {
     ),
     "an optimizer that is none": recipe("data: {name: digits}\ntraining: {opt: ../../etc}"),
 }
-"""What is read without complaint, and is nothing that there is."""
+"""Valid YAML that names things that do not exist."""
 
 
 # Images
 
 
 def image(kind: str, mode: str = "L", size: tuple[int, int] = (8, 8), **options: Any) -> bytes:
-    """One that PIL wrote."""
+    """An image written by PIL."""
     file = io.BytesIO()
     chance = random.Random(f"{kind} {mode} {size}")
     pixels = chance.randbytes(size[0] * size[1])
@@ -146,7 +146,7 @@ def image(kind: str, mode: str = "L", size: tuple[int, int] = (8, 8), **options:
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
-    """A piece of a PNG."""
+    """A chunk of a PNG."""
     checked = zlib.crc32(name + content)
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checked)
 
@@ -160,7 +160,7 @@ def png(
     colour: int = 0,
     more: Callable[[], bytes] = bytes,
 ) -> Mutation:
-    """A PNG of our own with so many bytes of pixels, which says what it likes."""
+    """A PNG with this many bytes of pixels and any header."""
 
     def make(_: bytes) -> bytes:
         start = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
@@ -245,7 +245,7 @@ IMAGES_ALL_THE_SAME: Mutations = {
 
 
 def tar(*members: tuple[tarfile.TarInfo, bytes], kind: int = tarfile.GNU_FORMAT) -> Mutation:
-    """A good tar with more in it."""
+    """A valid tar with more members."""
 
     def change(content: bytes) -> bytes:
         file = io.BytesIO(content)
@@ -266,7 +266,7 @@ def member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo
 
 
 def bare(name: str, size: int, kind: bytes = tarfile.REGTYPE, data: bytes = b"") -> Mutation:
-    """A header of any kind that claims any size, before a good tar."""
+    """A header of any type and size before a valid tar."""
 
     def change(content: bytes) -> bytes:
         info = tarfile.TarInfo(name)
@@ -342,7 +342,7 @@ TARS_ALL_THE_SAME: Mutations = {
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
-    """A tar that tarfile wrote."""
+    """A tar written by tarfile."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
         for name, content in files.items():

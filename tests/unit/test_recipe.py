@@ -1,4 +1,4 @@
-"""Recipes: what wins over what, what is refused and how, and where the shipped ones are."""
+"""Recipes: precedence of values, errors, and where the shipped recipes are."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def recipe_file(tmp_path):
 
 
 def refusal(values) -> str:
-    """The one sentence that says why values are no recipe."""
+    """The error message about invalid values: one sentence."""
     with pytest.raises(RecipeError) as caught:
         Recipe.from_values(values)
     assert caught.value.exit_code == 2
@@ -91,7 +91,7 @@ def test_an_unknown_key_suggests_the_nearest(values, key, hint):
     assert refusal(values) == f"the recipe has an unknown key {key}; did you mean {hint}"
 
 
-def test_a_key_like_no_other_is_to_be_removed():
+def test_a_key_unlike_any_other_is_to_be_removed():
     assert refusal({"zzzz": 1}).endswith("unknown key zzzz; remove it")
 
 
@@ -200,7 +200,7 @@ CODE = "from ricciq.recipe import *; print(recipe_folder()); print(*shipped_reci
 
 
 def recipes_seen_from(package_parent: Path) -> list[str]:
-    """The folder and the names that the package lying there finds."""
+    """The recipe folder and the recipe names that a package at a path finds."""
     done = subprocess.run(
         [sys.executable, "-c", CODE],
         env={**os.environ, "PYTHONPATH": str(package_parent)},

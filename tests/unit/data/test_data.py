@@ -1,4 +1,4 @@
-"""Every form of --data: what is read, what is refused, and what is repeated."""
+"""Every form of --data: what is read, what is refused, and what is deterministic."""
 
 import random
 from collections import Counter
@@ -52,7 +52,7 @@ def drain(loader):
 
 
 def one_sentence(error: pytest.ExceptionInfo, *words: str) -> None:
-    """The message names what it is about, and is one sentence without a traceback."""
+    """The message is one sentence with these words, without a traceback."""
     message = str(error.value)
     assert len(error.value.args) == 1
     assert "\n" not in message
@@ -238,7 +238,7 @@ def test_a_folder_of_grey_images_is_grey_until_one_is_not(folder):
 
 
 def first_value(folder: Path, image: Image.Image, channels: int) -> list[int]:
-    """The bytes a one-coloured image arrives as."""
+    """The bytes that a one-coloured image is read as."""
     image.save(folder / "val" / "cat" / "0.png")
     plain = Preprocessing((channels, 16, 16), (0.0,) * channels, (1.0,) * channels)
     images, _ = drain(batches(open_data(str(folder), None), "val", plain))
@@ -325,7 +325,7 @@ def test_the_holdout_is_five_percent_stratified_fixed_and_apart():
     assert set(Counter(targets).values()) <= {7, 8}
 
 
-def test_a_larger_holdout_holds_the_usual_one():
+def test_a_larger_holdout_includes_the_default_one():
     usual, larger = open_data("digits", None), open_data("digits", None, holdout=0.4)
     assert set(in_split(usual, "holdout")) < set(in_split(larger, "holdout"))
     assert len(in_split(larger, "holdout")) == round(0.4 * 1437)
@@ -630,7 +630,7 @@ def test_a_colour_torch_set(tmp_path, monkeypatch):
 
 
 class Files:
-    """What torchvision has of a set whose images are in files."""
+    """A torchvision data set whose images are in files."""
 
     def __init__(self, root, split):
         self.root = root
@@ -660,7 +660,7 @@ def test_torch_sets_in_files_are_opened_strictly(tmp_path, monkeypatch):
 
 
 def test_places365(tmp_path, monkeypatch):
-    """The lists of torchvision's own files, which it checks by their sums."""
+    """torchvision's lists of files, which it checks by their checksums."""
     monkeypatch.setattr("torchvision.datasets.places365.check_integrity", lambda *_, **__: True)
     (tmp_path / "categories_places365.txt").write_text("/a/abbey 0\n/a/alley 1\n")
     lists = {
@@ -702,7 +702,7 @@ def test_an_image_folder_of_torch_needs_both_splits(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["inaturalist", "inat"])
-def test_a_set_with_many_labels_an_image_is_refused(tmp_path, name):
+def test_a_set_with_many_labels_for_an_image_is_refused(tmp_path, name):
     with pytest.raises(DataError) as error:
         open_data(f"torch/{name}", tmp_path)
     one_sentence(error, f"torch/{name}", "seven labels", "as a folder")

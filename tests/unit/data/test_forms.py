@@ -24,7 +24,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("form", FORMS)
-def test_all_forms_hold_the_same(form, workers, tmp_path, expected):
+def test_all_forms_have_the_same_content(form, workers, tmp_path, expected):
     name, root = FORMS[form](tmp_path)
     found = everything(name, root, workers=workers)
     assert len(found["val"][0]) == 2 * COUNTS["val"]

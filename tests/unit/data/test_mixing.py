@@ -1,4 +1,4 @@
-"""Mixup and CutMix: soft targets that follow from seed, epoch and batch alone."""
+"""Mixup and CutMix: soft targets that depend only on seed, epoch and batch."""
 
 import random
 
@@ -164,7 +164,7 @@ def test_accuracy_counts_the_larger_share():
         ("mixup", "x"),
     ],
 )
-def test_values_that_cannot_be_are_refused(key, value):
+def test_invalid_values_are_refused(key, value):
     with pytest.raises(RecipeError, match=f"augmentation.{key}"):
         Recipe().override({f"data.augmentation.{key}": value})
 

@@ -1,4 +1,4 @@
-"""The catalogue of sources: every entry keeps its promise, and help and errors are made of it."""
+"""The catalogue of sources: every entry works, and help and errors are made of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_a_source_takes_its_own_names_only(source: Source, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["torch", "torch/", "wds/", "hfds/", "digits/a", "nowhere/at/all"])
-def test_what_no_source_takes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_no_source_takes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_source(name) is None
 

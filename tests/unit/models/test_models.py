@@ -1,4 +1,4 @@
-"""timm names, checkpoints and the bundled nets."""
+"""timm names, checkpoints and the bundled networks."""
 
 import argparse
 import json
@@ -68,7 +68,7 @@ def test_an_unknown_model_names_the_nearest(name, near):
 
 
 @pytest.mark.parametrize("name", ["", "qqqqqqqqqqqq", "hf-hub:qq/qq", "../x"])
-def test_a_name_like_no_model_is_refused(name):
+def test_a_name_unlike_any_model_is_refused(name):
     with pytest.raises(ModelError) as error:
         load(name)
     one_sentence(error, "knows no model")
@@ -298,7 +298,7 @@ def test_a_checkpoint_of_another_model_names_a_few_keys_only(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "fits"), [(math.inf, True), (-math.nan, False), (7.0, True)])
-def test_a_bound_that_begins_infinite_may_stay_so(tmp_path, monkeypatch, value, fits):
+def test_a_bound_that_is_infinite_at_first_may_be_infinite(tmp_path, monkeypatch, value, fits):
     # As the clipped layers of Gemma 4's encoder, whose bounds not every checkpoint sets.
     def bounded(*arguments, **options):
         model = timm.create_model(*arguments, **options)
@@ -398,7 +398,7 @@ def test_paths_that_are_no_checkpoint_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_the_nets_keep_timm_manners(name):
+def test_the_nets_follow_timm_conventions(name):
     model = timm.create_model(name)
     config = model.pretrained_cfg
     channels, height, width = config["input_size"]

@@ -57,7 +57,7 @@ def test_points_that_are_not_finite_are_left_out() -> None:
     assert corners(chart(Line([], RED))) == []
 
 
-def test_numbers_beyond_all_bounds_are_an_error_of_arithmetic() -> None:
+def test_extreme_numbers_are_an_arithmetic_error() -> None:
     with pytest.raises(ArithmeticError):
         chart(Line([(0, -1e308), (1, 1e308)], RED))
 

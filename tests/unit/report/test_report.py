@@ -98,14 +98,14 @@ def test_the_keys_are_those_of_the_contract(report):
     assert {"name", "kind", "why"} <= set(kept)
 
 
-def test_a_report_comes_back_from_its_file(report, tmp_path):
+def test_a_report_is_read_as_it_was_written(report, tmp_path):
     report.save(tmp_path / "report.json")
     assert load_report(tmp_path / "report.json") == report
     written = json.loads((tmp_path / "report.json").read_text())
     assert written == report.to_dict() == VALUES
 
 
-def test_a_report_without_training_comes_back_and_is_written(tmp_path):
+def test_a_report_without_training_is_read_and_rendered(tmp_path):
     training = {**VALUES["training"], "epochs": 0, "holdout_top1": None}
     report = Report.model_validate({**VALUES, "geometry": {}, "training": training, "kept": []})
     report.save(tmp_path / "report.json")
@@ -135,7 +135,7 @@ def test_the_page_has_the_figures_and_everything_that_was_kept(report):
         (None, "geometry", "applied"),  # a report of a version without the key
     ],
 )
-def test_a_flow_that_does_not_act_is_called_a_probe(applied, said, unsaid):
+def test_a_flow_that_is_not_applied_is_called_a_probe(applied, said, unsaid):
     geometry = {key: value for key, value in VALUES["geometry"].items() if key != "applied"}
     if applied is not None:
         geometry["applied"] = applied

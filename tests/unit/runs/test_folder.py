@@ -1,4 +1,4 @@
-"""Run folders: named, locked, resumed, and never someone else's."""
+"""Run folders: names, locks, resuming, and refusal of other folders."""
 
 import math
 import subprocess
@@ -57,7 +57,7 @@ def test_a_new_or_empty_folder_is_accepted_and_not_made(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
-def test_a_folder_that_is_not_ours_is_refused(tmp_path, flags):
+def test_a_folder_of_other_files_is_refused(tmp_path, flags):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="not a run of ricciq"):
         choose(tmp_path, **flags)
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         pass
 
 
-def test_rows_come_back_from_a_csv_file(tmp_path):
+def test_rows_are_read_as_they_were_written(tmp_path):
     rows = [
         {"epoch": 1, "layer": 'a,"b"\nc', "loss": 1 / 3, "note": None},
         {"epoch": 2, "layer": "", "loss": math.inf, "note": "é"},

@@ -1,4 +1,4 @@
-"""Metadata of a trained model: what is stored is what is read, and damage is refused by name."""
+"""Metadata of a trained model: it is read as it was written, and damage is refused by name."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def stored() -> dict:
     return json.loads(json.dumps(RUN.to_dict()))
 
 
-def test_a_checkpoint_gives_back_what_was_stored():
+def test_a_checkpoint_is_read_as_it_was_written():
     assert RunMetadata.from_dict(stored(), FILE) == RUN
     assert list(stored()) == [
         "ricciq",

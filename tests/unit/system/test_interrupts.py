@@ -13,7 +13,7 @@ from ricciq.system.interrupts import Stopped, stopping_between_steps
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_item_at_hand_is_finished(number):
+def test_the_current_item_is_finished(number):
     finished = []
 
     def work(stopping):
@@ -42,7 +42,7 @@ def test_a_second_signal_stops_at_once():
     assert finished == []
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stopping_between_steps(World()):
         assert signal.getsignal(signal.SIGINT) != before[0]

@@ -1,4 +1,4 @@
-"""The state of a run: saved whole or not at all, and restored bit for bit."""
+"""The state of a run: saved atomically, and restored bit for bit."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ def same(a, b) -> bool:
     return a == b
 
 
-def test_tensors_and_metadata_come_back(tmp_path):
+def test_tensors_and_metadata_are_read_as_they_were_written(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     tensors = {
         "whole": whole,
@@ -92,7 +92,7 @@ def test_tensors_and_metadata_come_back(tmp_path):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("opt", OPTIMIZERS)
-def test_training_goes_on_as_if_never_stopped(tmp_path, opt, layout):
+def test_resumed_training_equals_uninterrupted_training(tmp_path, opt, layout):
     torch.manual_seed(0)
     model, optimizer = make(opt, layout)
     train(model, optimizer, range(2))
@@ -111,7 +111,7 @@ def test_training_goes_on_as_if_never_stopped(tmp_path, opt, layout):
     assert same(optimizer.state_dict(), its_optimizer.state_dict())
 
 
-def test_nested_optimizer_values_come_back(tmp_path):
+def test_nested_optimizer_values_are_restored(tmp_path):
     model, optimizer = make("sgd")
     parameter = next(model.parameters())
     values = {"list": [torch.ones(2), 3], "tuple": (1, None, [2.5]), "type": torch.float16}
@@ -269,7 +269,7 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"\x00\xff"
 
 
-def test_what_is_replaced_can_be_kept(tmp_path):
+def test_the_replaced_file_can_be_kept(tmp_path):
     path, previous = tmp_path / "last", tmp_path / "previous"
     for text in ("first", "second", "third"):
         write_atomically(path, text, previous)

@@ -1,4 +1,4 @@
-"""Images in tars: which class they get, and what is refused."""
+"""Images in tars: their classes, and what is refused."""
 
 import bz2
 import gzip
@@ -155,7 +155,7 @@ def test_a_tar_that_says_it_is_compressed_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_tar_cut_short_is_refused_wherever_it_ends(tmp_path, nested):
+def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path, nested):
     """tarfile itself takes most of these ends for the end of the archive."""
     (as_tar_of_tars if nested else as_tar)(tmp_path)
     path = tmp_path / "train.tar"
@@ -211,7 +211,7 @@ def rewrite_size(path: Path, name: str, size: bytes) -> None:
 @pytest.mark.parametrize(
     "size", [b"77777777777\0", b"\x80" + b"\0" * 3 + b"\xff" * 8, b"\xff" * 10 + b"\xfe\0"]
 )
-def test_a_size_that_cannot_be_is_refused_without_reading_it(tmp_path, size):
+def test_an_impossible_size_is_refused_without_reading_it(tmp_path, size):
     both_splits(tmp_path, [("cat/0.png", png(0)), ("cat/1.png", png(1))])
     rewrite_size(tmp_path / "train.tar", "cat/1.png", size)
     refusal(str(tmp_path), None, str(tmp_path / "train.tar"), "cat/1.png", "copy it again")

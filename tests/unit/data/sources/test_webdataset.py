@@ -22,7 +22,7 @@ def shards(root: Path, split: str) -> list[str]:
 
 
 def write_info(root: Path, name="_info.json", val="validation", **more) -> None:
-    """What timm's own sets have."""
+    """The info file of timm's own data sets."""
     splits = {
         split: {
             "name": split,
@@ -193,7 +193,7 @@ def test_a_shard_without_samples_is_named(root, files):
     refusal("wds/pets", root, f"shard {write_sample(root, files)} has no samples")
 
 
-def test_a_shard_cut_short_is_named(root):
+def test_a_truncated_shard_is_named(root):
     path = root / "pets-train-0001.tar"
     whole = path.read_bytes()
     for cut in range(0, 12000, 512):
