@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from ricciq.data.loader import Batch, set_epoch
 from ricciq.errors import DivergedError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
-from ricciq.estimators.registry import named_estimator
+from ricciq.estimators.registry import named_correction
 from ricciq.evaluation import Metrics, evaluate, pooled
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
@@ -59,8 +59,8 @@ def correction_of(recipe: Recipe) -> Correction:
     Raises:
         RecipeError: there is no such estimator, or a setting of it is invalid.
     """
-    estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    return Correction(estimator, recipe.method.corrects)
+    method = recipe.method
+    return named_correction(method.name, method.changes, method.corrects)
 
 
 def finetune(

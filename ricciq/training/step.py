@@ -19,7 +19,7 @@ from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.loader import Batch
 from ricciq.errors import RecipeError
 from ricciq.estimators.apply import Attachment, Correction, DiscreteWeight
-from ricciq.estimators.ricci_flow import Geometry
+from ricciq.estimators.metric_flow import Geometry
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
@@ -174,7 +174,7 @@ class Trainer:
             self.damping(self.weights, progress)
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-            with record_function("optimizer"), self.correction.within_trust(self.weights):
+            with record_function("optimizer"), self.correction.step_bound.around(self.weights):
                 self.scaler.step(self.optimizer)
             self.freezing(progress)
             if self.ema is not None:
@@ -191,7 +191,7 @@ class Trainer:
 
     def _measuring(self) -> AbstractContextManager[dict[nn.Module, float]]:
         """Around a step that leaves the geometry; see `ActivationCorrection.measuring`."""
-        if self.activations is not None and self.correction.on == "activations":
+        if self.activations is not None and self.correction.target == "activations":
             return self.activations.measuring()
         return nullcontext({})
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq import calibrate, quantize
-from ricciq.estimators.apply import ActivationCorrection, Correction
-from ricciq.estimators.registry import named_estimator
+from ricciq.estimators.apply import ActivationCorrection
 from ricciq.recipe import Recipe
+from ricciq.training.loop import correction_of
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.compare import Trial
 
@@ -46,11 +46,10 @@ class Training:
 
     def __init__(self, model: nn.Module, method: str) -> None:
         recipe = Trial(method, 1.0, 0).recipe(Recipe())
-        estimator = named_estimator(recipe.method.name, recipe.method.changes)
         self.model = copy.deepcopy(model).train()
-        self.correction = Correction(estimator, recipe.method.corrects)
-        if self.correction.on != "weights":
-            ActivationCorrection(self.model, estimator)
+        self.correction = correction_of(recipe)
+        if self.correction.target != "weights":
+            ActivationCorrection(self.model, self.correction.estimator)
         self.weights = discrete_weights(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
 
@@ -61,7 +60,7 @@ class Training:
             loss = F.cross_entropy(self.model(images).float(), targets)
         loss.backward()
         self.correction(self.weights, progress=0.5)
-        with self.correction.within_trust(self.weights):
+        with self.correction.step_bound.around(self.weights):
             self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -437,7 +437,7 @@ def test_activation_gradients_are_corrected_where_the_recipe_asks_for_it(tmp_pat
 
 def test_the_default_method_corrects_activations_and_trusts_cells(tmp_path):
     run = Run(tmp_path, RECIPE)
-    assert (run.correction.on, run.correction.estimator) == ("activations", METHODS["ricci"])
+    assert (run.correction.target, run.correction.estimator) == ("activations", METHODS["ricci"])
     trainer = run.trainer()
     layer = next(item for item in trainer.weights if item.quantizer.bits != 8)
     before = layer.weight.detach().clone()
@@ -446,7 +446,7 @@ def test_the_default_method_corrects_activations_and_trusts_cells(tmp_path):
         group["lr"] = 10.0
     trainer.step([run.batch()], Tally(), 0, measure=False)
     moved = (layer.weight.detach() - before).abs() / halves
-    assert moved.max().item() == pytest.approx(METHODS["ricci"].trust, rel=1e-3)
+    assert moved.max().item() == pytest.approx(run.correction.step_bound.half_cells, rel=1e-3)
 
 
 @pytest.mark.parametrize(
