@@ -18,7 +18,7 @@ from ricciq.system.tensor_files import load_model_state, load_tensors, save_tens
 from ricciq.training.adaround import PICTURES, reconstruct
 from ricciq.training.loop import finetune
 from ricciq.training.memory import LARGEST_BATCH
-from ricciq.training.state import Progressed, last_state
+from ricciq.training.state import TrainingState, last_state
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.job import (
     Job,
@@ -40,7 +40,7 @@ class Trained(NamedTuple):
     """
 
     model: nn.Module
-    progress: Progressed
+    progress: TrainingState
 
 
 def train(job: Job, session: Session) -> Trained:
@@ -89,7 +89,7 @@ def train(job: Job, session: Session) -> Trained:
         teacher=teacher if is_distilled(job) else None,
         metadata=job.metadata,
         journal=journal,
-        pictures=images,
+        calibration_images=images,
         resume=session.resume,
         world=world,
     )
@@ -131,4 +131,4 @@ def _batch_size(job: Job, session: Session) -> int:
 def _batch_size_so_far(session: Session) -> int:
     """That of the run that goes on; 0 if there is none."""
     state = last_state(session.folder, session.journal) if session.resume else None
-    return Progressed.of(state).batch_size if state else 0
+    return TrainingState.of(state).batch_size if state else 0

@@ -13,7 +13,7 @@ from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.training.loop import correction_of, finetune
-from ricciq.training.state import Progressed
+from ricciq.training.state import TrainingState
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
 from ricciq.workflows.session import Session
@@ -49,7 +49,7 @@ class Run:
         convert(self.model, self.job.plan)
         calibrate(self.model, [images for images, _ in islice(self.job.loader("fit"), 2)])
 
-    def train(self, resume: bool = False) -> Progressed:
+    def train(self, resume: bool = False) -> TrainingState:
         return finetune(
             self.model,
             self.job.loader("fit", training=True),
