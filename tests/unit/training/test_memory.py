@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from digits_run import Run
 from torch import nn
 
 from ricciq.convert.plan import plan_conversion
@@ -24,7 +25,6 @@ from ricciq.training.memory import (
     step_memory,
 )
 from ricciq.workflows.job import prepare
-from ricciq.workflows.quantize import run
 from ricciq.workflows.session import Session
 from ricciq.workflows.sizing import describe, find_batch_size
 
@@ -54,7 +54,7 @@ from ricciq.convert.rewrite import convert
 from ricciq.training.memory import step_memory
 
 torch.set_num_threads(1)
-model = timm.create_model("resnet18", num_classes=10)
+model = timm.create_model("test_resnet", num_classes=10)
 convert(model, plan_conversion(model.eval(), torch.zeros(2, 3, 96, 96), 2, 2))
 counted = step_memory(model, torch.zeros(4, 3, 96, 96), None, moments=1).per_image
 
@@ -125,7 +125,7 @@ def test_out_of_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.Trainer, "_loss", narrow)
     with pytest.raises(RicciqError) as caught:
-        run(RECIPE.override({"data.batch_size": 100}), tmp_path / "run")
+        Run(tmp_path, RECIPE.override({"data.batch_size": 100})).train()
     assert caught.value.exit_code == 1
     assert str(caught.value) == (
         "the memory of cpu is not enough for a step with batch size 100, but 12 fitted; give "
@@ -137,7 +137,7 @@ def test_out_of_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_gradient_checkpointing_keeps_less_memory():
-    model = timm.create_model("resnet18", num_classes=10)
+    model = timm.create_model("test_efficientnet", num_classes=10)
     images = torch.zeros(4, 3, 64, 64)
     convert(model, plan_conversion(model.eval(), images, 2, 2))
     whole = step_memory(model, images, None, moments=1)
