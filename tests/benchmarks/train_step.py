@@ -103,7 +103,7 @@ def ours(options: argparse.Namespace, traits: Sequence[str]) -> Callable[[], Non
 
 
 def brevitas(options: argparse.Namespace) -> Callable[[], None]:
-    """A step of the same model in Brevitas: per-channel scales of weights, learned ones of inputs."""
+    """A step of the same model in Brevitas: per-channel weight scales, learned input scales."""
     import timm
     import torch
     from brevitas.quant import Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
