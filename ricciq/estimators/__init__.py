@@ -1,1 +1,1 @@
-"""Gradient estimators: what becomes of a gradient taken at discrete values."""
+"""Gradient estimators: how a gradient taken at discrete values is corrected."""

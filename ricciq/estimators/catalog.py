@@ -1,7 +1,7 @@
-"""The gradient estimators by name: settings, class, reference. Free of torch.
+"""The gradient estimators by name: class, settings, reference. Does not import torch.
 
-To add one, write a module with its class, and an entry here. The recipe's section ``method``, the
-help of ``--method``, completion and the table in the README are made of these entries.
+To add one, write a module with its class and an entry here. The recipe's ``method`` section, the
+help of ``--method``, shell completion and the table in the README are generated from the entries.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 Target = Literal["weights", "activations", "both"]
 Coordinate = Literal["residual", "weight"]
+Block = Literal["row", "kernel"] | int
 Flow = Literal["linear", "euler", "none"]
 Rule = Literal["natural", "pullback", "parallel", "project", "staircase"]
-Schedule = Literal["constant", "linear", "cosine", "growing", "measured"]
+MetricRule = Literal["natural", "pullback", "parallel"]
+Schedule = Literal["constant", "linear", "cosine", "growing"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What can be set of an estimator: a base for its class, with checks made of the annotations.
+    """The settings of an estimator: the base of its class, which validates them.
+
+    Types and bounds are those of the annotations.
 
     Raises:
         ValueError: a value has another type or is out of bounds; one sentence says what to give.
     """
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Validate every value."""
         for name, setting in self.described().items():
             value = getattr(self, name)
             try:
@@ -40,18 +44,18 @@ class Settings:
 
     @classmethod
     def described(cls) -> dict[str, Setting]:
-        """Every setting, by name."""
+        """Type, bounds and description of every setting, by name."""
         return _described(cls)  # type: ignore[arg-type]  # takes it for an instance
 
 
 class Setting(NamedTuple):
-    """A setting of estimators.
+    """One setting of an estimator.
 
     Attributes:
-        annotation: type and bounds, as pydantic takes them.
-        description: for people, in a few words.
-        allowed: its values, in words.
-        adapter: checks a value, without changing it.
+        annotation: type and bounds, as a pydantic annotation.
+        description: one line for help and tables.
+        allowed: the valid values, in words.
+        adapter: validates a value without converting it.
     """
 
     annotation: Any
@@ -65,7 +69,7 @@ def _described(kind: type[Settings]) -> dict[str, Setting]:
     hints = get_type_hints(kind, include_extras=True)
     config = ConfigDict(strict=True, allow_inf_nan=False)
     found = {}
-    for name in (one.name for one in fields(kind)):
+    for name in (each.name for each in fields(kind)):
         described = [part.description for part in get_args(hints[name])[1:] if part.description]
         adapter: TypeAdapter[Any] = TypeAdapter(hints[name], config=config)
         found[name] = Setting(
@@ -75,9 +79,9 @@ def _described(kind: type[Settings]) -> dict[str, Setting]:
 
 
 def _allowed(schema: Mapping[str, Any]) -> str:
-    """What the JSON schema of a value allows, in words."""
+    """The values that a JSON schema allows, in words."""
     if "anyOf" in schema:
-        return " or ".join(_allowed(one) for one in schema["anyOf"] if one != {"type": "null"})
+        return " or ".join(_allowed(each) for each in schema["anyOf"] if each != {"type": "null"})
     if "enum" in schema:
         return " or ".join(schema["enum"])
     bounds = [
@@ -95,7 +99,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class FlowSettings(Settings):
-    """Those of `ricciq.estimators.ricci_flow.RicciFlow`."""
+    """The settings of `ricciq.estimators.ricci_flow.RicciFlow`."""
 
     coordinate: Annotated[
         Coordinate,
@@ -115,7 +119,7 @@ class FlowSettings(Settings):
     time: Annotated[float, Field(ge=0, description="Time of the flow.")] = 0.1
     schedule: Annotated[
         Schedule,
-        Field(description="How the time changes during training, or with a row's residuals."),
+        Field(description="How the time changes during training."),
     ] = "constant"
     rho: Annotated[
         float,
@@ -138,7 +142,7 @@ class FlowSettings(Settings):
 
 @dataclass(frozen=True)
 class ElementwiseScalingSettings(Settings):
-    """Those of `ricciq.estimators.elementwise.ElementwiseScaling`."""
+    """The settings of `ricciq.estimators.elementwise.ElementwiseScaling`."""
 
     delta: Annotated[
         float, Field(ge=0, le=2, description="Strength of ewgs, where w − ŵ is counted in scales.")
@@ -147,7 +151,7 @@ class ElementwiseScalingSettings(Settings):
 
 @dataclass(frozen=True)
 class SoftQuantizationSettings(Settings):
-    """Those of `ricciq.estimators.elementwise.SoftQuantization`."""
+    """The settings of `ricciq.estimators.elementwise.SoftQuantization`."""
 
     alpha: Annotated[
         float,
@@ -161,15 +165,15 @@ class SoftQuantizationSettings(Settings):
 
 @dataclass(frozen=True)
 class Entry:
-    """An estimator.
+    """A method name and the estimator that it means.
 
     Attributes:
-        path: "module:Class", the module inside `ricciq.estimators`.
-        line: what it makes of a gradient G at discrete values, for people.
-        reference: the paper, as an arXiv number.
-        target: whose gradients it corrects where a recipe does not say.
-        settings: what can be set of it; its class has the same.
-        values: those that this name stands for where they are not the class's own defaults.
+        path: "module:Class", with the module inside `ricciq.estimators`.
+        line: what becomes of a gradient G taken at discrete values, for help and tables.
+        reference: arXiv number of the paper.
+        target: whose gradients are corrected if the recipe does not say.
+        settings: the settings of the class.
+        values: settings that differ from the class's defaults under this name.
     """
 
     path: str
@@ -181,11 +185,11 @@ class Entry:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Every setting, with the value that the name stands for."""
+        """The value of every setting under this name."""
         return {**vars(self.settings()), **self.values}
 
     def load(self) -> type[Any]:
-        """The estimator's class; imports its module, and torch with it."""
+        """Import the estimator's class, and torch with it."""
         module, name = self.path.split(":")
         return cast(type[Any], getattr(import_module(f"ricciq.estimators.{module}"), name))
 
@@ -241,9 +245,9 @@ DEFAULT = next(iter(CATALOG))
 
 
 def all_settings() -> dict[str, tuple[Any, str]]:
-    """Annotation and description of the settings of all estimators together, by name.
+    """Annotation and description of the settings of all estimators, by name.
 
-    Where estimators have different settings of one name, either holds.
+    Where two estimators have different settings of one name, the annotation allows both.
     """
     found: dict[str, tuple[Any, str]] = {}
     for kind in dict.fromkeys(entry.settings for entry in CATALOG.values()):
@@ -257,6 +261,6 @@ def all_settings() -> dict[str, tuple[Any, str]]:
 
 
 def named() -> str:
-    """All names, as a sentence lists them."""
+    """All names, as listed in a sentence: "a, b or c"."""
     *names, last = CATALOG
     return f"{', '.join(names)} or {last}"

@@ -1,4 +1,4 @@
-"""Estimators by name, made of their entries in `ricciq.estimators.catalog`."""
+"""Estimators by name, made from their entries in `ricciq.estimators.catalog`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ricciq.errors import RecipeError
+from ricciq.estimators.apply import Correction
 from ricciq.estimators.base import Estimator
-from ricciq.estimators.catalog import CATALOG
+from ricciq.estimators.catalog import CATALOG, Target
+from ricciq.estimators.ricci_flow import RicciFlow
 
 
-def named_estimator(name: str, changes: Mapping[str, Any]) -> Estimator:
-    """The estimator that a method name stands for, with some of its settings changed.
+def named_correction(
+    name: str, changes: Mapping[str, Any], target: Target | None = None
+) -> Correction:
+    """What a method does to gradients and to optimizer steps.
 
     Args:
         name: a key of `CATALOG`.
-        changes: settings by name.
-
-    Returns:
-        The estimator.
+        changes: settings that differ from those of the name.
+        target: whose gradients are corrected; by default, those that the method is for.
 
     Raises:
-        RecipeError: a value is out of bounds, or the method has no setting of that name.
+        RecipeError: the method has no setting of that name, or a value is invalid.
     """
     entry = CATALOG[name]
     settings = entry.defaults
@@ -30,10 +32,27 @@ def named_estimator(name: str, changes: Mapping[str, Any]) -> Estimator:
             f"method {name} has no {', '.join(unknown)}; remove it or choose another method"
         )
     try:
-        return cast(Estimator, entry.load()(**settings | dict(changes)))
+        made = entry.load()(**settings | dict(changes))
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"method {name} does not hold: {error}") from None
+        raise RecipeError(f"method {name} is invalid: {error}") from None
+    target = target or entry.target
+    if isinstance(made, RicciFlow):
+        return Correction(made.estimator, target, made.step_bound)
+    return Correction(cast(Estimator, made), target)
+
+
+def named_estimator(name: str, changes: Mapping[str, Any]) -> Estimator:
+    """The estimator of a method.
+
+    Args:
+        name: a key of `CATALOG`.
+        changes: settings that differ from those of the name.
+
+    Raises:
+        RecipeError: the method has no setting of that name, or a value is invalid.
+    """
+    return named_correction(name, changes).estimator
 
 
 METHODS: dict[str, Estimator] = {name: named_estimator(name, {}) for name in CATALOG}
-"""Each method with its own settings."""
+"""The estimator of each method with the settings of its name."""

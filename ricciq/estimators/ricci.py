@@ -6,7 +6,7 @@ Ricci Flow", arXiv 2302.03390. Formulas that it does not print are marked "deriv
 A block is a set of n coordinates that share one metric. xi, v and gradients are (blocks, n), tau is
 (blocks, 1), where `blocks` may be several leading dimensions. With v = tanh(tau xi) and sigma =
 |v|^2 the linearly nearly Euclidean (LNE) metric is g = I - v v^T. Its Ricci tensor and its flow
-stay a diagonal plus one or two outer products: no n x n matrix arises.
+remain a diagonal plus one or two outer products: no n x n matrix is ever built.
 """
 
 import math
@@ -20,39 +20,70 @@ MAX_MODES = 16  # Fourier modes of the linear flow; for shorter times its kinks 
 
 
 def tau(xi: Tensor, rho: float = 0.9, tau_max: float = 1.0) -> Tensor:
-    """Curvature min(tau_max, sqrt(rho) / |xi|), detached: sigma <= rho < 1 (derived here)."""
+    """Curvature min(tau_max, sqrt(rho) / |xi|), detached: sigma <= rho < 1 (derived here).
+
+    Args:
+        xi: coordinate, (blocks, n).
+        rho: bound on sigma, above 0 and below 1.
+        tau_max: bound on the curvature itself.
+
+    Returns:
+        (blocks, 1), positive.
+    """
     norm = torch.linalg.vector_norm(xi.detach(), dim=-1, keepdim=True)
     return torch.clamp(math.sqrt(rho) / norm, max=tau_max)
 
 
 def potential(xi: Tensor, tau: Tensor) -> Tensor:
-    """Convex potential of the paper, sum_i log cosh(tau xi_i) / tau^2, of shape (blocks,).
+    """Convex potential of the paper, sum_i log cosh(tau xi_i) / tau^2.
 
-    Its gradient tanh(tau xi) / tau is a smooth discretization. Its Hessian is just the diagonal
-    1 - v_i^2; the metric the paper prints, and `lne_metric`, also have the off-diagonal -v_i v_j.
+    Its gradient tanh(tau xi) / tau is a smooth discretization. Its Hessian is only the diagonal
+    1 - v_i^2; the metric that the paper prints, and `lne_metric`, also have -v_i v_j off it.
+
+    Args:
+        xi: coordinate, (blocks, n).
+        tau: curvature, (blocks, 1).
+
+    Returns:
+        (blocks,), at least 0.
     """
     return (_log_cosh(tau * xi) / tau.square()).sum(dim=-1)
 
 
 def divergence(xi_new: Tensor, xi: Tensor, tau: Tensor) -> Tensor:
-    """LNE divergence D[xi_new : xi] of the paper, Bregman's for `potential`, >= 0, (blocks,)."""
+    """LNE divergence D[xi_new : xi] of the paper: the Bregman divergence of `potential`.
+
+    Args:
+        xi_new: coordinate of the first point, (blocks, n).
+        xi: coordinate of the second point, where the potential is linearized, (blocks, n).
+        tau: curvature, (blocks, 1).
+
+    Returns:
+        (blocks,), at least 0, and 0 where both points are equal.
+    """
     slope = torch.tanh(tau * xi) / tau
     return potential(xi_new, tau) - potential(xi, tau) - ((xi_new - xi) * slope).sum(dim=-1)
 
 
 def _log_cosh(x: Tensor) -> Tensor:
-    # Near 0 the usual |x| + log1p(exp(-2|x|)) - log 2 cancels to noise: use log1p(sinh^2) / 2.
+    # Near 0 the usual |x| + log1p(exp(-2|x|)) - log 2 cancels: use log1p(sinh^2) / 2.
     near, size = 0.5 * torch.log1p(torch.sinh(x.clamp(-1, 1)).square()), x.abs()
     return torch.where(size < 1, near, size + torch.log1p(torch.exp(-2 * size)) - math.log(2))
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Symmetric form diag + sum_j c_j u_j u_j^T with k <= 2 terms; every method is O(n)."""
+    """Symmetric form diag + sum_j c_j u_j u_j^T with k <= 2 terms; every method is O(n).
 
-    diag: Tensor  # (blocks, n), without zeros if the form is to be solved
-    factors: Tensor  # the u_j, (blocks, n, k)
-    coefficients: Tensor  # the c_j, (blocks, k)
+    Attributes:
+        diag: (blocks, n), without zeros if the form is to be solved.
+        factors: the u_j, (blocks, n, k).
+        coefficients: the c_j, (blocks, k).
+    """
+
+    diag: Tensor
+    factors: Tensor
+    coefficients: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
         """Product g x with x of shape (blocks, n)."""
@@ -103,23 +134,26 @@ class Metric:
 
 
 def lne_metric(xi: Tensor, tau: Tensor) -> Metric:
-    """LNE metric g = I - v v^T of the paper."""
+    """LNE metric g = I - v v^T of the paper.
+
+    `Metric.solve` gives its exact inverse, g^-1 x = x + v (v.x) / (1 - sigma) (Sherman-Morrison).
+    The first-order inverse of the paper, x + v (v.x), differs from it in the fourth order of v.
+
+    Args:
+        xi: coordinate, (blocks, n).
+        tau: curvature, (blocks, 1); the metric is positive definite exactly where sigma < 1.
+    """
     v = torch.tanh(tau * xi)
     return Metric(torch.ones_like(v), v.unsqueeze(-1), -torch.ones_like(v[..., :1]))
 
 
-def lne_inverse(v: Tensor, x: Tensor) -> Tensor:
-    """Exact g^-1 x = x + v (v.x) / (1 - sigma), by Sherman-Morrison (derived here)."""
-    return x + v * (_dot(v, x) / (1 - _dot(v, v)))
-
-
-def lne_weak_inverse(v: Tensor, x: Tensor) -> Tensor:
-    """First-order inverse x + v (v.x) of the paper."""
-    return x + v * _dot(v, x)
-
-
 def lne_sqrt(v: Tensor, x: Tensor) -> Tensor:
-    """Square root g^1/2 x = x - v (v.x) (1 - sqrt(1 - sigma)) / sigma (derived here)."""
+    """Square root g^1/2 x = x - v (v.x) (1 - sqrt(1 - sigma)) / sigma (derived here).
+
+    Args:
+        v: tanh(tau xi), (blocks, n).
+        x: what is multiplied, (blocks, n).
+    """
     # (1 - sqrt(1 - s)) / s = 1 / (1 + sqrt(1 - s)), which has no 0 / 0 at s = 0.
     return x - v * (_dot(v, x) / (1 + (1 - _dot(v, v)).sqrt()))
 
@@ -128,20 +162,16 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=-1, keepdim=True)
 
 
-def christoffel(xi: Tensor, tau: Tensor) -> Tensor:
-    """Christoffel symbols -delta_ij tau (1 - v_i^2) v_k / (1 - sigma) (derived here)."""
-    # Dense, (blocks, k, i, j), and so for tests and illustration only.
-    v = torch.tanh(tau * xi)
-    raised = v / (1 - _dot(v, v))
-    return -raised[..., None, None] * torch.diag_embed(tau * (1 - v.square())).unsqueeze(-3)
-
-
 def ricci_tensor(xi: Tensor, tau: Tensor) -> Metric:
     """Ricci tensor of the LNE metric, negative semidefinite, 0 for n = 1 (derived here).
 
     Minkowski space induces g on the graph of sum_i log cosh(tau xi_i) / tau, and Gauss's equation
     gives Ric = -[h D - D^2 - (D v)(D v)^T / (1 - sigma)] / (1 - sigma), where D = diag(d),
     d_i = tau (1 - v_i^2) and h = sum_i d_i + sum_i d_i v_i^2 / (1 - sigma).
+
+    Args:
+        xi: coordinate, (blocks, n).
+        tau: curvature, (blocks, 1), constant in every derivative.
     """
     v = torch.tanh(tau * xi)
     d = tau * (1 - v.square())
@@ -151,14 +181,28 @@ def ricci_tensor(xi: Tensor, tau: Tensor) -> Metric:
 
 
 def scalar_curvature(xi: Tensor, tau: Tensor) -> Tensor:
-    """Trace of g^-1 Ric, of shape (blocks,) (derived here)."""
+    """Trace of g^-1 Ric (derived here).
+
+    Args:
+        xi: coordinate, (blocks, n).
+        tau: curvature, (blocks, 1).
+
+    Returns:
+        (blocks,), at most 0.
+    """
     v, ricci = torch.tanh(tau * xi), ricci_tensor(xi, tau)
     diagonal = ricci.diag + ricci.coefficients * ricci.factors.squeeze(-1).square()
     return diagonal.sum(dim=-1) + (_dot(v, ricci.apply(v)) / (1 - _dot(v, v))).squeeze(-1)
 
 
-def flow_euler(xi: Tensor, tau: Tensor, time: float | Tensor) -> Metric:
-    """One step g(0) - 2 time Ric(g(0)), positive definite, not normalized (derived here)."""
+def flow_euler(xi: Tensor, tau: Tensor, time: float) -> Metric:
+    """One step g(0) - 2 time Ric(g(0)), positive definite, not normalized (derived here).
+
+    Args:
+        xi: coordinate, (blocks, n).
+        tau: curvature, (blocks, 1).
+        time: length of the step, from 0.
+    """
     # There is no second step: the closed form of the Ricci tensor is that of the LNE metric.
     start, ricci = lne_metric(xi, tau), ricci_tensor(xi, tau)
     factors = torch.stack([start.factors[..., 0], ricci.factors[..., 0]], -2).mT  # contiguous
@@ -166,33 +210,34 @@ def flow_euler(xi: Tensor, tau: Tensor, time: float | Tensor) -> Metric:
     return Metric(start.diag - 2 * time * ricci.diag, factors, coefficients)
 
 
-def flow_linear(
-    xi: Tensor, tau: Tensor, time: float, half: Tensor | float = 1.0, pace: Tensor | None = None
-) -> Metric:
+def flow_linear(xi: Tensor, tau: Tensor, time: float, half: Tensor | float = 1.0) -> Metric:
     """Ricci-DeTurck flow linearized at the Euclidean metric, not normalized (derived here).
 
     It is the heat flow of the metric's components, each coordinate on a circle from -half to half
     (of a residual: the quantization cell). With m and e the means of v and v^2 under the heat
-    kernel, g(t) = diag(1 - e + m^2) - m m^T. Off the diagonal it dies like exp(-2 pi^2 t), with t
-    in units of half^2: the exponential decay that the paper claims. At t = 0 it is the LNE metric.
+    kernel, g(t) = diag(1 - e + m^2) - m m^T. Off the diagonal it decays like exp(-2 pi^2 t): the
+    exponential decay that the paper claims. At t = 0 it is the LNE metric.
 
-    Where the circle closes v jumps, so that a cut Fourier series rings for small t. If `MAX_MODES`
+    v jumps where the circle closes, so a truncated Fourier series rings for small t. If `MAX_MODES`
     do not reach rounding error, the jump of v and the kink of v^2 flow in closed form and a series
-    is left with the rest: its error grows as t falls, to 1e-4 for tau * half <= 4, 2e-3 at 10.
+    covers the rest: its error grows as t falls, to 1e-4 for tau * half <= 4, 2e-3 at 10.
 
-    Where rows flow for different times, `pace` has factors of the time, from 1 to 16, (rows, 1, 1).
+    Args:
+        xi: coordinate, (blocks, n), from -half to half.
+        tau: curvature, (blocks, 1).
+        time: t, from 0, in units of half^2.
+        half: half the circle's length, a number or (blocks, 1).
     """
     if time == 0:
         return lne_metric(xi, tau)
-    times = xi.new_full((), time) if pace is None else time * pace
-    mean, square = _heat(xi / half, tau * half, times, shortest=time)
+    mean, square = _heat(xi / half, tau * half, time)
     return Metric(1 - square + mean.square(), mean.unsqueeze(-1), -torch.ones_like(mean[..., :1]))
 
 
-def _heat(r: Tensor, tau: Tensor, time: Tensor, shortest: float) -> tuple[Tensor, Tensor]:
+def _heat(r: Tensor, tau: Tensor, time: float) -> tuple[Tensor, Tensor]:
     """Means of tanh(tau r) and of its square after a heat flow on the circle [-1, 1]."""
-    # The first mode left out lies below rounding error, relative to the first one kept.
-    needed = math.sqrt(1 - math.log(torch.finfo(r.dtype).eps) / (math.pi**2 * shortest)) - 1
+    # The first omitted mode lies below rounding error, relative to the first one kept.
+    needed = math.sqrt(1 - math.log(torch.finfo(r.dtype).eps) / (math.pi**2 * time)) - 1
     modes, split = max(1, min(math.ceil(needed), MAX_MODES)), needed > MAX_MODES
     nodes, weights = (x.to(r) for x in _gauss_legendre(modes + 12))
     edge = torch.tanh(tau) if split else torch.zeros_like(tau)
@@ -209,8 +254,8 @@ def _heat(r: Tensor, tau: Tensor, time: Tensor, shortest: float) -> tuple[Tensor
     last, before = _clenshaw(cosines[1:], 2 * cos)
     square = torch.addcmul(cosines[0] / 2 - before, last, cos)
     if split:
-        # Heat flow of r and r^2: that of the line, less what comes round through the closing point.
-        root, gaps = 2 * time.sqrt(), (1 - r, 1 + r)
+        # Heat flow of r and r^2: that of the line, less what enters through the closing point.
+        root, gaps = 2 * math.sqrt(time), (1 - r, 1 + r)
         right, left = (torch.erfc(gap / root) for gap in gaps)
         bump = torch.exp(-(gaps[0] / root).square()) + torch.exp(-(gaps[1] / root).square())
         around = 2 * (gaps[0] * right + gaps[1] * left - bump * root / math.sqrt(math.pi))
@@ -220,7 +265,7 @@ def _heat(r: Tensor, tau: Tensor, time: Tensor, shortest: float) -> tuple[Tensor
 
 
 def _clenshaw(terms: list[Tensor], twice_cos: Tensor) -> tuple[Tensor, Tensor]:
-    """Last two values of Clenshaw's recurrence, by which one cosine serves every mode."""
+    """Last two values of Clenshaw's recurrence: a single cosine gives every mode."""
     ahead, current = torch.zeros_like(twice_cos), terms[-1].expand_as(twice_cos)
     for term in reversed(terms[:-1]):
         ahead, current = current, torch.addcmul(term, twice_cos, current).sub_(ahead)
@@ -242,10 +287,10 @@ def staircase_slope(x: Tensor, thresholds: Tensor, time: float) -> Tensor:
     On one coordinate a discretization induces its own derivative as a metric: a mass at each of the
     thresholds, 0 between them. That is the gradient which is "zero or infinite" in the paper. One
     coordinate has no curvature, and the linearized flow is the heat equation: each mass spreads as
-    a heat kernel. Far from the ends of evenly spaced thresholds theta that leaves
-    1 + 2 sum_k exp(-pi^2 k^2 t) cos(pi k (x - theta)), which goes to 1, the straight-through
-    estimator's slope, as exponentially as every perturbation. Toward the last threshold and past it
-    the slope fades, where that estimator stops at once.
+    a heat kernel. Far from the ends of evenly spaced thresholds theta the slope is
+    1 + 2 sum_k exp(-pi^2 k^2 t) cos(pi k (x - theta)). It tends to 1, the slope of the
+    straight-through estimator, as exponentially as every perturbation decays. Near and beyond the
+    last threshold it fades, where that estimator drops to 0 at once.
 
     Args:
         x: any shape, in half cells, as are the thresholds.
@@ -262,7 +307,12 @@ def staircase_slope(x: Tensor, thresholds: Tensor, time: float) -> Tensor:
 
 
 def normalized(ends: list[Metric], starts: list[Metric]) -> list[Metric]:
-    """Scale the forms g(t), each (rows, blocks, n), by a factor per row to give it det g(0)."""
+    """Scale the forms g(t) by a factor per row, so that its determinant is that of g(0).
+
+    Args:
+        ends: g(t) of parts of each row, with a diagonal of shape (rows, blocks, n).
+        starts: g(0) of the same parts.
+    """
     changes = [a.logdet() - b.logdet() for a, b in zip(ends, starts, strict=True)]
     width = sum(start.diag.shape[1:].numel() for start in starts)
     factor = torch.exp(-torch.cat(changes, dim=1).sum(dim=1) / width)[:, None, None]
@@ -270,21 +320,43 @@ def normalized(ends: list[Metric], starts: list[Metric]) -> list[Metric]:
 
 
 def natural(end: Metric, gradient: Tensor) -> Tensor:
-    """Steepest descent of the paper, g(t)^-1 G."""
+    """Steepest descent of the paper, g(t)^-1 G.
+
+    Args:
+        end: g(t).
+        gradient: G, (blocks, n).
+    """
     return end.solve(gradient)
 
 
 def pullback(end: Metric, start: Metric, gradient: Tensor) -> Tensor:
-    """G seen through the perturbed metric, g(t)^-1 g(0) G (derived here): G itself at t = 0."""
+    """G seen through the perturbed metric, g(t)^-1 g(0) G (derived here): G itself at t = 0.
+
+    Args:
+        end: g(t).
+        start: g(0).
+        gradient: G, (blocks, n).
+    """
     return end.solve(start.apply(gradient))
 
 
 def parallel(start: Metric, gradient: Tensor) -> Tensor:
-    """Transport of G from the discrete to the continuous weight, g(0)^1/2 G (derived here)."""
+    """Transport of G from the discrete to the continuous weight, g(0)^1/2 G (derived here).
+
+    Args:
+        start: g(0), an LNE metric.
+        gradient: G, (blocks, n).
+    """
     return lne_sqrt(start.factors.squeeze(-1), gradient)
 
 
 def project(xi: Tensor, gradient: Tensor, strength: float) -> Tensor:
-    """Plain projection G - strength xi_hat (xi_hat . G), for comparison; needs no geometry."""
+    """Plain projection G - strength xi_hat (xi_hat . G), for comparison; needs no geometry.
+
+    Args:
+        xi: coordinate, (blocks, n).
+        gradient: G, (blocks, n).
+        strength: the share of G along xi that is removed.
+    """
     unit = torch.nn.functional.normalize(xi, dim=-1)
     return gradient - strength * unit * _dot(unit, gradient)

@@ -1,4 +1,4 @@
-"""The straight-through estimator, and stochastic rounding with it."""
+"""The straight-through estimator, and stochastic rounding, which shares its gradient."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ricciq.estimators.catalog import Coordinate
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """The gradient as it is (Bengio et al. 2013, arXiv 1308.3432)."""
+    """Leave the gradient unchanged (Bengio et al. 2013, arXiv 1308.3432)."""
 
     coordinate: ClassVar[Coordinate] = "residual"
 
     def slope(self, codes: int, samples: int, progress: float) -> Tensor | None:  # noqa: ARG002
-        """None."""
+        """None: a factor of 1 needs no table."""
         return None
 
     def correct(
@@ -29,13 +29,18 @@ class StraightThrough:
         mask: Tensor | None = None,  # noqa: ARG002
         progress: float = 0.0,  # noqa: ARG002
     ) -> Tensor:
-        """See `Estimator.correct`."""
+        """See `ricciq.estimators.base.Estimator.correct`."""
         return gradient
 
 
 class StochasticRounding(StraightThrough):
-    """Up or down by chance, right on average (Gupta et al. 2015, arXiv 1502.02551, section 3.1)."""
+    """Round up or down at random, unbiased (Gupta et al. 2015, arXiv 1502.02551, section 3.1)."""
 
     def place(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
-        """Moved by up to half a cell: the nearer level is the likelier to be the nearest then."""
+        """Add uniform noise of up to half a cell; the nearest level then follows at random.
+
+        Args:
+            ratio: values in scales, any shape.
+            cell: distance between the levels around each value.
+        """
         return ratio + (torch.rand_like(ratio) - 0.5) * cell

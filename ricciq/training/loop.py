@@ -1,4 +1,4 @@
-"""The fine-tuning loop: epoch after epoch, the states that a run goes on from, and when it ends."""
+"""The fine-tuning loop: epochs, saved states, resuming, and when training ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from ricciq.data.loader import Batch, set_epoch
 from ricciq.errors import DivergedError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
-from ricciq.estimators.registry import named_estimator
+from ricciq.estimators.registry import named_correction
 from ricciq.evaluation import Metrics, evaluate, pooled
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
@@ -39,28 +39,22 @@ from ricciq.system.tensor_files import (
 )
 from ricciq.training.memory import halve_until, is_out_of_memory
 from ricciq.training.metrics import History, Tally
-from ricciq.training.state import Progressed, last_state
-from ricciq.training.step import Pictures, Trainer
+from ricciq.training.state import TrainingState, last_state
+from ricciq.training.step import CalibrationImages, Trainer
 
 MAX_BAD_STEPS = 20
-"""Steps in a row without finite gradients after which training gives up."""
+"""Training ends after so many steps in a row without finite gradients."""
 T = TypeVar("T")
 
 
 def correction_of(recipe: Recipe) -> Correction:
-    """The gradient correction of a recipe.
-
-    Args:
-        recipe: its ``method`` names the estimator.
-
-    Returns:
-        What happens to the gradients between backward and step.
+    """The gradient correction that a recipe's ``method`` section describes.
 
     Raises:
-        RecipeError: there is no such estimator, or a setting of it is invalid.
+        RecipeError: a setting is invalid, or the method does not have it.
     """
-    estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    return Correction(estimator, recipe.method.corrects)
+    method = recipe.method
+    return named_correction(method.name, method.changes, method.corrects)
 
 
 def finetune(
@@ -75,40 +69,44 @@ def finetune(
     teacher: nn.Module | None = None,
     metadata: RunMetadata | None = None,
     journal: Journal | None = None,
-    pictures: Pictures | None = None,
+    calibration_images: CalibrationImages | None = None,
     resume: bool = False,
     world: World | None = None,
-) -> Progressed:
-    """Train a model in place: a converted, calibrated one, or one in float.
+) -> TrainingState:
+    """Train a model in place, either converted and calibrated, or in float.
 
-    Whatever ends it, the estimator leaves no hook, slope or other function on the model.
+    The estimator is detached from the model when training ends, for whatever reason.
 
     Args:
-        model: on ``device``; any classifier, not only timm's.
-        fit: training batches; this process's share of them.
-        holdout: batches held out of the training data, to choose the best epoch with; its share.
+        model: any classifier, not only timm's, on ``device``.
+        fit: training batches; with several processes, the share of this one.
+        holdout: batches held out of the training data, by which the best epoch is chosen; with
+            several processes, the share of this one.
         recipe: schedule, batch size, mixed precision, compilation and seed.
-        correction: what happens to the gradients between backward and step; by default what the
-            recipe's method says.
-        device: where to compute; by default where the model is.
-        folder: receives the states, summary.csv and geometry.csv from the first process. Without
-            one nothing stays on disk, and the model ends with the best epoch's weights.
+        correction: what happens to gradients after the backward pass; by default what the recipe's
+            method describes.
+        device: where to compute; by default the model's device.
+        folder: receives states, summary.csv and geometry.csv from the first process. Without one
+            nothing stays on disk, and the model ends with the best epoch's weights.
         teacher: the float model to distil from, on ``device``.
-        metadata: stored beside the best epoch's weights.
-        journal: where progress is shown; by default nowhere.
-        pictures: what to calibrate on, where the recipe has stages or estimates BatchNorm anew.
-        resume: go on from the folder's last state.
+        metadata: stored with the best epoch's weights.
+        journal: shows progress; by default nothing is shown.
+        calibration_images: makes batches of training images, for recipes with ``progressive`` or
+            ``reestimate_bn``.
+        resume: resume from the folder's last state.
         world: the processes that train together.
 
     Returns:
-        How far it came; ``folder.best`` holds the best epoch's weights, the model the last one's.
+        The progress. ``folder.best`` has the best epoch's weights, the model those of the last.
 
     Raises:
+        CheckpointError: the state to resume from is damaged or of another version.
         DivergedError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
-        RecipeError: timm knows no such optimizer or schedule.
+        RecipeError: timm has no such optimizer or schedule, or the model does not support what the
+            recipe asks for.
         RicciqError: there is not enough memory for a step.
-        UsageError: the state is that of another number of processes.
-        ValueError: there are no pictures, and the recipe needs them; or there is no folder to
+        UsageError: the state was saved by another number of processes.
+        ValueError: the recipe needs calibration images and none are given, or there is no folder to
             resume from.
         Stopped: the user asked to stop; the state is saved.
     """
@@ -117,7 +115,7 @@ def finetune(
             raise ValueError("resume is True and folder is None; give the folder of the run")
         with TemporaryDirectory() as scratch:
             kept = RunFolder(Path(scratch))
-            done = finetune(
+            state = finetune(
                 model,
                 fit,
                 holdout,
@@ -128,47 +126,49 @@ def finetune(
                 teacher=teacher,
                 metadata=metadata,
                 journal=journal,
-                pictures=pictures,
+                calibration_images=calibration_images,
                 world=world,
             )
             if kept.best.is_file():
                 load_model_state(model, load_tensors(kept.best)[0], kept.best)
-        return done
+        return state
     world, journal = world or World(), journal or Journal()
     correction = correction or correction_of(recipe)
     device = device or next(model.parameters()).device
-    if pictures is None:
+    if calibration_images is None:
         if recipe.training.progressive or recipe.training.reestimate_bn:
-            raise ValueError("pictures is None; the recipe's progressive or reestimate_bn needs it")
-        pictures = tuple
+            raise ValueError(
+                "calibration_images is None; the recipe's progressive or reestimate_bn needs them"
+            )
+        calibration_images = tuple
     with Trainer(model, recipe, correction, device, len(fit), teacher, world) as trainer:
-        sitting = _Sitting(trainer, folder, recipe, metadata, fit.batch_size or 1)
+        running = _Running(trainer, folder, recipe, metadata, fit.batch_size or 1)
         if resume:
-            sitting.restore(world.from_first(lambda: last_state(folder, journal)))
-        # Every step seeds the generator; the caller's is to stay as it is.
+            running.restore(world.from_first(lambda: last_state(folder, journal)))
+        # Every step seeds the generator; the caller's state is restored.
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             stopping_between_steps(world) as stopping,
         ):
             try:
-                while sitting.done.epoch < recipe.training.epochs:
-                    trainer.enter(sitting.done.epoch, pictures)
-                    sitting.train(fit, stopping, journal)
-                    trainer.reestimate(pictures)
+                while running.state.epoch < recipe.training.epochs:
+                    trainer.enter(running.state.epoch, calibration_images)
+                    running.train(fit, stopping, journal)
+                    trainer.reestimate(calibration_images)
                     trainer.share_averages()
                     batches = stopping.watch(holdout, alike=False)
                     held = evaluate({"holdout": trainer.predict}, batches)["holdout"]
-                    sitting.end_epoch(pooled(world.gather(held)))
-                    journal.say(sitting.history.describe(recipe.training.epochs))
+                    running.end_epoch(pooled(world.gather(held)))
+                    journal.say(running.history.describe(recipe.training.epochs))
                     stopping.check()
             except Stopped:
-                sitting.save()
+                running.save()
                 raise
-    return sitting.done
+    return running.state
 
 
-class _Sitting:
-    """Work on a run until it ends or is stopped: where it stands, and what it leaves on disk."""
+class _Running:
+    """Training until it ends or is interrupted: its state, and the files it writes."""
 
     def __init__(
         self,
@@ -180,45 +180,60 @@ class _Sitting:
     ) -> None:
         self.trainer, self.folder, self.metadata = trainer, folder, metadata
         self.settings, self.world = recipe.training, trainer.world
-        self.done = Progressed(batch_size=batch_size, processes=self.world.size)
+        self.state = TrainingState(batch_size=batch_size, processes=self.world.size)
         self.tally, self.history = Tally(), History()
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
-    def restore(self, state: State | None) -> None:
-        """Go on from a state; from the start without one."""
-        if state is None:
+    def restore(self, saved: State | None) -> None:
+        """Resume from a state; do nothing without one.
+
+        Raises:
+            CheckpointError: the state is damaged or of another version.
+            UsageError: it was saved by another number of processes.
+        """
+        if saved is None:
             return
         trainer = self.trainer
-        self.done = Progressed.of(state)
-        restore_training_state(trainer.changing, trainer.optimizer, state)
-        if self.done.processes != self.world.size:
+        self.state = TrainingState.of(saved)
+        restore_training_state(trainer.changing, trainer.optimizer, saved)
+        if self.state.processes != self.world.size:
             raise UsageError(
-                f"{state.path} is the state of {self.done.processes} processes and was given to "
+                f"{saved.path} was saved by {self.state.processes} processes, and this run has "
                 f"{self.world.size}; start as many, or start again with --overwrite"
             )
-        self.tally = Tally.from_dict(self.done.tally)
-        self.history = History.read(self.folder, self.done.epoch)
-        trainer.set_stage(self.done.stage)
-        if self.done.scaler:
-            trainer.scaler.load_state_dict(self.done.scaler)
+        self.tally = Tally.from_dict(self.state.tally)
+        self.history = History.read(self.folder, self.state.epoch)
+        trainer.set_stage(self.state.stage)
+        if self.state.scaler:
+            trainer.scaler.load_state_dict(self.state.scaler)
 
     def train(self, fit: DataLoader[Batch], stopping: Stopping, journal: Journal) -> None:
-        """Train on what is left of an epoch; the geometry is measured at its last step."""
-        done, tally = self.done, self.tally
-        set_epoch(fit, done.epoch, done.batch)
+        """Train on the rest of an epoch, and measure the geometry at its last step.
+
+        Args:
+            fit: training batches.
+            stopping: ends training between two steps if the user asks for it.
+            journal: shows a progress bar.
+
+        Raises:
+            DivergedError: too many steps in a row had no finite gradients.
+            RicciqError: there is not enough memory for a step.
+        """
+        state, tally = self.state, self.tally
+        set_epoch(fit, state.epoch, state.batch)
         self.trainer.begin_epoch()
         steps = math.ceil(len(fit) / self.settings.grad_accum_steps)
-        title = f"epoch {done.epoch + 1}/{self.settings.epochs}"
+        title = f"epoch {state.epoch + 1}/{self.settings.epochs}"
         started = time.perf_counter()
-        # Closed, so that workers end before the process does, whatever ends the loop.
+        # Closed, so that worker processes end before this one, however the loop ends.
         grouped = closing(_grouped(fit, self.settings.grad_accum_steps))
         with grouped as groups, journal.bar(title, steps) as advance:
             for number, batches in enumerate(stopping.watch(groups), start=1):
                 finite = self._step(batches, measure=number == steps)
-                done.steps += 1
-                done.batch += len(batches)
-                done.bad_in_a_row = 0 if finite else done.bad_in_a_row + 1
-                if done.bad_in_a_row >= MAX_BAD_STEPS:
+                state.steps += 1
+                state.batch += len(batches)
+                state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+                if state.bad_in_a_row >= MAX_BAD_STEPS:
                     raise DivergedError(
                         f"training gave no finite gradients for {MAX_BAD_STEPS} steps in a row; "
                         f"lower --lr {self.settings.lr}"
@@ -227,25 +242,25 @@ class _Sitting:
                 tally.seconds += now - started
                 started = now
                 advance(tally.describe)
-                if time.monotonic() - self.saved > 60 * self.settings.save_minutes:
+                if time.monotonic() - self.saved_at > 60 * self.settings.save_minutes:
                     self.save()
 
     def _step(self, batches: list[Batch], measure: bool) -> bool:
-        """One step of the trainer.
+        """One step of the trainer; returns whether gradients were finite.
 
         Raises:
-            RicciqError: there is not enough memory for it; the message says for what there is.
+            RicciqError: there is not enough memory; the message names the batch size that fits.
         """
         trainer = self.trainer
         try:
-            finite = trainer.step(batches, self.tally, self.done.steps, measure)
+            finite = trainer.step(batches, self.tally, self.state.steps, measure)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         else:
             if measure:
                 geometry = trainer.geometry.items()
-                self.done.geometry = {name: measured._asdict() for name, measured in geometry}
+                self.state.geometry = {name: measured._asdict() for name, measured in geometry}
             return finite
         images, targets = batches[0]
         half = len(targets) // 2
@@ -256,49 +271,49 @@ class _Sitting:
             remedy = f"give --batch-size {size}, and --grad-accum-steps {steps} for steps as large"
         raise RicciqError(
             f"the memory of {trainer.device} is not enough for a step with batch size "
-            f"{len(targets)}, {f'but {size} fitted' if size else 'nor for one picture'}; {remedy}"
+            f"{len(targets)}, {f'but {size} fitted' if size else 'nor for one image'}; {remedy}"
         )
 
     def end_epoch(self, held: Metrics) -> None:
-        """Write the epoch's results; the state last, since it is what says that it is done."""
-        done, tally = self.done, self.tally.over(self.world)
-        done.epoch += 1
+        """Write the results of an epoch: the state last, since it marks the epoch as finished."""
+        state, tally = self.state, self.tally.over(self.world)
+        state.epoch += 1
         rate = self.trainer.optimizer.param_groups[0]["lr"]
         changed = self.trainer.codes.changed_share()
-        self.history.add(done.epoch, tally, held, rate, done.geometry, changed)
-        done.images += tally.images
-        done.seconds += tally.seconds
-        done.skipped += tally.bad
-        done.batch, done.geometry, self.tally = 0, {}, Tally()
+        self.history.add(state.epoch, tally, held, rate, state.geometry, changed)
+        state.images += tally.images
+        state.seconds += tally.seconds
+        state.skipped += tally.bad
+        state.batch, state.geometry, self.tally = 0, {}, Tally()
         better = False
-        if self.trainer.progressions[0].is_last(done.epoch - 1):
-            done.best_top1 = max(done.best_top1, held.top1)
-            better = held.top1 >= done.best_top1 - _standard_error(done.best_top1, held.samples)
+        if self.trainer.progressions[0].is_last(state.epoch - 1):
+            state.best_top1 = max(state.best_top1, held.top1)
+            better = held.top1 >= state.best_top1 - _standard_error(state.best_top1, held.samples)
         if better:
-            done.chosen_epoch, done.chosen_top1 = done.epoch, held.top1
+            state.chosen_epoch, state.chosen_top1 = state.epoch, held.top1
         if self.world.is_first:
             if better:
                 stored = self.metadata.to_dict() if self.metadata else {}
-                chosen = {**stored, "epoch": done.epoch, "holdout_top1": held.top1}
+                chosen = {**stored, "epoch": state.epoch, "holdout_top1": held.top1}
                 save_tensors(self.folder.best, self.trainer.outcome.state_dict(), chosen)
             self.history.write(self.folder)
         self.save()
 
     def save(self) -> None:
-        """Put the state where a resumed run finds it, and keep the one before."""
-        self.saved = time.monotonic()
+        """Save the state for a resumed run, and keep the previous one."""
+        self.saved_at = time.monotonic()
         if not self.world.is_first:
             return
-        done, trainer, folder = self.done, self.trainer, self.folder
-        done.tally, done.scaler = self.tally.to_dict(), trainer.scaler.state_dict()
-        done.stage = trainer.stage
-        tensors, metadata = training_state(trainer.changing, trainer.optimizer, vars(done))
+        state, trainer, folder = self.state, self.trainer, self.folder
+        state.tally, state.scaler = self.tally.to_dict(), trainer.scaler.state_dict()
+        state.stage = trainer.stage
+        tensors, metadata = training_state(trainer.changing, trainer.optimizer, vars(state))
         save_tensors(folder.last, tensors, metadata, previous=folder.previous)
-        write_atomically(folder.state, json.dumps(vars(done), indent=1) + "\n")
+        write_atomically(folder.state, json.dumps(vars(state), indent=1) + "\n")
 
 
 def _grouped(items: Iterable[T], size: int) -> Generator[list[T]]:
-    """Lists of so many; the last may be shorter."""
+    """Lists of ``size`` items; the last may be shorter."""
     rest = iter(items)
     while True:
         with record_function("data"):
@@ -309,12 +324,12 @@ def _grouped(items: Iterable[T], size: int) -> Generator[list[T]]:
 
 
 def _standard_error(percent: float, samples: int) -> float:
-    """Of a share measured on so many samples, in percent points.
+    """Standard error of an accuracy on so many samples, in percentage points.
 
-    A hold-out of a few hundred pictures cannot tell epochs apart that differ by less; among those
-    the latest is taken (the one-standard-error rule of Breiman et al. 1984), since a schedule that
-    ends near zero is meant to end well.
+    A hold-out of a few hundred images cannot distinguish epochs that differ by less. Of those the
+    latest is chosen (the one-standard-error rule of Breiman et al. 1984), since a schedule that
+    decays to zero is meant to end well.
     """
-    # Laplace's rule of succession: a share of 100 % on a few pictures is not certain either.
+    # Laplace's rule of succession: 100 % on a few images is not certain.
     share = (percent / 100 * samples + 1) / (samples + 2)
     return 100 * math.sqrt(share * (1 - share) / samples)

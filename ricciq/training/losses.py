@@ -1,4 +1,4 @@
-"""What training minimizes."""
+"""The losses that training minimizes."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ from torch.nn import functional as F
 from ricciq.recipe import TrainingSection
 
 
-def feature_distance(features: Tensor, taught: Tensor) -> Tensor:
-    """How far a student's features (B, ...) point elsewhere than the teacher's.
+def feature_distance(features: Tensor, teacher_features: Tensor) -> Tensor:
+    """Mean squared distance between the directions of a student's and a teacher's features.
 
-    The mean squared distance of the unit vectors, 0 to 4, as between the attention maps of
-    Zagoruyko & Komodakis 2017 (arXiv 1612.03928, eq. 2).
+    As between the attention maps of Zagoruyko & Komodakis 2017 (arXiv 1612.03928, eq. 2).
+
+    Args:
+        features: (B, ...) of the model under training.
+        teacher_features: same shape, of the float model.
+
+    Returns:
+        A scalar from 0 to 4.
     """
-    cosine = F.cosine_similarity(features.float().flatten(1), taught.float().flatten(1))
-    return 2 - 2 * cosine.mean()
+    a, b = features.float().flatten(1), teacher_features.float().flatten(1)
+    return 2 - 2 * F.cosine_similarity(a, b).mean()
 
 
 def loss_function(
     logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, settings: TrainingSection
 ) -> Tensor:
-    """Cross-entropy, blended with the divergence from the float model's softened guesses.
+    """Cross-entropy, blended with the divergence from the teacher's softened predictions.
 
     Args:
         logits: (B, classes) of the model under training.
-        targets: (B,) class numbers, or (B, classes) shares of mixed pictures.
+        targets: (B,) class indices, or (B, classes) shares of mixed images.
         teacher_logits: (B, classes) of the float model, or None without distillation.
-        settings: ``distill`` is the teacher's share, ``temperature`` softens both sides.
+        settings: ``distill`` is the teacher's share, ``temperature`` softens both predictions.
 
     Returns:
         A scalar, in nats (Hinton et al. 2015, arXiv 1503.02531).

@@ -1,4 +1,4 @@
-"""What a training step needs of memory, how much there is, and the batch size that fits."""
+"""The memory that a training step takes, the memory that is free, and the batch size that fits."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ import torch
 from torch import Tensor, nn
 
 LARGEST_BATCH = 256
-"""The most pictures that a search for the batch size tries: rates are not scaled to more."""
+"""The largest batch size that a search tries: learning rates are not scaled for more."""
 RESERVE = 0.5
-"""The share of free memory that a search starts from. A process was seen to grow by 1.6 times what
-can be counted: gradients on their way, and what kernels work in."""
+"""The share of free memory that a search plans with. Processes grew by up to 1.6 times the memory
+that can be counted: the rest is gradients in flight and workspaces of kernels."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one training step, as far as they can be counted beforehand.
+    """Memory of one training step, as far as it can be counted beforehand, in bytes.
 
     Attributes:
         fixed: weights, their gradients, the optimizer's moments, and the teacher's weights.
-        per_picture: what the forward pass keeps for the backward pass.
+        per_image: what the forward pass keeps for the backward pass.
     """
 
     fixed: int
-    per_picture: int
+    per_image: int
 
     def bytes(self, batch_size: int) -> int:
-        """Of a step with so many pictures."""
-        return self.fixed + batch_size * self.per_picture
+        """Bytes of a step with this batch size."""
+        return self.fixed + batch_size * self.per_image
 
 
 def step_memory(
     model: nn.Module, images: Tensor, teacher: nn.Module | None, moments: int
 ) -> StepMemory:
-    """Count what a forward pass in training keeps, by running it.
+    """Count the memory of a step by running the forward pass.
 
-    What does not depend on the pictures, such as the discrete weights, counts as fixed.
+    Tensors that do not depend on the images, such as the discrete weights, count as fixed.
 
     Args:
-        model: a converted model; its BatchNorm averages take the pictures in.
-        images: (B, C, H, W) of an even number of pictures on the model's device.
+        model: a converted model; the images enter its BatchNorm averages.
+        images: (B, C, H, W) with an even B, on the model's device.
         teacher: the float model, if there is one.
-        moments: tensors of its size that the optimizer keeps for a weight.
+        moments: how many tensors of its size the optimizer keeps for a weight.
     """
     half = len(images) // 2
     whole, part = _kept(model, images), _kept(model, images[:half].clone())
-    per_picture = (whole - part) // half
-    fixed = _weight_bytes(model) * (2 + moments) + whole - per_picture * len(images)
-    return StepMemory(fixed + (0 if teacher is None else _weight_bytes(teacher)), per_picture)
+    per_image = (whole - part) // half
+    fixed = _weight_bytes(model) * (2 + moments) + whole - per_image * len(images)
+    return StepMemory(fixed + (0 if teacher is None else _weight_bytes(teacher)), per_image)
 
 
 def _kept(model: nn.Module, images: Tensor) -> int:
-    """Bytes that a forward pass in training keeps beside the parameters."""
+    """Bytes that a forward pass in training keeps for the backward pass, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -68,8 +68,8 @@ def _kept(model: nn.Module, images: Tensor) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        answer = model.train()(images)  # alive until the counting is done, and with it what it kept
-    del answer
+        logits = model.train()(images)  # keeps alive what is counted
+    del logits
     return sum(kept.values())
 
 
@@ -78,7 +78,7 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a process may still take: of the GPU, or of the machine and its limits."""
+    """Bytes that a process may still allocate: on the GPU, or within the machine's limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [psutil.virtual_memory().available]
@@ -89,7 +89,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is torch's way to say that there is not enough memory, on a GPU or a CPU."""
+    """Whether an error of torch means that memory ran out, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
@@ -99,13 +99,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halve_until(fits: Callable[[int], bool], size: int) -> int:
-    """The first of size, size / 2, and so on that fits; 0 if not even one picture does."""
+    """The first of size, size / 2, … that fits.
+
+    Args:
+        fits: tries a batch size.
+        size: the first one to try.
+
+    Returns:
+        A batch size, or 0 if not even one image fits.
+    """
     while size and not fits(size):
         size //= 2
     return size
 
 
 def largest_batch(memory: StepMemory, free: int) -> int:
-    """The largest power of two up to `LARGEST_BATCH` that should fit; 1 at least."""
+    """The largest power of two up to `LARGEST_BATCH` that should fit.
+
+    Args:
+        memory: what a step takes.
+        free: bytes that may be allocated.
+
+    Returns:
+        The batch size, at least 1.
+    """
     size = halve_until(lambda size: memory.bytes(size) <= RESERVE * free, LARGEST_BATCH)
     return max(size, 1)

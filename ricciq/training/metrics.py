@@ -1,4 +1,4 @@
-"""What an epoch of training did: its sums, the codes it changed, and the rows it is stored as."""
+"""Metrics of an epoch of training: running sums, changed codes, and the rows that are stored."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Tally:
     """Running sums over an epoch, kept on the device.
 
     Attributes:
-        loss: of all pictures together.
-        hits: pictures whose class was guessed.
-        images: pictures in steps with finite gradients.
-        bad: steps without.
-        seconds: spent on steps, over all sittings.
+        loss: sum over images.
+        hits: images whose class was predicted.
+        images: images in steps with finite gradients.
+        bad: steps without finite gradients, which were skipped.
+        seconds: time spent on steps, before and after interruptions.
     """
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -37,16 +37,16 @@ class Tally:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Tally:
-        """What `to_dict` gave; an empty mapping is an epoch's start."""
+        """Restore sums from `to_dict`; an empty mapping gives those of an epoch's start."""
         sums = {name: torch.tensor(values[name]) for name in ("loss", "hits") if name in values}
         return cls(**{**values, **sums})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, exactly."""
+        """The sums as JSON values, exactly."""
         return {**vars(self), "loss": float(self.loss), "hits": float(self.hits)}
 
     def over(self, world: World) -> Tally:
-        """Of all processes together; time and bad steps they have in common."""
+        """Sums over all processes; time and bad steps are the same in each."""
         sums = torch.stack([self.loss.cpu(), self.hits.cpu()])
         loss, hits = world.total(sums)
         images = int(world.total(torch.tensor(self.images)))
@@ -55,7 +55,11 @@ class Tally:
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Count a batch of a step with finite gradients.
 
-        Of targets that share a mixed picture among classes, (B, classes), the largest counts.
+        Args:
+            loss: mean over the batch, a scalar.
+            logits: (B, classes).
+            targets: (B,) class indices, or (B, classes) shares of mixed images, of which the
+                largest counts.
         """
         if targets.ndim == 2:
             targets = targets.argmax(1)
@@ -70,7 +74,7 @@ class Tally:
 
     @property
     def rate(self) -> float:
-        """Pictures a second."""
+        """Images per second."""
         return self.images / self.seconds if self.seconds else 0.0
 
     @property
@@ -81,13 +85,13 @@ class Tally:
 
 
 class Codes(nn.Module):
-    """Remembers the weights' codes, to count how many changed since it was last asked.
+    """Remembers the codes of weights, to count how many have changed.
 
-    Its buffers are what has to be saved to go on within an epoch.
+    A state that is saved within an epoch contains its buffers.
     """
 
     def __init__(self, weights: list[DiscreteWeight]) -> None:
-        """Take the codes of now."""
+        """Remember the present codes."""
         super().__init__()
         self.weights = weights
         for index, (_, weight, quantizer) in enumerate(weights):
@@ -95,7 +99,7 @@ class Codes(nn.Module):
             self.register_buffer(f"places{index}", places)
 
     def changed_share(self) -> dict[str, float]:
-        """Of each layer's weights."""
+        """The share of each layer's weights whose code changed since the last call."""
         shares = {}
         for index, (name, weight, quantizer) in enumerate(self.weights):
             before, now = self.get_buffer(f"places{index}"), quantizer.places(weight)
@@ -106,14 +110,18 @@ class Codes(nn.Module):
 
 @dataclass
 class History:
-    """The rows of summary.csv (an epoch each) and geometry.csv (an epoch and layer each)."""
+    """The rows of summary.csv (one per epoch) and geometry.csv (one per epoch and layer)."""
 
     summary: list[dict[str, Any]] = field(default_factory=list)
     geometry: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: RunFolder, epochs: int) -> History:
-        """What an interrupted run wrote about its finished epochs.
+        """Read the rows that an interrupted run wrote.
+
+        Args:
+            folder: of the run.
+            epochs: how many epochs are finished; later rows are left out.
 
         Raises:
             InputError: a file is damaged.
@@ -133,7 +141,16 @@ class History:
         geometry: Mapping[str, Mapping[str, float]],
         codes_changed: Mapping[str, float],
     ) -> None:
-        """Append an epoch; lr is the last step's learning rate."""
+        """Append an epoch.
+
+        Args:
+            epoch: counted from 1.
+            tally: sums over the training images.
+            held: metrics on the hold-out.
+            lr: learning rate of the last step.
+            geometry: of each layer at the last step, by name.
+            codes_changed: share of each layer's codes that changed, by name.
+        """
         loss, accuracy = tally.means
         self.summary.append(
             {
@@ -152,12 +169,12 @@ class History:
             self.geometry.append({**row, "codes_changed": codes_changed[name]})
 
     def write(self, folder: RunFolder) -> None:
-        """Put both files in the place of those that are there."""
+        """Write both files, replacing those of earlier epochs."""
         write_csv(folder.summary, self.summary)
         write_csv(folder.geometry, self.geometry)
 
     def describe(self, epochs: int) -> str:
-        """The last epoch, of so many, on a line."""
+        """The last epoch in one line; ``epochs`` is how many there will be."""
         row = self.summary[-1]
         skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
         return (

@@ -17,23 +17,26 @@ from ricciq.recipe import TrainingSection
 
 
 class WithFeatures(nn.Module):
-    """A model of timm that also answers with what its head is given.
+    """A timm model that also returns its features, the input of its head.
+
+    Args:
+        model: a model with ``forward_features`` and ``forward_head``.
 
     Raises:
-        RecipeError: the model is not made of features and a head.
+        RecipeError: the model has no such methods.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
             raise RecipeError(
-                f"training.distill_features needs the features of a model, which "
-                f"{type(model).__name__} does not give; remove it"
+                f"training.distill_features needs the features of the model, which "
+                f"{type(model).__name__} does not provide; remove it"
             )
         self.model = model
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, classes) and features (B, ...) of pictures (B, C, H, W)."""
+        """Logits (B, classes) and features (B, ...) of images (B, C, H, W)."""
         features = self.model.forward_features(x)  # type: ignore[operator]
         return self.model.forward_head(features), features  # type: ignore[operator]
 
@@ -41,12 +44,18 @@ class WithFeatures(nn.Module):
 def optimizer_and_schedule(
     model: nn.Module, settings: TrainingSection, updates_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """From timm's factories; what has one dimension (steps, biases, BatchNorm) does not decay.
+    """Make the optimizer and the schedule with timm's factories.
 
-    Those of torch's optimizers that have a fused form are used in it.
+    One-dimensional parameters (scales, biases, BatchNorm) have no weight decay. The fused form of
+    an optimizer is used if torch has one.
+
+    Args:
+        model: whose parameters are optimized.
+        settings: optimizer, schedule and their values.
+        updates_per_epoch: optimizer steps in an epoch.
 
     Raises:
-        RecipeError: timm knows no such optimizer or schedule.
+        RecipeError: timm has no such optimizer or schedule, or it cannot be used.
     """
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.scale_lr != 1:
@@ -55,14 +64,14 @@ def optimizer_and_schedule(
         optimizer = create_optimizer_v2(model, opt=settings.opt, **options)
         if "fused" in optimizer.defaults:
             optimizer = create_optimizer_v2(model, opt=settings.opt, fused=True, **options)
-    # timm asserts that CUDA, APEX or bitsandbytes is there for those optimizers that need it.
+    # timm asserts that CUDA, APEX or bitsandbytes is available for the optimizers that need it.
     except (ValueError, AssertionError, ImportError) as error:
         raise RecipeError(
-            f"training.opt = {settings.opt} cannot be used ({error}); take sgd or adamw"
+            f"training.opt = {settings.opt} cannot be used ({error}); choose sgd or adamw"
         ) from None
     if getattr(optimizer, "is_second_order", False):
         raise RecipeError(
-            f"training.opt = {settings.opt} needs second derivatives; take sgd or adamw"
+            f"training.opt = {settings.opt} needs second derivatives; choose sgd or adamw"
         )
     try:
         schedule, _ = create_scheduler_v2(
@@ -76,31 +85,33 @@ def optimizer_and_schedule(
         )
     except (ValueError, AssertionError) as error:
         raise RecipeError(
-            f"training.sched = {settings.sched} cannot be used ({error}); take cosine"
+            f"training.sched = {settings.sched} cannot be used ({error}); choose cosine"
         ) from None
     if schedule is None:
-        raise RecipeError(f"training.sched = {settings.sched} is no schedule of timm; take cosine")
+        raise RecipeError(
+            f"training.sched = {settings.sched} is not a schedule of timm; choose cosine"
+        )
     return optimizer, schedule
 
 
 def _groups(model: nn.Module, settings: TrainingSection) -> list[dict[str, Any]]:
-    """timm's groups, and the steps in one with a rate of their own."""
+    """timm's parameter groups, and one for the scales with its own learning rate."""
     quantizers = (
         m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)
     )
-    steps = {id(m.log_scale): m.log_scale for m in quantizers if m.log_scale.requires_grad}
+    scales = {id(m.log_scale): m.log_scale for m in quantizers if m.log_scale.requires_grad}
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
     for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in steps]
-    own = {"params": list(steps.values()), "weight_decay": 0.0, "lr_scale": settings.scale_lr}
-    return [group for group in [*groups, own] if group["params"]]
+        group["params"] = [p for p in group["params"] if id(p) not in scales]
+    last = {"params": list(scales.values()), "weight_decay": 0.0, "lr_scale": settings.scale_lr}
+    return [group for group in [*groups, last] if group["params"]]
 
 
 def check_training(settings: TrainingSection) -> None:
-    """Find out whether timm can do what the settings ask for, before anything is done.
+    """Check the optimizer and the schedule before any work is done.
 
     Raises:
-        RecipeError: it knows no such optimizer or schedule.
+        RecipeError: timm has no such optimizer or schedule, or it cannot be used.
     """
     optimizer_and_schedule(nn.Linear(1, 1), settings, updates_per_epoch=1)

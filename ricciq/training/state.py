@@ -1,4 +1,4 @@
-"""How far a run has come, and the newest state that it goes on from."""
+"""The progress of a run, and the state from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -11,37 +11,34 @@ from ricciq.errors import CheckpointError
 from ricciq.recipe import Count
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
-from ricciq.system.tensor_files import (
-    State,
-    load_tensors,
-)
+from ricciq.system.tensor_files import State, load_tensors
 from ricciq.training.metrics import Tally
 
 
 @dataclass
-class Progressed:
-    """How far a run has come; what the state file remembers beside the tensors.
+class TrainingState:
+    """The progress of a run: what a state file stores beside the tensors.
 
     Attributes:
-        epoch: epochs finished.
+        epoch: finished epochs.
         steps: optimizer steps taken.
-        images: pictures trained on in finished epochs.
-        seconds: time spent on steps of finished epochs, over all sittings.
+        images: images trained on in finished epochs.
+        seconds: time spent on steps of finished epochs, before and after interruptions.
         skipped: steps skipped in finished epochs because gradients were not finite.
-        bad_in_a_row: the last steps that were.
+        bad_in_a_row: how many of the last steps were skipped in a row.
         best_top1: the highest hold-out top-1 of an epoch, percent.
         chosen_epoch: the epoch whose weights were kept, counted from 1; 0 before the first.
         chosen_top1: its hold-out top-1, percent.
-        batch: batches of the unfinished epoch that were used.
-        tally: sums over them; see `Tally`.
-        geometry: of each layer at the unfinished epoch's last step, once that is done.
-        batch_size: pictures in a batch of one process.
-        processes: how many train together; batches and steps are counted by it.
-        scaler: state of the loss scaler, empty unless training in float16.
-        stage: which of the stages of falling widths the steps are of.
+        batch: batches used of the unfinished epoch.
+        tally: sums over these batches; see `Tally`.
+        geometry: of each layer at the unfinished epoch's last step, once it is taken.
+        batch_size: images in a batch of one process.
+        processes: how many train together; batches and steps are those of each.
+        scaler: state of the loss scaler, empty unless training is in float16.
+        stage: the stage of progressive quantization, see `ricciq.training.stages`.
     """
 
-    # Checked where a state is read; a plain dataclass does not check.
+    # Validated where a state is read; a plain dataclass does not validate.
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     epoch: Count = 0
@@ -62,37 +59,44 @@ class Progressed:
     stage: Count = 0
 
     @classmethod
-    def of(cls, state: State) -> Progressed:
-        """What a state says.
+    def of(cls, state: State) -> TrainingState:
+        """The progress that a state file stores.
 
         Raises:
-            CheckpointError: it is no state of this version's.
+            CheckpointError: the file is damaged or of another version.
         """
         try:
-            done = TypeAdapter(cls).validate_python(state.metadata["progress"])
-            Tally.from_dict(done.tally)  # has sums of its own names only
+            progress = TypeAdapter(cls).validate_python(state.metadata["progress"])
+            Tally.from_dict(progress.tally)  # raises TypeError for an unknown name
         except (KeyError, TypeError, ValidationError):
             raise CheckpointError(
-                f"{state.path} is damaged, or the state of another version of ricciq; start again "
-                "with --overwrite"
+                f"{state.path} is damaged or from another version of ricciq; start again with "
+                "--overwrite"
             ) from None
-        return done
+        return progress
 
 
 def last_state(folder: RunFolder, journal: Journal) -> State | None:
-    """The newest state of a run that is intact; None if it has none yet.
+    """The newest intact state of a run.
+
+    Args:
+        folder: of the run.
+        journal: told if the last state is damaged and the one before is used.
+
+    Returns:
+        The state; None if the run has saved none yet.
 
     Raises:
-        CheckpointError: there are states, and none of them is intact.
+        CheckpointError: there are states, but none of them is intact.
     """
-    there = [path for path in (folder.last, folder.previous) if path.is_file()]
-    if not there:
+    found = [path for path in (folder.last, folder.previous) if path.is_file()]
+    if not found:
         return None
     try:
-        return State(*load_tensors(there[0]), there[0])
+        return State(*load_tensors(found[0]), found[0])
     except CheckpointError as error:
-        if len(there) == 1:
+        if len(found) == 1:
             raise
-        journal.say(f"{error}; going on from {folder.previous.name}")
-    folder.previous.replace(folder.last)  # or the next save would keep the damaged one instead
+        journal.say(f"{error}; resuming from {folder.previous.name}")
+    folder.previous.replace(folder.last)  # or the next save would keep the damaged one
     return State(*load_tensors(folder.last), folder.last)

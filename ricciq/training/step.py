@@ -1,4 +1,4 @@
-"""One optimizer step after another: forward, backward, correct, step. Nothing touches a file."""
+"""The optimizer step: forward, backward, correct, step. No file is read or written here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.loader import Batch
 from ricciq.errors import RecipeError
 from ricciq.estimators.apply import Attachment, Correction, DiscreteWeight
-from ricciq.estimators.ricci_flow import Geometry
+from ricciq.estimators.metric_flow import Geometry
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
@@ -30,12 +30,12 @@ from ricciq.training.optim import WithFeatures, optimizer_and_schedule
 from ricciq.training.oscillation import Damping, Freezing
 from ricciq.training.stages import Progression
 
-Pictures = Callable[[], Iterable[Tensor]]
-"""Makes batches (B, C, H, W) to calibrate on, of training pictures as they are, always the same."""
+CalibrationImages = Callable[[], Iterable[Tensor]]
+"""Makes batches (B, C, H, W) of training images without augmentation, the same at every call."""
 
 
 def discrete_weights(model: nn.Module) -> list[DiscreteWeight]:
-    """The weights of a converted model's discrete layers, with their quantizers."""
+    """The weights of a converted model's discrete layers with their quantizers, in order."""
     return [
         DiscreteWeight(name, layer.latent, layer.weight_quantizer)
         for name, layer in quantized_layers(model).items()
@@ -43,31 +43,31 @@ def discrete_weights(model: nn.Module) -> list[DiscreteWeight]:
 
 
 def half_precision(device: torch.device) -> torch.dtype:
-    """What a device computes mixed precision in: float16 only where it has no bfloat16."""
+    """The dtype of mixed precision on a device: float16 only where bfloat16 is missing."""
     lacking = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if lacking else torch.bfloat16
 
 
 class Trainer:
-    """Takes batches and changes a converted, calibrated model.
+    """Trains a converted, calibrated model, one optimizer step at a time.
 
-    The estimator is attached to the model until `end`, which also ends a block ``with Trainer(…)``.
+    The estimator is attached to the model until `end`, which a block ``with Trainer(…)`` calls.
 
-    A profiler of torch's sees the phases of a step by name: ``forward``, ``backward``,
-    ``correction`` and ``optimizer``.
+    The torch profiler shows the phases of a step as ``forward``, ``backward``, ``correction`` and
+    ``optimizer``.
 
     Args:
-        model: on ``device``; stays usable by itself.
+        model: on ``device``; it can be used while it is trained.
         recipe: schedule, mixed precision, compilation and seed.
-        correction: what happens to the gradients between backward and step.
+        correction: what happens to gradients after the backward pass.
         device: where to compute.
         batches_per_epoch: of each process.
         teacher: the float model to distil from, on ``device``.
         world: the processes that average their gradients.
 
     Raises:
-        RecipeError: timm knows no such optimizer or schedule, or the model cannot recompute its
-            activations.
+        RecipeError: timm has no such optimizer or schedule, or the model does not support gradient
+            checkpointing or has no features to distil.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Trainer:
         self.weights = discrete_weights(model)
         self.freezing = Freezing(self.weights, self.settings.freezing)
         self.codes = Codes(self.weights)
-        # Everything with tensors that a step changes, but for the optimizer.
+        # Everything with tensors that a step changes, except the optimizer.
         self.changing = nn.ModuleDict(
             {"model": model, "freezing": self.freezing, "codes": self.codes}
         )
@@ -111,27 +111,27 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         if self.settings.grad_checkpointing:
             recompute_activations(model, True)
-        self.alone = model
+        self.unwrapped = model
         if self.settings.distill_features and teacher is not None:
-            self.alone, teacher = WithFeatures(model), WithFeatures(teacher)
+            self.unwrapped, teacher = WithFeatures(model), WithFeatures(teacher)
         self.parallel: DistributedDataParallel | None = None
         if self.world.size > 1:
-            self.parallel = DistributedDataParallel(self.alone)
-        self.eager: nn.Module = self.parallel or self.alone
+            self.parallel = DistributedDataParallel(self.unwrapped)
+        self.eager: nn.Module = self.parallel or self.unwrapped
         self.forward = self.eager
         self.teacher = self.eager_teacher = teacher
         if on_cuda if recipe.compile is None else recipe.compile:
             self.forward = cast(nn.Module, torch.compile(self.eager))
             self.teacher = teacher and cast(nn.Module, torch.compile(teacher))
-        self.averages = list(model.buffers())
-        self.saved_averages = [torch.empty_like(buffer) for buffer in self.averages]
+        self.buffers = list(model.buffers())
+        self.saved_buffers = [torch.empty_like(buffer) for buffer in self.buffers]
         self.geometry: dict[str, Geometry] = {}
-        # At last, so that a trainer that cannot be made leaves nothing on the model.
+        # Last, so that a trainer that cannot be made leaves nothing on the model.
         self.attachment = Attachment(model, correction, self.outcome)
         self.activations = self.attachment.activations
 
     def begin_epoch(self) -> None:
-        """Put the model into training; with ``freeze_bn``, its BatchNorms into evaluation."""
+        """Put the model into training mode, with ``freeze_bn`` its BatchNorms into evaluation."""
         self.model.train()
         self.geometry = {}
         if self.settings.freeze_bn:
@@ -143,11 +143,11 @@ class Trainer:
         """Forward, backward, correct, damp, step, freeze.
 
         Args:
-            batches: whose gradients are added up, each weighted by its pictures.
-            tally: what is counted.
-            update: how many optimizer steps were taken before. Whatever a step draws by chance
-                follows from the seed, this number and the process.
-            measure: leave the geometry in `geometry`.
+            batches: their gradients are added up, each weighted by its number of images.
+            tally: counts loss, hits and images.
+            update: how many optimizer steps were taken before. All random numbers of a step follow
+                from the seed, this number and the process.
+            measure: measure the geometry and leave it in `geometry`.
 
         Returns:
             Whether the gradients were finite; if not, nothing has changed.
@@ -157,13 +157,13 @@ class Trainer:
         torch.manual_seed(chance.getrandbits(63))
         if self.activations is not None:
             self.activations.advance(progress)
-        # A BatchNorm takes its batch into its averages in the forward pass, a NaN too, for good.
-        self._copy(self.averages, self.saved_averages)
+        # The forward pass updates BatchNorm averages: a NaN would stay in them for good.
+        self._copy(self.buffers, self.saved_buffers)
         with self._measuring() if measure else nullcontext({}) as cosines:
-            seen = self._backward(batches, self.eager if measure else self.forward)
+            outputs = self._backward(batches, self.eager if measure else self.forward)
 
         self.scaler.unscale_(self.optimizer)
-        # One number says whether all gradients are finite; a step with a NaN would ruin the run.
+        # One number tells whether all gradients are finite; a step with a NaN would ruin the run.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         finite = bool(nn.utils.get_total_norm(gradients).isfinite())
         if finite:
@@ -174,44 +174,43 @@ class Trainer:
             self.damping(self.weights, progress)
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-            with record_function("optimizer"), self.correction.within_trust(self.weights):
+            with record_function("optimizer"), self.correction.step_bound.around(self.weights):
                 self.scaler.step(self.optimizer)
             self.freezing(progress)
             if self.ema is not None:
                 self.ema.update(self.model)
         else:
-            self._copy(self.saved_averages, self.averages)
+            self._copy(self.saved_buffers, self.buffers)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.schedule.step_update(update + 1)
         tally.bad += not finite
-        for loss, logits, targets in seen if finite else ():
+        for loss, logits, targets in outputs if finite else ():
             tally.add(loss, logits, targets)
         return finite
 
     def _measuring(self) -> AbstractContextManager[dict[nn.Module, float]]:
-        """Around a step that leaves the geometry; see `ActivationCorrection.measuring`."""
-        if self.activations is not None and self.correction.on == "activations":
+        """The context of a step that is measured; see `ActivationCorrection.measuring`."""
+        if self.activations is not None and self.correction.target == "activations":
             return self.activations.measuring()
         return nullcontext({})
 
     def _backward(
         self, batches: Sequence[Batch], forward: nn.Module
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Add up gradients; loss, logits and targets of each batch."""
-        pictures = sum(len(targets) for _, targets in batches)
-        seen = []
+        """Add up gradients; returns loss, logits and targets of each batch."""
+        total = sum(len(targets) for _, targets in batches)
+        outputs = []
         for number, (images, targets) in enumerate(batches, start=1):
-            last = number == len(batches)
-            alone = self.parallel is not None and not last
-            with cast(DistributedDataParallel, self.parallel).no_sync() if alone else nullcontext():
+            local = self.parallel is not None and number < len(batches)
+            with cast(DistributedDataParallel, self.parallel).no_sync() if local else nullcontext():
                 with record_function("forward"):
                     loss, logits, labels = self._loss(images, targets, forward)
-                share = self.scaler.scale(loss * (len(targets) / pictures))
+                share = self.scaler.scale(loss * (len(targets) / total))
                 with record_function("backward"):
                     share.backward()  # type: ignore[no-untyped-call]
-            seen.append((loss.detach(), logits, labels))
-        return seen
+            outputs.append((loss.detach(), logits, labels))
+        return outputs
 
     def _loss(
         self, images: Tensor, targets: Tensor, forward: nn.Module
@@ -220,86 +219,92 @@ class Trainer:
         unlabelled = bool(targets.min() < 0)
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-            logits, features = _parted(forward(images))
-            taught, known = None, None
+            logits, features = _split_output(forward(images))
+            teacher_logits, teacher_features = None, None
             if self.teacher is not None:
                 with torch.no_grad():
-                    taught, known = _parted(self.teacher(images))
-                    targets = taught.argmax(1) if unlabelled else targets
-        loss = loss_function(logits, targets, taught, self.settings)
-        if features is not None and known is not None:
-            loss = loss + self.settings.distill_features * feature_distance(features, known)
+                    teacher_logits, teacher_features = _split_output(self.teacher(images))
+                    targets = teacher_logits.argmax(1) if unlabelled else targets
+        loss = loss_function(logits, targets, teacher_logits, self.settings)
+        if features is not None and teacher_features is not None:
+            distance = feature_distance(features, teacher_features)
+            loss = loss + self.settings.distill_features * distance
         return loss, logits.detach(), targets
 
     @property
     def outcome(self) -> nn.Module:
-        """What is judged and saved: the model, or the moving average of its weights."""
+        """The network that is evaluated and saved: the model, or its moving average."""
         return self.model if self.ema is None else self.ema.module
 
     @property
     def stage(self) -> int:
-        """Which widths the quantizers have; see `Progression`."""
+        """The stage of progressive quantization, which decides the widths of the quantizers."""
         return self.progressions[0].stage
 
     def set_stage(self, stage: int) -> bool:
-        """Give the quantizers the widths of a stage; whether they had others."""
+        """Set the widths of a stage; returns whether they differ from those before."""
         changed = [progression.enter(stage) for progression in self.progressions]
         if any(changed) and self.activations is not None:
             self.activations.set_slopes()
         return any(changed)
 
-    def enter(self, epoch: int, pictures: Pictures) -> None:
-        """Make ready for an epoch, counted from 0: in a new stage all steps are found anew."""
+    def enter(self, epoch: int, images: CalibrationImages) -> None:
+        """Prepare for an epoch: in a new stage, set the widths and calibrate all scales again.
+
+        Args:
+            epoch: counted from 0.
+            images: what to calibrate on.
+        """
         progression = self.progressions[0]
         if not self.set_stage(progression.stage_of(epoch)):
             return
         progression.fit_weights(self.scale_search)
-        calibrate(self.model, (x.to(self.device) for x in pictures()), self.scale_search)
+        calibrate(self.model, (x.to(self.device) for x in images()), self.scale_search)
         if self.ema is not None:
             self.ema.set(self.model)  # type: ignore[no-untyped-call]
 
-    def reestimate(self, pictures: Pictures) -> None:
-        """Take the BatchNorm averages of the outcome anew, where the recipe wants it."""
+    def reestimate(self, images: CalibrationImages) -> None:
+        """Estimate the BatchNorm statistics of `outcome` again, if the recipe asks for it."""
         if self.settings.reestimate_bn:
-            torch.manual_seed(self.seed)  # a model may drop something by chance
-            update_bn(pictures(), self.outcome, self.device)
+            torch.manual_seed(self.seed)  # a model may have dropout
+            update_bn(images(), self.outcome, self.device)
 
     def share_averages(self) -> None:
-        """Give every process the BatchNorm averages of the first, those that are saved."""
-        for buffer in dict.fromkeys([*self.averages, *self.outcome.buffers()]):
+        """Copy the BatchNorm averages of the first process, which are saved, to every process."""
+        for buffer in dict.fromkeys([*self.buffers, *self.outcome.buffers()]):
             self.world.share(buffer)
 
     def __enter__(self) -> Self:
-        """The trainer itself."""
+        """Return the trainer itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Call `end`, whatever ended the block."""
+        """Call `end`."""
         self.end()
 
     def end(self) -> None:
-        """Leave the model as others use it: without the estimator, with its activations kept."""
+        """Detach the estimator, and switch gradient checkpointing off."""
         self.attachment.detach()
         if self.settings.grad_checkpointing:
             recompute_activations(self.model, False)
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the memory is enough for a batch's gradients; the model stays as it is.
+        """Whether there is memory for the gradients of a batch. The model does not change.
 
-        It is tried as the last step of an epoch does it, which needs most: the geometry is measured
-        and nothing is compiled.
+        It computes them as the last step of an epoch does, which needs most: the geometry is
+        measured and nothing is compiled.
         """
         compiled, self.teacher = self.teacher, self.eager_teacher
-        self.optimizer.zero_grad()  # what a step that failed left
-        self._copy(self.averages, self.saved_averages)
+        self.optimizer.zero_grad()  # gradients of a step that failed
+        self._copy(self.buffers, self.saved_buffers)
         moments = []
         try:
-            if not self.optimizer.state:  # it makes its moments in the first step
+            if not self.optimizer.state:  # its moments are made in the first step
                 parameters = list(self.model.parameters())
                 moments = [torch.empty_like(p) for p in parameters for _ in range(self.moments)]
-            # Not through DistributedDataParallel: other processes are not trying.
+            # Not through DistributedDataParallel: the other processes do not take part.
             with self._measuring():
-                self._backward([batch], self.alone)
+                self._backward([batch], self.unwrapped)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -308,17 +313,17 @@ class Trainer:
             del moments
             self.teacher = compiled
             self.optimizer.zero_grad()
-            self._copy(self.saved_averages, self.averages)
+            self._copy(self.saved_buffers, self.buffers)
         return True
 
     @staticmethod
     @torch.no_grad()
     def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-        if source:  # a model without BatchNorm may have no buffer
+        if source:  # a model may have no buffers
             torch._foreach_copy_(target, source)
 
     def _measured(self, progress: float, cosines: Mapping[nn.Module, float]) -> dict[str, Geometry]:
-        """The geometry of each layer; where only its inputs' gradients turn, how far they do."""
+        """The geometry of each layer, with the cosine of its inputs if only those are corrected."""
         geometry = self.correction.measure(self.weights, progress)
         for name, layer in quantized_layers(self.model).items():
             quantizer = layer.input_quantizer
@@ -328,33 +333,37 @@ class Trainer:
 
     @property
     def moments(self) -> int:
-        """Tensors that the optimizer keeps for a weight: Adam and its like two, others one."""
+        """Tensors that the optimizer keeps for a weight: 2 for Adam and its variants, else 1."""
         return 2 if "betas" in self.optimizer.defaults else 1
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits of the outcome in evaluation mode."""
+        """Logits (B, classes) of `outcome` in evaluation mode, for images (B, C, H, W)."""
         logits: Tensor = self.outcome.eval()(images.to(self.device))
         return logits
 
 
-def _parted(answer: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Logits in float32, and features if the model gives them."""
-    if isinstance(answer, Tensor):
-        return answer.float(), None
-    logits, features = answer
+def _split_output(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Logits in float32, and features if the model returns them."""
+    if isinstance(output, Tensor):
+        return output.float(), None
+    logits, features = output
     return logits.float(), features
 
 
 def recompute_activations(model: nn.Module, wanted: bool) -> None:
-    """Save memory in training by recomputing what the backward pass needs; timm's own switch.
+    """Switch timm's gradient checkpointing on or off.
+
+    Args:
+        model: a timm model.
+        wanted: whether activations are recomputed in the backward pass, which saves memory.
 
     Raises:
-        RecipeError: the model has none.
+        RecipeError: the model does not support it.
     """
     try:
         model.set_grad_checkpointing(wanted)  # type: ignore[operator]
     except (AttributeError, AssertionError):
         raise RecipeError(
-            "training.grad_checkpointing = true is nothing this model of timm can do; remove it "
-            "and lower --batch-size"
+            "training.grad_checkpointing = true: this timm model does not support gradient "
+            "checkpointing; remove it and lower --batch-size"
         ) from None

@@ -18,7 +18,7 @@ from ricciq.system.tensor_files import load_model_state, load_tensors, save_tens
 from ricciq.training.adaround import PICTURES, reconstruct
 from ricciq.training.loop import finetune
 from ricciq.training.memory import LARGEST_BATCH
-from ricciq.training.state import Progressed, last_state
+from ricciq.training.state import TrainingState, last_state
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.job import Job, is_distilled
 from ricciq.workflows.session import Session, in_first_process
@@ -37,7 +37,7 @@ class Trained(NamedTuple):
     """
 
     model: nn.Module
-    progress: Progressed
+    progress: TrainingState
 
 
 def train(job: Job, session: Session) -> Trained:
@@ -83,7 +83,7 @@ def train(job: Job, session: Session) -> Trained:
         teacher=teacher if is_distilled(job) else None,
         metadata=job.metadata,
         journal=journal,
-        pictures=images,
+        calibration_images=images,
         resume=session.resume,
         world=world,
     )
@@ -125,4 +125,4 @@ def _batch_size(job: Job, session: Session) -> int:
 def _batch_size_so_far(session: Session) -> int:
     """The batch size of the run to resume; 0 if there is none."""
     state = last_state(session.folder, session.journal) if session.resume else None
-    return Progressed.of(state).batch_size if state else 0
+    return TrainingState.of(state).batch_size if state else 0

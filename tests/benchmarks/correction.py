@@ -1,10 +1,10 @@
-"""What the correction of gradients costs in a training step of a timm model: only prints.
+"""The cost of correcting gradients in a training step of a timm model, printed.
 
     python tests/benchmarks/correction.py resnet50 --batch 32 --methods ricci,project
 
-Whole steps (forward, backward, correction, optimizer) under the straight-through estimator and
-under each method take turns in one run, each with a copy of the model of its own; the share is what
-a step of the method takes longer, of that step.
+Whole steps (forward, backward, correction, optimizer) with the straight-through estimator and with
+each method alternate in one run, each with its own copy of the model. The share is the additional
+time of the method's step, relative to that step.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq import calibrate, quantize
-from ricciq.estimators.apply import ActivationCorrection, Correction
-from ricciq.estimators.registry import named_estimator
+from ricciq.estimators.apply import ActivationCorrection
 from ricciq.recipe import Recipe
+from ricciq.training.loop import correction_of
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.compare import Trial
 
@@ -33,7 +33,7 @@ WARM_UP = 2
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds it takes, with what it starts on a GPU."""
+    """Seconds of some work, including what it starts on a GPU."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -42,26 +42,25 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 class Training:
-    """A model under a method, and its steps."""
+    """A copy of a model that is trained with a method."""
 
     def __init__(self, model: nn.Module, method: str) -> None:
         recipe = Trial(method, 1.0, 0).recipe(Recipe())
-        estimator = named_estimator(recipe.method.name, recipe.method.changes)
         self.model = copy.deepcopy(model).train()
-        self.correction = Correction(estimator, recipe.method.corrects)
-        if self.correction.on != "weights":
-            ActivationCorrection(self.model, estimator)
+        self.correction = correction_of(recipe)
+        if self.correction.target != "weights":
+            ActivationCorrection(self.model, self.correction.estimator)
         self.weights = discrete_weights(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
 
     def step(self, images: Tensor, targets: Tensor) -> None:
-        """One, as the training loop takes it."""
+        """A step as in the training loop."""
         half = torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda)
         with half:
             loss = F.cross_entropy(self.model(images).float(), targets)
         loss.backward()
         self.correction(self.weights, progress=0.5)
-        with self.correction.within_trust(self.weights):
+        with self.correction.step_bound.around(self.weights):
             self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -1,13 +1,13 @@
-"""A training step of float, of ours and of Brevitas: time, images a second, peak memory.
+"""A training step in float, in ricciq and in Brevitas: time, images per second, peak memory.
 
     python tests/benchmarks/train_step.py resnet18 --batch 32
     python tests/benchmarks/train_step.py resnet50 --batch 256 --device cuda --amp --profile
 
-Every variant is a process of its own, so that its peak memory is its own; in every round each takes
-a turn of so many steps while the others wait. A ratio is the median over rounds of two times of the
-same round. All but Brevitas run `ricciq.training.step.Trainer.step`: its checks and its optimizer
-(SGD with momentum) are in every time. Brevitas' step has forward, backward and optimizer. Brevitas
-takes part where it is installed (`pip install brevitas`).
+Each variant runs in its own process, so that its peak memory can be measured. In every round each
+variant takes some steps while the others wait. A ratio is the median over rounds of two times of
+the same round. All but Brevitas run `ricciq.training.step.Trainer.step`: every time includes its
+checks and its optimizer (SGD with momentum). The step of Brevitas is forward, backward and
+optimizer. Brevitas takes part if it is installed (`pip install brevitas`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
 VARIANTS = {
     "float": (),
     "float, compiled": ("compile",),
@@ -42,7 +44,7 @@ VARIANTS = {
 }
 CLASSES, WARM_UP = 1000, 3
 PROCESSES = multiprocessing.get_context("fork")
-"""This process itself never uses a GPU, which its forks could not use then."""
+"""This process never uses a GPU itself: its forks could not use it then."""
 RATIOS = [
     ("ricci, compiled", "float, compiled"),
     ("ricci", "float"),
@@ -101,54 +103,30 @@ def ours(options: argparse.Namespace, traits: Sequence[str]) -> Callable[[], Non
 
 
 def brevitas(options: argparse.Namespace) -> Callable[[], None]:
-    """A step of the same model in Brevitas: scales a channel for weights, learned for inputs."""
+    """A step of the same model in Brevitas: per-channel weight scales, learned input scales."""
     import timm
     import torch
-    from brevitas import nn as qnn
     from brevitas.quant import Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
+    from brevitas_layers import replace_layers
     from torch import nn
 
     import ricciq.models.factory  # noqa: F401  registers the nets with timm
 
-    weight_bits, act_bits = options.bits
-
-    def replace(module: nn.Module, edges: tuple[nn.Module, ...]) -> None:
-        for name, child in module.named_children():
-            quantizers = {
-                "weight_quant": Int8WeightPerChannelFloat,
-                "weight_bit_width": 8 if child in edges else weight_bits,
-                "input_quant": Uint8ActPerTensorFloat,
-                "input_bit_width": 8 if child in edges else act_bits,
-                # Its scales are learned after so many steps of statistics, which cost a sort each.
-                "input_collect_stats_steps": 1,
-            }
-            made: nn.Module
-            if type(child) is nn.Conv2d:
-                made = qnn.QuantConv2d(
-                    child.in_channels,
-                    child.out_channels,
-                    child.kernel_size,
-                    stride=child.stride,
-                    padding=child.padding,
-                    dilation=child.dilation,
-                    groups=child.groups,
-                    bias=child.bias is not None,
-                    **quantizers,
-                )
-            elif type(child) is nn.Linear:
-                made = qnn.QuantLinear(
-                    child.in_features, child.out_features, child.bias is not None, **quantizers
-                )
-            else:
-                replace(child, edges)
-                continue
-            setattr(module, name, made)
+    def quantizers(index: int, count: int) -> dict[str, Any]:
+        weight_bits, act_bits = (8, 8) if index in (0, count - 1) else options.bits
+        return {
+            "weight_quant": Int8WeightPerChannelFloat,
+            "weight_bit_width": weight_bits,
+            "input_quant": Uint8ActPerTensorFloat,
+            "input_bit_width": act_bits,
+            # Scales are learned after so many steps of statistics, each of which costs a sort.
+            "input_collect_stats_steps": 1,
+        }
 
     device = torch.device(options.device)
     torch.manual_seed(0)
     model = timm.create_model(options.model, num_classes=CLASSES)
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    replace(model, (layers[0], layers[-1]))
+    replace_layers(model, quantizers)
     model = model.to(device).to(memory_format=torch.channels_last).train()
     images = torch.randn(options.batch, *options.size, device=device)
     images = images.to(memory_format=torch.channels_last)
@@ -169,12 +147,12 @@ def brevitas(options: argparse.Namespace) -> Callable[[], None]:
 def serve(
     orders: Connection, places: Any, device: Any, options: argparse.Namespace, variant: str
 ) -> None:
-    """Get a variant ready, then do what the orders say: time steps, or profile them.
+    """Prepare a variant, then time or profile steps as ordered.
 
     Args:
-        orders: gives what to do, a name and a number of steps, and takes what was measured.
-        places: a semaphore: how many may get ready at a time.
-        device: a lock: what computes on the device holds it, since memory is for one of them.
+        orders: receives orders, a name and a number of steps, and sends what was measured.
+        places: semaphore for preparing: limits how many variants do so at a time.
+        device: lock for computing on the device, whose memory is enough for one variant.
         options: of the command line.
         variant: one of `VARIANTS`.
     """
@@ -202,7 +180,7 @@ def serve(
 def _holding(device: Any, compiles: bool) -> Iterator[None]:
     """Hold the device from now on, or from the end of the first compilation.
 
-    So several can compile at a time, each with next to no memory of the device.
+    Several variants can thus compile at a time, with almost no memory of the device.
     """
     held = False
 
@@ -238,11 +216,11 @@ def _let_memory_go(device: str) -> None:
 
 
 def timed(step: Callable[[], None], steps: int, device: str) -> dict[str, Any]:
-    """Milliseconds a step, none of which waits for the one before; and the peak memory."""
+    """Milliseconds per step, without waiting between steps, and the peak memory."""
     import torch
 
     on_cuda = device.startswith("cuda")
-    if on_cuda:  # one more: it takes the memory that was let go
+    if on_cuda:  # one more: it allocates the memory that was released
         step()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -258,9 +236,9 @@ def timed(step: Callable[[], None], steps: int, device: str) -> dict[str, Any]:
 
 
 def profiled(step: Callable[[], None], steps: int, device: str) -> dict[str, Any]:
-    """The slowest kernels, with their share of a step, and what the host does in a step.
+    """The slowest kernels, with their share of a step, and the launches and waits of the host.
 
-    On a CPU the operators take the place of kernels, and nothing is launched or waited for.
+    On a CPU operators are listed instead of kernels, and there are no launches or waits.
     """
     import torch
     from torch.autograd import DeviceType
@@ -298,7 +276,7 @@ def profiled(step: Callable[[], None], steps: int, device: str) -> dict[str, Any
 
 
 def _waits(step: Callable[[], None], steps: int) -> dict[str, Any]:
-    """How often a step makes the host wait for the device, and where."""
+    """How often the host waits for the device in a step, and where."""
     import torch
 
     torch.cuda.set_sync_debug_mode("warn")
@@ -318,7 +296,7 @@ class Variant:
     """A variant's process, and what it has measured so far.
 
     Attributes:
-        why: why it takes no part any more, with a traceback.
+        why: why it failed, with a traceback; empty if it did not.
     """
 
     def __init__(self, name: str, options: argparse.Namespace, places: Any, device: Any) -> None:
@@ -332,7 +310,7 @@ class Variant:
         theirs.close()
 
     def answer(self, patience: float | None = None) -> dict[str, Any]:
-        """What the process sends next; empty if it failed, or not within so many seconds."""
+        """What the process sends next; empty if it failed or took more than ``patience`` s."""
         if self.why:
             return {}
         try:
@@ -348,7 +326,7 @@ class Variant:
         return {} if self.why else values
 
     def order(self, what: str, steps: int) -> dict[str, Any]:
-        """Have steps timed or profiled."""
+        """Let the process time or profile steps, and wait for the result."""
         if not self.why:
             self.orders.send((what, steps))
         return self.answer()
@@ -363,11 +341,11 @@ class Variant:
 def measure(
     options: argparse.Namespace, tell: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Time the variants by turns.
+    """Time the variants in turns.
 
     Args:
         options: of the command line.
-        tell: is given what is known after every round, should there be no end.
+        tell: receives the results so far after every round, in case the run is cut off.
     """
     names = options.only or list(VARIANTS)
     missing = {}
@@ -383,14 +361,14 @@ def measure(
             patience = max(0.0, patience - (time.monotonic() - started))
         variant.answer(patience)
         print(f"{variant.name}: {variant.why or 'ready'}", file=sys.stderr)
-    about = {
+    settings = {
         name: getattr(options, name) for name in ("model", "batch", "size", "device", "bits", "amp")
     }
 
     profiles: dict[str, Any] = {}
 
     def outcome() -> dict[str, Any]:
-        return about | _outcome(variants, options.batch, missing) | {"profiles": profiles}
+        return settings | _outcome(variants, options.batch, missing) | {"profiles": profiles}
 
     for number in range(options.rounds):
         for variant in variants:
@@ -458,7 +436,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's."""
+    """The parser of the command line."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -471,9 +449,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--rounds", type=int, default=10)
     made.add_argument("--steps", type=int, default=1, help="steps in a turn")
-    made.add_argument("--at-once", type=int, default=1, help="how many get ready at a time")
-    made.add_argument("--patience", type=float, help="seconds in which variants must be ready")
-    made.add_argument("--until", type=float, help="seconds after which no round is begun")
+    made.add_argument("--at-once", type=int, default=1, help="how many variants prepare at a time")
+    made.add_argument("--patience", type=float, help="seconds within which variants must be ready")
+    made.add_argument("--until", type=float, help="seconds after which no round begins")
     made.add_argument("--profile", action="store_true", help="show the Ricci step's kernels")
     made.add_argument("--only", nargs="+", choices=VARIANTS, help="variants; all if left out")
     made.add_argument("--json", type=Path, help="file to write")

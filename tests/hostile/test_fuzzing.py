@@ -26,7 +26,7 @@ from ricciq.recipe import Recipe
 from ricciq.report.schema import load_report
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import METADATA_KEY, State, load_tensors
-from ricciq.training.state import Progressed
+from ricciq.training.state import TrainingState
 from ricciq.workflows.saved import rebuild
 
 pytestmark = [pytest.mark.hostile, pytest.mark.slow]
@@ -206,14 +206,14 @@ def test_what_a_run_says_of_its_model(tmp_path: Path, path: tuple[Any, ...], val
         rebuild(file)
 
 
-PROGRESS = vars(Progressed(tally={"loss": 1.0, "images": 5}, geometry={"a": {"b": 1.0}}))
+PROGRESS = vars(TrainingState(tally={"loss": 1.0, "images": 5}, geometry={"a": {"b": 1.0}}))
 
 
 @quickly
 @given(st.sampled_from(list(leaves(PROGRESS))), PLAIN)
 def test_progress(path: tuple[Any, ...], value: Any) -> None:
     with only_our_errors():
-        done = Progressed.of(State({}, {"progress": replaced(PROGRESS, path, value)}, Path("x")))
+        done = TrainingState.of(State({}, {"progress": replaced(PROGRESS, path, value)}, Path("x")))
         assert done.epoch >= 0
 
 

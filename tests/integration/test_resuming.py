@@ -217,7 +217,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(recipe, undisturbed, tmp_pa
     last = output / "last.safetensors"
     last.write_bytes(last.read_bytes()[:1000])
     err = finish(start(recipe, output, "--resume"))
-    assert "going on from previous.safetensors" in err
+    assert "resuming from previous.safetensors" in err
     assert_same(output, undisturbed)
 
 

@@ -1,4 +1,4 @@
-"""Estimators are on a model for the length of its training, and leave nothing there."""
+"""Estimators are attached to a model for the duration of training, and leave nothing on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHORT = RECIPE.override({"training.epochs": 1, "data.train_samples": 80})
 
 
 def left_on(model: torch.nn.Module) -> dict[str, dict[str, object]]:
-    """All that a module holds but for parameters, buffers and children; hooks by their ids."""
+    """Attributes and hooks of every module, without parameters, buffers and children."""
     found = {}
     for name, module in model.named_modules():
         values = {key: value for key, value in vars(module).items() if key[0] != "_"}
@@ -37,7 +37,7 @@ def quantizers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def hook(module, inputs, output):
-    """A user's own."""
+    """A hook of the user."""
 
 
 @pytest.mark.parametrize("target", ["weights", "activations", "both"])
@@ -66,7 +66,7 @@ def test_finetuning_leaves_nothing_on_the_model(tmp_path, name):
         assert quantizer.place is type(quantizer).place
 
 
-def test_training_that_fails_leaves_nothing_either(tmp_path):
+def test_training_that_fails_leaves_nothing_on_the_model(tmp_path):
     run = Run(tmp_path, SHORT.override({"method.name": "ewgs", "method.target": "both"}))
     before = left_on(run.model)
     run.correction = Correction(METHODS["ewgs"], "both")
@@ -76,7 +76,7 @@ def test_training_that_fails_leaves_nothing_either(tmp_path):
     assert left_on(run.model) == before
 
 
-def test_a_trainer_that_cannot_be_made_leaves_nothing(tmp_path):
+def test_a_trainer_that_cannot_be_made_leaves_nothing_on_the_model(tmp_path):
     run = Run(tmp_path, SHORT)
     run.recipe = SHORT.override({"training.opt": "magic"})
     before = left_on(run.model)
@@ -86,7 +86,7 @@ def test_a_trainer_that_cannot_be_made_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ricci", "ewgs", "stochastic"])
-def test_a_trainer_has_the_estimator_until_its_end(tmp_path, name):
+def test_a_trainer_attaches_the_estimator_until_its_end(tmp_path, name):
     run = Run(tmp_path, SHORT.override({"method.name": name, "method.target": "both"}))
     before = left_on(run.model)
     with run.trainer() as trainer:

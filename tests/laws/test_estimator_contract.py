@@ -1,4 +1,4 @@
-"""What every estimator of the catalogue keeps to, and what is made of its entry."""
+"""The contract of every estimator in the catalogue, and what is generated from its entry."""
 
 from __future__ import annotations
 
@@ -41,12 +41,14 @@ def drawn() -> tuple[Tensor, Tensor, Tensor]:
     return gradient, residual, mask
 
 
-# What it does to gradients
+# What an estimator does to gradients
 
 
 @every
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
-def test_a_gradient_keeps_shape_and_type_is_finite_and_0_where_masked(estimator, drawn, progress):
+def test_a_corrected_gradient_has_its_shape_and_dtype_is_finite_and_0_where_masked(
+    estimator, drawn, progress
+):
     gradient, residual, mask = drawn
     corrected = estimator.correct(gradient, residual, 3, mask, progress)
     assert (corrected.shape, corrected.dtype) == (gradient.shape, gradient.dtype)
@@ -57,7 +59,7 @@ def test_a_gradient_keeps_shape_and_type_is_finite_and_0_where_masked(estimator,
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_of_number_are_taken_too(estimator, drawn, dtype):
+def test_other_dtypes_are_accepted(estimator, drawn, dtype):
     gradient, residual, mask = drawn
     corrected = estimator.correct(gradient.to(dtype), residual, 3, mask)
     assert corrected.dtype == dtype
@@ -66,7 +68,7 @@ def test_other_types_of_number_are_taken_too(estimator, drawn, dtype):
 
 
 @every
-def test_inputs_are_left_as_they_are(estimator, drawn):
+def test_inputs_are_not_changed(estimator, drawn):
     before = [x.clone() for x in drawn]
     gradient, residual, mask = drawn
     estimator.correct(gradient, residual, 3, mask, 0.5)
@@ -81,7 +83,7 @@ def test_the_same_inputs_give_the_same_gradient(estimator, drawn):
 
 
 @every
-def test_rows_do_not_mix(estimator, drawn):
+def test_rows_do_not_affect_each_other(estimator, drawn):
     gradient, residual, mask = drawn
     whole = estimator.correct(gradient, residual, 3, mask)
     rows = [
@@ -92,14 +94,14 @@ def test_rows_do_not_mix(estimator, drawn):
 
 
 @every
-def test_no_gradient_stays_none(estimator, drawn):
+def test_a_gradient_of_0_stays_0(estimator, drawn):
     _, residual, mask = drawn
     assert not estimator.correct(torch.zeros(ROWS, LENGTH), residual, 3, mask).any()
 
 
 @every
 @pytest.mark.parametrize("codes", [2, 4, 16])
-def test_a_slope_covers_the_grid_and_ends_at_0(estimator, codes):
+def test_a_slope_covers_the_grid_and_is_0_at_its_ends(estimator, codes):
     slope = estimator.slope(codes, SLOPE_SAMPLES, 0.5)
     if slope is not None:
         assert slope.shape == ((codes + 1) * SLOPE_SAMPLES + 1,)
@@ -109,21 +111,21 @@ def test_a_slope_covers_the_grid_and_ends_at_0(estimator, codes):
 
 
 @every
-def test_what_is_rounded_instead_is_finite_and_follows_the_seed(estimator):
+def test_values_that_are_rounded_instead_are_finite_and_follow_from_the_seed(estimator):
     if not isinstance(estimator, Displacing):
-        pytest.skip("the forward pass of training stays as it is")
+        pytest.skip("it does not change the forward pass")
     ratio = torch.linspace(-3, 3, 50)
     before = ratio.clone()
     with torch.random.fork_rng():
-        placed = [(torch.manual_seed(0), estimator.place(ratio, 1.0))[1] for _ in range(2)]
-    assert torch.equal(*placed)
-    assert placed[0].shape == ratio.shape
-    assert (placed[0] - ratio).abs().max() <= 1  # no farther than to the next level
+        instead = [(torch.manual_seed(0), estimator.place(ratio, 1.0))[1] for _ in range(2)]
+    assert torch.equal(*instead)
+    assert instead[0].shape == ratio.shape
+    assert (instead[0] - ratio).abs().max() <= 1  # at most to the next level
     assert torch.equal(ratio, before)
 
 
 @every
-def test_it_says_what_it_takes(estimator):
+def test_its_coordinate_is_known(estimator):
     assert estimator.coordinate in Coordinate.__args__
 
 
@@ -132,15 +134,16 @@ def test_it_says_what_it_takes(estimator):
 
 @every
 def test_the_class_has_the_settings_of_the_entry(name):
-    entry, made = CATALOG[name], named_estimator(name, {})
+    entry = CATALOG[name]
+    made = entry.load()(**entry.defaults)
     assert issubclass(entry.settings, Settings)
     assert {field.name for field in fields(made)} == set(entry.settings.described())
     assert asdict(made) == entry.defaults
-    assert METHODS[name] == made
+    assert METHODS[name] == named_estimator(name, {})
 
 
 @every
-def test_settings_go_through_a_recipe_and_its_file(name, tmp_path):
+def test_settings_survive_a_recipe_and_its_file(name, tmp_path):
     defaults = {key: one for key, one in CATALOG[name].defaults.items() if one is not None}
     recipe = Recipe.from_values({"method": {"name": name, **defaults}})
     file = tmp_path / "recipe.yaml"
@@ -153,7 +156,7 @@ def test_settings_go_through_a_recipe_and_its_file(name, tmp_path):
 
 
 @every
-def test_numbers_out_of_bounds_are_refused_in_one_sentence(name):
+def test_invalid_values_are_refused_in_one_sentence(name):
     for key, setting in CATALOG[name].settings.described().items():
         for bad in (math.nan, "nonsense"):
             with pytest.raises(
@@ -165,28 +168,28 @@ def test_numbers_out_of_bounds_are_refused_in_one_sentence(name):
 
 
 @every
-def test_settings_of_others_are_refused(name):
+def test_settings_of_other_estimators_are_refused(name):
     for key in set(all_settings()) - set(CATALOG[name].defaults):
         with pytest.raises(RecipeError, match=f"method {name} has no {key}; remove it"):
             named_estimator(name, {key: 1})
 
 
 @every
-def test_an_estimator_can_be_copied_compared_and_stored(estimator):
+def test_an_estimator_can_be_copied_compared_and_pickled(estimator):
     assert replace(estimator) == estimator
     assert hash(replace(estimator)) == hash(estimator)
     assert pickle.loads(pickle.dumps(estimator)) == estimator
 
 
 @every
-def test_its_words_fit_a_table(name):
+def test_its_texts_fit_a_table(name):
     entry = CATALOG[name]
     assert entry.line
     texts = [entry.line, *(setting.description for setting in entry.settings.described().values())]
     assert all(text and "|" not in text and "\n" not in text for text in texts)
 
 
-# What is made of the entries
+# What is generated from the entries
 
 
 def test_the_recipe_has_the_names_and_settings_of_the_catalogue():
@@ -196,7 +199,7 @@ def test_the_recipe_has_the_names_and_settings_of_the_catalogue():
     assert MethodSection().changes == {}
 
 
-def test_help_and_completion_name_every_method():
+def test_help_and_completion_list_every_method():
     assert list(completion.method_names()) == list(CATALOG)
     assert options.METHODS.replace(" or ", ", ").split(", ") == list(CATALOG)
 

@@ -1,11 +1,14 @@
-"""The study's nets in Brevitas, quantized as in LSQ: learned steps, first found by least error.
+"""The study's nets in Brevitas, quantized as in LSQ: learned scales that start at the least error.
 
-Needs Brevitas; `ricciq.models.bundled` is all it shares with ricciq.
+Needs Brevitas; it shares only `ricciq.models.bundled` with ricciq.
 """
 
 from __future__ import annotations
 
-from brevitas import nn as qnn
+import sys
+from pathlib import Path
+from typing import Any
+
 from brevitas.inject.enum import ScalingImplType, ScalingPerOutputType, StatsOp
 from brevitas.quant import (
     Int8ActPerTensorFloat,
@@ -15,19 +18,23 @@ from brevitas.quant import (
 )
 from torch import nn
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+from brevitas_layers import replace_layers
+
 STATISTICS = 10
-"""Steps in which Brevitas watches activations before it learns their steps; its own are 300."""
+"""Steps in which Brevitas observes activations before their scales are learned (default: 300)."""
 
 
 class Weights(Int8WeightPerChannelFloatMSE):
-    """A learned step a channel, and all codes of two's complement, as in ricciq."""
+    """A learned scale per channel, and all codes of two's complement, as in ricciq."""
 
     scaling_impl_type = ScalingImplType.PARAMETER_FROM_STATS
     narrow_range = False
 
 
 class Signs(SignedBinaryWeightPerTensorConst):
-    """Weights of one bit: a learned step a channel that begins at the mean |w|, the least error."""
+    """One-bit weights: a learned scale per channel that starts at the mean |w|, the least error."""
 
     scaling_impl_type = ScalingImplType.PARAMETER_FROM_STATS
     scaling_stats_op = StatsOp.AVE
@@ -35,47 +42,35 @@ class Signs(SignedBinaryWeightPerTensorConst):
 
 
 class Inputs(Uint8ActPerTensorFloatMSE):
-    """A learned step a tensor, for activations that are never negative."""
+    """A learned scale per tensor, for activations that are never negative."""
 
     collect_stats_steps = STATISTICS
 
 
-class Pictures(Int8ActPerTensorFloat):
-    """The same for the signed pixels."""
+class Images(Int8ActPerTensorFloat):
+    """A learned scale per tensor, for the signed pixels."""
 
     collect_stats_steps = STATISTICS
 
 
 def discretize(model: nn.Module, weight_bits: int, act_bits: int, edge_bits: int = 8) -> None:
-    """Swap convolutions and linear layers in place; they keep their float weights."""
-    kinds = (nn.Conv2d, nn.Linear)
-    layers = [(name, m) for name, m in model.named_modules() if type(m) in kinds]
-    for place, (name, layer) in enumerate(layers):
-        at_edge = place in (0, len(layers) - 1)
+    """Replace convolutions and linear layers in place; they keep their float weights.
+
+    Args:
+        model: a float net of the study.
+        weight_bits: of weights.
+        act_bits: of activations.
+        edge_bits: of both, in the first and the last layer.
+    """
+
+    def quantizers(index: int, count: int) -> dict[str, Any]:
+        at_edge = index in (0, count - 1)
         bits = edge_bits if at_edge else weight_bits
-        quantizers = {
+        return {
             "weight_quant": Signs if bits == 1 else Weights,
             "weight_bit_width": bits,
-            "input_quant": Inputs if place else Pictures,
+            "input_quant": Inputs if index else Images,
             "input_bit_width": edge_bits if at_edge else act_bits,
         }
-        made: nn.Module
-        if isinstance(layer, nn.Conv2d):
-            made = qnn.QuantConv2d(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,
-                stride=layer.stride,
-                padding=layer.padding,
-                dilation=layer.dilation,
-                groups=layer.groups,
-                bias=layer.bias is not None,
-                **quantizers,
-            )
-        else:
-            assert isinstance(layer, nn.Linear)
-            made = qnn.QuantLinear(
-                layer.in_features, layer.out_features, layer.bias is not None, **quantizers
-            )
-        made.load_state_dict(layer.state_dict(), strict=False)
-        model.set_submodule(name, made)
+
+    replace_layers(model, quantizers)

@@ -34,12 +34,12 @@ from torchvision.datasets import FashionMNIST
 import ricciq.models.factory  # noqa: F401  registers the nets with timm
 from ricciq.convert.plan import plan_conversion
 from ricciq.convert.rewrite import convert
-from ricciq.estimators.apply import ActivationCorrection, Correction, override_forward
-from ricciq.estimators.registry import named_estimator
+from ricciq.estimators.apply import ActivationCorrection, override_forward
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.grid import Bits
 from ricciq.quant.quantizer import Kinds
 from ricciq.recipe import Recipe
+from ricciq.training.loop import correction_of
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.compare import Trial
 
@@ -169,8 +169,7 @@ def train(
     if not setting.scratch:
         model.load_state_dict(start)
     recipe = Trial("ste" if method == "brevitas" else method, 1.0, seed).recipe(Recipe())
-    estimator = named_estimator(recipe.method.name, recipe.method.changes)
-    correction = Correction(estimator, recipe.method.corrects)
+    correction = correction_of(recipe)
     if method == "brevitas":
         from brevitas_net import discretize
 
@@ -180,7 +179,9 @@ def train(
         convert(model, plan, setting.kinds)
         calibrate(model, [last(part) for part in data.images[: 4 * BATCH].split(BATCH)])
         override_forward(model, correction)
-    beside = None if correction.on == "weights" else ActivationCorrection(model, estimator)
+    beside = None
+    if correction.target != "weights":
+        beside = ActivationCorrection(model, correction.estimator)
     weights = discrete_weights(model)  # none of Brevitas' layers
     optimizer = create_optimizer_v2(model, opt=options.opt, lr=rate, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -203,7 +204,7 @@ def train(
             loss.backward()
             if loss.isfinite():
                 correction(weights, progress)
-                with correction.within_trust(weights):
+                with correction.step_bound.around(weights):
                     optimizer.step()
                 total += loss.item()
             else:

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from ricciq.convert.rewrite import convert
-from ricciq.estimators.apply import Correction
-from ricciq.estimators.registry import METHODS
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
-from ricciq.training.loop import finetune
-from ricciq.training.state import Progressed
+from ricciq.training.loop import correction_of, finetune
+from ricciq.training.state import TrainingState
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
 from ricciq.workflows.session import Session
@@ -47,11 +45,11 @@ class Run:
         self.job = prepare(recipe, Session(CPU))
         self.model = self.job.model
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.correction = Correction(METHODS[recipe.method.name], recipe.method.corrects)
+        self.correction = correction_of(recipe)
         convert(self.model, self.job.plan)
         calibrate(self.model, [images for images, _ in islice(self.job.loader("fit"), 2)])
 
-    def train(self, resume: bool = False) -> Progressed:
+    def train(self, resume: bool = False) -> TrainingState:
         return finetune(
             self.model,
             self.job.loader("fit", training=True),

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from ricciq.errors import RecipeError
 from ricciq.estimators.apply import Correction, DiscreteWeight, override_forward
-from ricciq.estimators.registry import METHODS, named_estimator
-from ricciq.estimators.ricci_flow import RicciFlow
+from ricciq.estimators.metric_flow import MetricFlow
+from ricciq.estimators.projection import Projection
+from ricciq.estimators.registry import METHODS, named_correction, named_estimator
+from ricciq.estimators.staircase import StaircaseFlow
+from ricciq.estimators.step_bound import StepBound
 from ricciq.estimators.straight_through import StraightThrough
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.weight import WeightQuantizer
@@ -19,7 +22,7 @@ FLOWING = ["ricci", "lne", "project"]
 
 
 def discrete(weight: Tensor, gradient: Tensor, bits=3) -> DiscreteWeight:
-    """A weight with a gradient, on a grid of step 1."""
+    """A weight with a gradient, and a quantizer with scale 1."""
     weight = weight.clone().requires_grad_()
     weight.grad = gradient.clone()
     return DiscreteWeight("layer", weight, WeightQuantizer(len(weight), bits))
@@ -27,7 +30,7 @@ def discrete(weight: Tensor, gradient: Tensor, bits=3) -> DiscreteWeight:
 
 @pytest.fixture
 def draw():
-    """A random weight that its grid partly clips, with its straight-through gradient."""
+    """A random weight, partly out of range, with its straight-through gradient."""
 
     def make(*shape: int, seed: int = 0) -> DiscreteWeight:
         generator = torch.Generator().manual_seed(seed)
@@ -47,12 +50,12 @@ def corrected(method: str, item: DiscreteWeight, **changes) -> Tensor:
 def test_the_methods_by_name():
     assert list(METHODS) == ["ricci", "ste", "ewgs", "dsq", "ede", "lne", "project", "stochastic"]
     assert METHODS["ste"] == StraightThrough()
-    assert METHODS["ricci"] == RicciFlow(correction="staircase", time=0.25, max_codes=4, trust=0.2)
-    assert (METHODS["lne"].flow, METHODS["lne"].correction) == ("none", "natural")
-    assert METHODS["project"].correction == "project"
+    assert METHODS["ricci"] == StaircaseFlow(time=0.25, max_codes=4)
+    assert METHODS["lne"] == MetricFlow(flow="none", rule="natural")
+    assert METHODS["project"] == Projection(strength=0.9)
 
 
-def test_ste_leaves_gradients_bit_for_bit(draw):
+def test_ste_keeps_gradients_bit_for_bit(draw):
     item = draw(4, 5)
     item.weight.grad[0, :3] = torch.tensor([-0.0, math.inf, 1e-42])
     before = item.weight.grad.clone()
@@ -60,7 +63,7 @@ def test_ste_leaves_gradients_bit_for_bit(draw):
     assert torch.equal(after.view(torch.int32), before.view(torch.int32))
 
 
-def test_ricci_that_flows_for_no_time_leaves_gradients(draw):
+def test_ricci_with_flow_time_0_keeps_gradients(draw):
     item = draw(4, 5)
     before = item.weight.grad.clone()
     after = corrected("ricci", item, time=0.0, block="row", correction="pullback")
@@ -77,23 +80,23 @@ def test_the_others_change_gradients(draw, method):
 
 
 def test_projection_by_hand():
-    # Residuals in half steps: 0.5 up, none, 0.5 down; 5 lies above the grid's 3 and is masked.
+    # Residuals in half scales: 0.5 up, 0, 0.5 down; 5 lies above the largest code, 3: masked.
     item = discrete(torch.tensor([[0.25, 1.0, -0.25, 5.0]]), torch.tensor([[2.0, 3.0, 0.0, 7.0]]))
-    # The direction is (1, 0, -1, 0) / sqrt 2, along which the gradient has sqrt 2.
+    # The direction is (1, 0, -1, 0) / sqrt 2; the gradient's component along it is sqrt 2.
     expected = torch.tensor([[2 - 0.9, 3.0, 0.9, 7.0]])
     torch.testing.assert_close(corrected("project", item), expected)
 
 
 def test_projection_of_the_weight_itself_by_hand():
     item = discrete(torch.tensor([[3.0, 0.0, -2.0]]), torch.tensor([[1.0, 1.0, 1.0]]))
-    # Direction (3, 0, -2) / sqrt 13; the gradient has 1 / sqrt 13 along it.
+    # The direction is (3, 0, -2) / sqrt 13; the gradient's component along it is 1 / sqrt 13.
     expected = torch.tensor([[1 - 3 / 13, 1.0, 1 + 2 / 13]])
     after = corrected("project", item, coordinate="weight", strength=1.0)
     torch.testing.assert_close(after, expected)
 
 
-# A weight a quarter of a step above its level, and one as far below: their residuals are 1/2 and
-# -1/2, and a quarter of a step separates them from their thresholds.
+# Weights a quarter of a scale above and below their level: their residuals are 1/2 and -1/2, and
+# their thresholds are another quarter of a scale away.
 QUARTERS = torch.tensor([[1.25, 0.75]])
 
 
@@ -119,7 +122,7 @@ def test_soft_quantization_has_a_mean_slope_of_one():
 
 @pytest.mark.parametrize(
     ("progress", "factor"),
-    # t = 0.1, 1 and 10; tanh at 1/2 of a half step from the threshold.
+    # t = 0.1, 1 and 10; the weights are half of a half scale from the threshold.
     [
         (0.0, 1 - math.tanh(0.05) ** 2),
         (0.5, 1 - math.tanh(0.5) ** 2),
@@ -132,12 +135,12 @@ def test_error_decay_by_hand(progress, factor):
     torch.testing.assert_close(item.weight.grad, factor * torch.tensor([[2.0, -4.0]]))
 
 
-def test_projection_uses_each_rows_own_step():
+def test_projection_uses_the_scale_of_each_row():
     weight = torch.tensor([[0.25, 1.0], [0.25, 1.0]])
     item = discrete(weight, torch.ones(2, 2))
     with torch.no_grad():
         item.quantizer.log_scale[1] = math.log(0.5)
-    # With a step of 0.5 the first weight of row 1 lies on a threshold: residual 1 (half to even).
+    # With scale 0.5 the first weight of row 1 lies on a threshold: residual 1 (half to even).
     residual, _ = item.quantizer.residual(weight)
     assert residual.tolist() == [[0.5, 0.0], [1.0, 0.0]]
     torch.testing.assert_close(corrected("project", item)[:, 0], torch.tensor([0.1, 0.1]))
@@ -149,7 +152,7 @@ def test_masked_weights_keep_their_gradient(draw, method, coordinate):
     item = draw(8, 3, 3, 3)
     _, mask = item.quantizer.residual(item.weight.detach())
     assert 0.05 < (~mask).float().mean() < 0.5
-    # It is 0 unless the layer standardizes its weight: then what is masked lies further on.
+    # It is 0 unless the layer standardizes its weight: then the mask applies to a later tensor.
     item.weight.grad = torch.randn(8, 3, 3, 3)
     before = item.weight.grad.flatten(1).clone()
     changes = {"correction": "pullback"} if method == "ricci" else {}
@@ -159,12 +162,12 @@ def test_masked_weights_keep_their_gradient(draw, method, coordinate):
 
 
 @pytest.mark.parametrize("coordinate", ["residual", "weight"])
-def test_coordinates_are_counted_in_steps(draw, coordinate):
+def test_coordinates_do_not_depend_on_the_scale(draw, coordinate):
     item, halved = draw(4, 6), draw(4, 6)
     with torch.no_grad():
         halved.weight.div_(2)
         halved.quantizer.log_scale.fill_(math.log(0.5))
-    # The bound on tau is low enough to hold: otherwise tau makes up for any factor.
+    # tau_max is low enough to be reached: otherwise tau would compensate any factor.
     expected = corrected("lne", item, coordinate=coordinate, tau_max=0.1)
     actual = corrected("lne", halved, coordinate=coordinate, tau_max=0.1)
     torch.testing.assert_close(actual, expected)
@@ -190,7 +193,7 @@ def test_a_kernel_is_one_input_channel(draw):
     )
 
 
-def test_rows_and_layers_do_not_mix(draw):
+def test_rows_and_layers_do_not_affect_each_other(draw):
     alone, first, second = draw(4, 6), draw(4, 6), draw(4, 6, seed=1)
     Correction(METHODS["ricci"])([first, second])
     assert torch.equal(first.weight.grad, corrected("ricci", alone))
@@ -198,7 +201,7 @@ def test_rows_and_layers_do_not_mix(draw):
     torch.testing.assert_close(corrected("ricci", row)[0], first.weight.grad[2])
 
 
-def test_many_weights_are_corrected_a_group_at_a_time(draw, monkeypatch):
+def test_many_weights_are_corrected_in_groups(draw, monkeypatch):
     together, apart = ([draw(4, 6, seed=seed) for seed in range(3)] for _ in range(2))
     Correction(METHODS["ricci"])(together)
     seen = []
@@ -211,14 +214,14 @@ def test_many_weights_are_corrected_a_group_at_a_time(draw, monkeypatch):
             seen.append(len(gradient))
             return estimator.correct(gradient, *rest)
 
-    monkeypatch.setattr("ricciq.estimators.apply.TOGETHER", 40)
+    monkeypatch.setattr("ricciq.estimators.apply.GROUP_SIZE", 40)
     Correction(Watched())(apart)
-    assert seen == [8, 4]  # of 24 weights each, the third would come after 48
+    assert seen == [8, 4]  # with 24 weights each, two layers exceed the size
     for one, other in zip(together, apart, strict=True):
         assert torch.equal(one.weight.grad, other.weight.grad)
 
 
-def test_a_weight_without_gradient_is_passed_over(draw):
+def test_a_weight_without_gradient_is_skipped(draw):
     item = draw(4, 6)
     item.weight.grad = None
     Correction(METHODS["ricci"])([item])
@@ -228,34 +231,40 @@ def test_a_weight_without_gradient_is_passed_over(draw):
 
 def test_changes_are_applied():
     flow = named_estimator("lne", {"time": 0.5, "block": "kernel", "tau_max": 2.0})
-    assert flow == RicciFlow(
-        flow="none", correction="natural", time=0.5, block="kernel", tau_max=2.0
-    )
+    assert flow == MetricFlow(flow="none", rule="natural", time=0.5, block="kernel", tau_max=2.0)
     assert named_estimator("ricci", {}) == METHODS["ricci"]
+
+
+def test_a_correction_has_the_target_of_the_method_unless_another_is_given():
+    assert named_correction("ricci", {}) == Correction(
+        METHODS["ricci"], "activations", StepBound(0.2)
+    )
+    assert named_correction("lne", {}) == Correction(METHODS["lne"], "weights")
+    assert named_correction("lne", {}, "both") == Correction(METHODS["lne"], "both")
 
 
 @pytest.mark.parametrize(
     "changes",
     [{"rho": 1.0}, {"time": -1.0}, {"flow": "heat"}, {"block": 0}, {"tau_max": 0}],
 )
-def test_values_that_do_not_hold_are_refused(changes):
-    with pytest.raises(RecipeError, match=f"method ricci does not hold: .*{next(iter(changes))}"):
+def test_invalid_values_are_refused(changes):
+    with pytest.raises(RecipeError, match=f"method ricci is invalid: .*{next(iter(changes))}"):
         named_estimator("ricci", changes)
 
 
 @pytest.mark.parametrize(("method", "key"), [("ricci", "speed"), ("ede", "alpha"), ("dsq", "rho")])
-def test_a_value_the_method_does_not_have_is_refused(method, key):
+def test_a_setting_that_the_method_does_not_have_is_refused(method, key):
     with pytest.raises(RecipeError, match=f"method {method} has no {key}; remove it"):
         named_estimator(method, {key: 0.5})
 
 
-def test_ste_has_nothing_to_change():
+def test_ste_has_no_settings():
     with pytest.raises(RecipeError, match="method ste has no time, rho; remove it"):
         named_estimator("ste", {"time": 0.1, "rho": 0.5})
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_measuring_changes_nothing_and_gives_finite_numbers(draw, method):
+def test_measuring_changes_no_gradient_and_gives_finite_numbers(draw, method):
     item = draw(4, 3, 3, 3)
     before = item.weight.grad.clone()
     geometry = Correction(METHODS[method]).measure([item], progress=0.5)["layer"]
@@ -271,7 +280,7 @@ def test_measuring_changes_nothing_and_gives_finite_numbers(draw, method):
         assert geometry.mismatch_cosine < 0.99999
 
 
-def test_estimators_without_a_metric_show_the_decay_of_the_default_one(draw):
+def test_estimators_without_a_metric_show_the_decay_of_whole_rows(draw):
     item, times = draw(4, 3, 3, 3), [0.0, 0.1]
     decay = Correction(METHODS["ste"]).decay([item], times)
     assert decay == Correction(METHODS["ricci"]).decay([item], times)
@@ -281,23 +290,23 @@ def test_estimators_without_a_metric_show_the_decay_of_the_default_one(draw):
 
 # Estimators that change the forward pass
 
-PLACES = {1: [-0.5, 0.0, 0.9], 2: [-1.7, -0.25, 0.6], "ternary": [-0.9, 0.3, 0.75]}
+INPUTS = {1: [-0.5, 0.0, 0.9], 2: [-1.7, -0.25, 0.6], "ternary": [-0.9, 0.3, 0.75]}
 
 
 def trained_mean(quantizer: WeightQuantizer | ActivationQuantizer, x: Tensor, repeats=20_000):
-    """What a quantizer in training gives on average, and each value it gave."""
+    """The mean of a quantizer's outputs in training, and the values among them."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         many = x.repeat(repeats, 1).T.contiguous()
-        given = quantizer(many.view(1, -1)).view_as(many)
-    return given.detach().mean(1), given.unique()
+        outputs = quantizer(many.view(1, -1)).view_as(many)
+    return outputs.detach().mean(1), outputs.unique()
 
 
-@pytest.mark.parametrize("bits", PLACES)
-def test_stochastic_rounding_is_right_on_average(bits):
+@pytest.mark.parametrize("bits", INPUTS)
+def test_stochastic_rounding_is_unbiased(bits):
     quantizer = WeightQuantizer(1, bits)
     quantizer.place = METHODS["stochastic"].place
-    wanted = torch.tensor(PLACES[bits])
+    wanted = torch.tensor(INPUTS[bits])
     mean, values = trained_mean(quantizer.train(), wanted)
     torch.testing.assert_close(mean, wanted, rtol=0, atol=0.02)  # 1 / sqrt(20,000) is 0.007
     assert set(values.tolist()) <= set(quantizer.grid.codes.tolist())
@@ -305,11 +314,11 @@ def test_stochastic_rounding_is_right_on_average(bits):
     assert torch.equal(nearest, quantizer.grid.round(wanted))
 
 
-def test_activations_are_rounded_by_chance_around_their_zero_point():
+def test_stochastic_rounding_of_activations_respects_the_zero_point():
     quantizer = ActivationQuantizer(2)
     quantizer.set_range(0.5, zero_point=1)
     quantizer.place = METHODS["stochastic"].place
-    x = torch.tensor([-0.4, 0.1, 0.8, 5.0])  # 5 lies beyond the last level, 1
+    x = torch.tensor([-0.4, 0.1, 0.8, 5.0])  # 5 lies above the last level, 1
     mean, values = trained_mean(quantizer.train(), x)
     torch.testing.assert_close(mean, torch.tensor([-0.4, 0.1, 0.8, 1.0]), rtol=0, atol=0.01)
     assert values.tolist() == [-0.5, 0.0, 0.5, 1.0]
@@ -320,15 +329,15 @@ def test_a_displaced_forward_has_the_straight_through_gradient():
     quantizer.place = lambda ratio, cell: ratio + 0.5 * cell
     weight = torch.tensor([[-3.0, -1.6, 0.2, 0.8, 1.4]], requires_grad=True)
     discrete = quantizer.train()(weight)
-    assert discrete.tolist() == [[-2, -1, 1, 1, 1]]  # -1.1, 0.7, and no farther than the last code
+    assert discrete.tolist() == [[-2, -1, 1, 1, 1]]  # -1.1, 0.7, and at most the last code
     discrete.backward(torch.ones_like(weight))
     assert weight.grad.tolist() == [[0, 1, 1, 1, 0]]
-    # LSQ: the code, less the ratio where it is within the range; the shift has no part in it.
+    # LSQ: the code, less the ratio where it is in range; the shift has no effect on it.
     expected = (-2 + (-1 + 1.6) + (1 - 0.2) + (1 - 0.8) + 1) / math.sqrt(5)
     assert quantizer.log_scale.grad.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_codebook_s_levels_learn_from_the_code_that_was_taken():
+def test_a_codebook_s_levels_learn_from_the_code_that_was_chosen():
     quantizer = WeightQuantizer(1, 2, kind="codebook")
     quantizer.place = lambda ratio, cell: ratio + cell / 2 + 1
     weight = quantizer.scale * torch.tensor([[-64.0, -60.0]])
@@ -339,16 +348,16 @@ def test_a_codebook_s_levels_learn_from_the_code_that_was_taken():
 
 
 @pytest.mark.parametrize(
-    ("on", "weights", "activations"),
+    ("target", "weights", "activations"),
     [("weights", True, False), ("activations", False, True), ("both", True, True)],
 )
-def test_an_override_reaches_the_quantizers_it_is_for(on, weights, activations):
+def test_the_forward_pass_is_changed_in_the_quantizers_of_the_target(target, weights, activations):
     model = torch.nn.ModuleList([WeightQuantizer(1, 2), ActivationQuantizer(2)])
-    override_forward(model, Correction(METHODS["stochastic"], on))
+    override_forward(model, Correction(METHODS["stochastic"], target))
     assert [module.place is not None for module in model] == [weights, activations]
 
 
-def test_other_methods_leave_the_forward_pass_alone():
+def test_other_methods_do_not_change_the_forward_pass():
     model = torch.nn.ModuleList([WeightQuantizer(1, 2), ActivationQuantizer(2)])
     for name in set(METHODS) - {"stochastic"}:
         override_forward(model, Correction(METHODS[name], "both"))
@@ -356,7 +365,7 @@ def test_other_methods_leave_the_forward_pass_alone():
 
 
 @pytest.mark.parametrize(
-    ("method", "on", "changes", "applied"),
+    ("method", "target", "changes", "applied"),
     [
         ("ricci", "activations", {}, False),
         ("ricci", "weights", {}, False),  # a staircase has no metric of several weights
@@ -372,5 +381,5 @@ def test_other_methods_leave_the_forward_pass_alone():
         ("ewgs", "both", {}, False),
     ],
 )
-def test_a_flow_of_rows_is_applied_or_a_probe(method, on, changes, applied):
-    assert Correction(named_estimator(method, changes), on).applies_flow is applied
+def test_the_flow_of_rows_is_applied_or_a_probe(method, target, changes, applied):
+    assert named_correction(method, changes, target).applies_flow is applied

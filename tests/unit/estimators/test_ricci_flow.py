@@ -1,219 +1,51 @@
-"""Corrections of whole weights: rules, blocks, masks, dtypes, and what is measured of them."""
+"""The settings of the method, and the parts that they make."""
 
 import math
 
 import pytest
 import torch
-from test_ricci import close, dense, direction, flowed, off_diagonal, sample, seeds, times
 
-from ricciq.estimators import ricci
-from ricciq.estimators.catalog import Flow, Rule, Schedule
-from ricciq.estimators.ricci_flow import CACHED, RicciFlow
-
-CORRECTIONS: list[Rule] = ["natural", "pullback", "parallel", "project"]
-every_correction = pytest.mark.parametrize("correction", CORRECTIONS)
+from ricciq.estimators.metric_flow import MetricFlow
+from ricciq.estimators.projection import Projection
+from ricciq.estimators.ricci_flow import RicciFlow
+from ricciq.estimators.staircase import StaircaseFlow
+from ricciq.estimators.step_bound import StepBound
 
 
-@seeds
-@pytest.mark.parametrize(
-    "settings", [{"time": 0.0}, {"flow": "none"}, {"flow": "euler", "time": 0}]
-)
-def test_pullback_without_flow_is_the_straight_through_estimator(
-    seed: int, settings: dict[str, object]
-) -> None:
-    gradient, xi = sample(4, 9, seed=seed), sample(4, 9, seed=seed + 100)
-    assert torch.equal(RicciFlow(**settings).correct(gradient, xi), gradient)  # type: ignore[arg-type]
-    t = ricci.tau(xi)
-    start = ricci.lne_metric(xi, t)
-    for form in (ricci.flow_linear(xi, t, 0.0), ricci.flow_euler(xi, t, 0.0)):
-        close(ricci.pullback(form, start, gradient), gradient)
+@pytest.mark.parametrize("rule", ["natural", "pullback", "parallel"])
+def test_a_rule_of_metrics_makes_a_metric_flow(rule):
+    settings = {"coordinate": "weight", "block": 9, "flow": "euler", "time": 0.5}
+    settings |= {"schedule": "cosine", "rho": 0.5, "tau_max": 2.0}
+    expected = MetricFlow(rule=rule, **settings)
+    assert RicciFlow(correction=rule, **settings).estimator == expected
 
 
-@seeds
-def test_pullback_departs_from_the_gradient_continuously(seed: int) -> None:
-    gradient, xi = sample(4, 9, seed=seed), 0.9 * sample(4, 9, seed=seed + 100)
-    change = [
-        (RicciFlow(time=time).correct(gradient, xi) - gradient).norm().item()
-        for time in (1e-6, 1e-3, 0.1)
-    ]
-    assert 0 < change[0] < 1e-3
-    assert change[0] < change[1] < change[2]
+def test_by_default_it_is_the_pullback_on_rows():
+    assert RicciFlow().estimator == MetricFlow()
+    assert RicciFlow().step_bound == StepBound()
 
 
-@seeds
-def test_pullback_tends_to_the_start_metric_up_to_scale(seed: int) -> None:
-    gradient, xi = sample(4, 12, seed=seed), sample(4, 12, seed=seed + 100)
-    lowered = ricci.lne_metric(xi, ricci.tau(xi)).apply(gradient)
-    late = RicciFlow(time=10.0).correct(gradient, xi)
-    close(direction(late), direction(lowered))
-    assert (direction(late) - direction(gradient)).norm() > 1e-2
+def test_staircase_makes_the_flow_of_single_numbers():
+    flow = RicciFlow(correction="staircase", time=0.5, schedule="growing", max_codes=8, rho=0.5)
+    assert flow.estimator == StaircaseFlow(0.5, "growing", 8)
 
 
-@seeds
-def test_corrections_follow_their_formulas(seed: int) -> None:
-    gradient, xi = sample(4, 12, seed=seed), sample(4, 12, seed=seed + 100)
-    start, end = (dense(form)[:, 0] for form in flowed(xi, time=0.05))
-    expected = {
-        "natural": torch.linalg.solve(end, gradient),
-        "pullback": torch.linalg.solve(end, times(start, gradient)),
-    }
-    values, vectors = torch.linalg.eigh(start)
-    root = vectors @ torch.diag_embed(values.sqrt()) @ vectors.mT
-    expected["parallel"] = times(root, gradient)
-    along = direction(xi) * (direction(xi) * gradient).sum(-1, keepdim=True)
-    expected["project"] = gradient - 0.6 * along
-    for name in CORRECTIONS:
-        rule = RicciFlow(correction=name, time=0.05, strength=0.6)
-        close(rule.correct(gradient, xi), expected[name])
+def test_project_makes_a_projection():
+    flow = RicciFlow(correction="project", coordinate="weight", block="kernel", strength=0.5)
+    assert flow.estimator == Projection("weight", "kernel", 0.5)
 
 
-@seeds
-def test_corrections_of_long_rows_act_along_the_residual(seed: int) -> None:
-    gradient, xi = sample(2, 4000, seed=seed), 0.5 * sample(2, 4000, seed=seed + 100)
-    unit = direction(xi)
-    along = (unit * gradient).sum(-1)
-    limits: list[tuple[RicciFlow, float]] = [
-        (RicciFlow(correction="natural", time=0.0), 1 - 1 / (1 - 0.9)),
-        (RicciFlow(correction="pullback", time=0.0), 0.0),
-        (RicciFlow(correction="parallel"), 1 - math.sqrt(1 - 0.9)),
-        (RicciFlow(correction="project", strength=0.3), 0.3),
-    ]
-    for rule, c in limits:
-        change = ((gradient - rule.correct(gradient, xi)) * unit).sum(-1)
-        close(change, c * along, tol=1e-2)
+def test_trust_makes_a_bound_on_steps():
+    assert RicciFlow(trust=0.2).step_bound == StepBound(0.2)
 
 
-@seeds
-@every_correction
-@pytest.mark.parametrize("flow", ["linear", "euler"])
-@pytest.mark.parametrize("block", ["kernel", 5, 1, 100])
-def test_blocks_are_corrected_as_rows_of_their_own(
-    seed: int, correction: Rule, flow: Flow, block: int
-) -> None:
-    gradient, xi = sample(2, 23, seed=seed), 0.9 * sample(2, 23, seed=seed + 100)
-    size = 9 if block == "kernel" else min(block, 23)
-    whole = RicciFlow(correction=correction, flow=flow, block=block, time=0.05)
-    joined = whole.correct(gradient, xi, kernel=9)
-    single = RicciFlow(correction=correction, flow=flow, time=0.05)
-    for first in range(0, 23, size):
-        part = slice(first, first + size)
-        alone = single.correct(gradient[:, part], xi[:, part])
-        if correction in ("parallel", "project"):
-            close(joined[:, part], alone)
-        else:  # normalized over the row: equal up to one positive factor
-            close(direction(joined[:, part]), direction(alone))
-
-
-@seeds
-@every_correction
-def test_rows_do_not_see_each_other(seed: int, correction: Rule) -> None:
-    gradient, xi = sample(3, 17, seed=seed), 2 * sample(3, 17, seed=seed + 100)
-    for coordinate in ("residual", "weight"):
-        rule = RicciFlow(coordinate=coordinate, correction=correction, block=4)
-        rows = [rule.correct(g[None], x[None]) for g, x in zip(gradient, xi, strict=True)]
-        close(rule.correct(gradient, xi), torch.cat(rows))
-
-
-@seeds
-def test_a_weight_lives_on_a_circle_as_long_as_its_row(seed: int) -> None:
-    gradient, xi = sample(3, 17, seed=seed), sample(3, 17, seed=seed + 100)
-    xi = xi / xi.abs().amax(1, keepdim=True)
-    unit = RicciFlow(rho=0.5, tau_max=100.0)
-    stretched = RicciFlow(coordinate="weight", rho=0.5, tau_max=100.0)
-    close(stretched.correct(gradient, 3 * xi), unit.correct(gradient, xi))
-
-
-@seeds
-@every_correction
-@pytest.mark.parametrize("block", ["row", 4])
-def test_masked_entries_neither_move_nor_matter(seed: int, correction: Rule, block: int) -> None:
-    gradient, xi = sample(4, 18, seed=seed), sample(4, 18, seed=seed + 100)
-    mask = sample(4, 18, seed=seed + 200) > 0
-    rule = RicciFlow(correction=correction, block=block)
-    clean = rule.correct(gradient * mask, xi * mask)
-    assert (clean[~mask] == 0).all()
-    assert (clean[mask] != 0).all()
-    dirty = rule.correct(gradient, xi.where(mask, math.nan), mask=mask)
-    assert torch.equal(dirty[mask], clean[mask])
-    assert torch.equal(dirty[~mask], gradient[~mask])
-
-
-@every_correction
-@pytest.mark.parametrize("flow", ["linear", "euler", "none"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_any_dtype_and_rows_of_zeros(correction: Rule, flow: Flow, dtype: torch.dtype) -> None:
-    gradient, xi = sample(4, 30, seed=1), sample(4, 30, seed=2)
-    xi[1] = 0
-    gradient[2] = 0
-    for block in ("row", 7, 1):
-        rule = RicciFlow(correction=correction, flow=flow, block=block)  # type: ignore[arg-type]
-        exact = rule.correct(gradient, xi)
-        out = rule.correct(gradient.to(dtype), xi.to(dtype))
-        assert out.dtype == dtype
-        assert out.isfinite().all()
-        assert torch.equal(out[1], gradient[1].to(dtype))
-        assert (out[2] == 0).all()
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(out.double(), exact, rtol=100 * eps, atol=20 * eps)
-    assert rule.correct(gradient, xi.to(dtype)).dtype == torch.float64
-
-
-def test_a_long_float32_row_agrees_with_float64() -> None:
-    gradient, xi = sample(2, 4608, seed=1), sample(2, 4608, seed=2)
-    for correction in CORRECTIONS:
-        rule = RicciFlow(correction=correction)
-        close(rule.correct(gradient.float(), xi.float()).double(), rule.correct(gradient, xi), 1e-5)
-
-
-def test_correct_leaves_its_arguments_alone_and_records_no_graph() -> None:
-    gradient, xi = sample(2, 9, seed=1), sample(2, 9, seed=2).requires_grad_()
-    kept = gradient.clone(), xi.detach().clone()
-    for correction in CORRECTIONS:
-        assert not RicciFlow(correction=correction).correct(gradient, xi).requires_grad
-    assert torch.equal(gradient, kept[0])
-    assert torch.equal(xi.detach(), kept[1])
-
-
-# --- measure --------------------------------------------------------------------------------------
-
-
-@seeds
-@pytest.mark.parametrize("block", ["row", 4])
-@pytest.mark.parametrize("flow", ["linear", "euler"])
-def test_measure_agrees_with_dense_geometry(seed: int, block: int, flow: Flow) -> None:
-    gradient, xi = sample(3, 10, seed=seed), sample(3, 10, seed=seed + 100)
-    rule = RicciFlow(block=block, flow=flow, time=0.03)
-    corrected = rule.correct(gradient, xi)
-    seen = rule.measure(gradient, xi, corrected)
-    norms, curvature, distance = torch.zeros(3, 2).double(), 0.0, 0.0
-    pieces = [xi[:, None]] if block == "row" else [xi[:, :8].reshape(3, 2, 4), xi[:, None, 8:]]
-    for piece, pair in zip(pieces, rule.metrics(xi), strict=True):
-        t = ricci.tau(piece)
-        for side, form in enumerate(pair):
-            norms[:, side] += off_diagonal(dense(form)).square().sum((1, 2, 3))
-        inverse = torch.linalg.inv(dense(pair[0]))
-        curvature += (inverse * dense(ricci.ricci_tensor(piece, t))).sum().item() / 3
-        distance += ricci.divergence(torch.zeros_like(piece), piece, t).sum().item() / 3
-    first, last = norms.sqrt().mean(0).tolist()
-    flat = torch.cosine_similarity(gradient.flatten(), corrected.flatten(), dim=0).item()
-    along = (direction(xi) * direction(gradient)).sum(-1).mean().item()
-    expected = [first, last, last / first, curvature, distance, flat, along]
-    assert list(seen) == pytest.approx(expected, rel=1e-9)
-    assert seen.decay < 1
-    assert seen.divergence > 0
-
-
-def test_measure_of_nothing_is_finite() -> None:
-    zeros = torch.zeros(2, 5)
-    seen = RicciFlow().measure(zeros, zeros, zeros)
-    assert seen.perturbation_start == seen.perturbation_end == seen.divergence == 0
-    assert seen.decay == 1
-    assert all(math.isfinite(value) for value in seen)
-    tiny = torch.full((2, 5), 1e-12)
-    assert RicciFlow().measure(tiny, tiny, tiny).residual_cosine == pytest.approx(1)
-
-
-# --- errors ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("correction", ["natural", "project", "staircase"])
+def test_it_corrects_as_its_estimator_does(correction):
+    gradient, xi = torch.randn(3, 8), torch.rand(3, 8) - 0.5
+    mask = torch.arange(8).expand(3, 8) < 6
+    flow = RicciFlow(correction=correction, block="kernel", schedule="linear")
+    expected = flow.estimator.correct(gradient, xi, 2, mask, 0.5)
+    assert torch.equal(flow.correct(gradient, xi, 2, mask, 0.5), expected)
 
 
 @pytest.mark.parametrize(
@@ -224,77 +56,21 @@ def test_measure_of_nothing_is_finite() -> None:
         *[("time", x) for x in (-0.1, math.inf, math.nan)],
         *[("strength", x) for x in (math.inf, math.nan)],
         *[("block", x) for x in (0, -3, 1.5, True, "layer")],
+        *[("max_codes", x) for x in (1, 4.0, True)],
+        *[("trust", x) for x in (0, -0.1, math.inf)],
         ("coordinate", "angle"),
         ("flow", "upwards"),
         ("correction", "magic"),
+        ("schedule", "measured"),  # which version 0.1.0 had
     ],
 )
-def test_bad_settings_are_refused_by_name(name: str, bad: object) -> None:
+def test_invalid_settings_are_refused_by_name(name: str, bad: object) -> None:
     with pytest.raises(ValueError, match=rf"^{name} is .*; give .*\.$"):
         RicciFlow(**{name: bad})  # type: ignore[arg-type]
 
 
-def test_bad_arguments_are_refused() -> None:
-    x, rule = torch.ones(2, 4), RicciFlow(block="kernel")
-    for call in (rule.correct, lambda a, b, **k: rule.measure(a, b, a, **k)):
-        with pytest.raises(ValueError, match="shapes are"):
-            call(x, x[:, :3])
-        with pytest.raises(ValueError, match="shapes are"):
-            call(x[0], x[0])
-        with pytest.raises(ValueError, match="kernel is 0"):
-            call(x, x, kernel=0)
-
-
-def test_many_rows_are_corrected_as_few() -> None:
-    rows = 2 * CACHED // 1000 + 7
-    gradient, xi = sample(rows, 1000), sample(rows, 1000, seed=1)
-    whole = RicciFlow().correct(gradient, xi)
-    assert torch.equal(whole[-3:], RicciFlow().correct(gradient[-3:], xi[-3:]))
-    assert torch.equal(whole[:3], RicciFlow().correct(gradient[:3], xi[:3]))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "shares"),
-    [
-        ("constant", [1, 1, 1]),
-        ("linear", [1, 0.75, 0]),
-        ("cosine", [1, 0.8535534, 0]),
-        ("growing", [0, 0.25, 1]),
-    ],
-)
-def test_the_time_follows_its_schedule(schedule: Schedule, shares: list[float]) -> None:
-    gradient, xi = sample(3, 20), sample(3, 20, seed=1)
-    rule = RicciFlow(schedule=schedule, time=0.2)
-    for progress, share in zip([0, 0.25, 1], shares, strict=True):
-        expected = RicciFlow(time=0.2 * share).correct(gradient, xi)
-        close(rule.correct(gradient, xi, progress=progress), expected, tol=1e-7)
-
-
-@pytest.mark.parametrize("flow", ["linear", "euler"])
-@pytest.mark.parametrize("time", [0.02, 0.2, 1.0])
-def test_rows_further_from_their_levels_flow_longer(flow: Flow, time: float) -> None:
-    gradient, xi = sample(3, 20), sample(3, 20, seed=1)
-    xi[1] /= 2
-    xi[2] /= 100
-    times = time * (3 * xi.square().mean(1)).clamp(0.25, 4)
-    assert times[2].item() == pytest.approx(time / 4)
-    measured = RicciFlow(schedule="measured", flow=flow, time=time)
-    whole = measured.correct(gradient, xi)
-    [pair] = measured.metrics(xi)
-    for row, of_row in enumerate(times.tolist()):
-        one, alone = slice(row, row + 1), RicciFlow(flow=flow, time=of_row)
-        close(whole[one], alone.correct(gradient[one], xi[one]), tol=1e-9)
-        [(_, end)] = alone.metrics(xi[one])
-        close(dense(pair[1])[one], dense(end), tol=1e-9)
-
-
-@pytest.mark.parametrize("block", ["row", "kernel", 5])
-def test_the_decay_that_is_drawn_is_a_line_on_a_log_axis(block: int) -> None:
-    times = [n / 50 for n in range(1, 16)]
-    norms = RicciFlow(block=block).decay(sample(4, 45), times, kernel=9)
-    clock, logs = torch.tensor(times).double(), torch.tensor(norms).double().log()
-    slope = torch.cov(torch.stack([clock, logs]))[0, 1] / clock.var()
-    assert slope.item() == pytest.approx(-2 * math.pi**2, rel=0.01)
-    start = RicciFlow(block=block).measure(sample(4, 45), sample(4, 45), sample(4, 45), kernel=9)
-    at_once = RicciFlow(block=block).decay(sample(4, 45), [0.0], kernel=9)
-    assert at_once == pytest.approx([start.perturbation_start])
+@pytest.mark.parametrize("changes", [{"flow": "euler"}, {"flow": "none"}, {"coordinate": "weight"}])
+def test_settings_that_a_staircase_does_not_support_are_refused(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"{name} is .*staircase does not support; give "):
+        RicciFlow(correction="staircase", **changes)

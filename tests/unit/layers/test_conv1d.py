@@ -11,7 +11,7 @@ from ricciq.convert.plan import plan_conversion
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.deploy.inspection import inspect_onnx
 from ricciq.estimators.apply import Correction, DiscreteWeight
-from ricciq.estimators.ricci_flow import RicciFlow
+from ricciq.estimators.metric_flow import MetricFlow
 from ricciq.layers.conv1d import QuantConv1d
 
 
@@ -56,7 +56,7 @@ def test_its_gradients_are_corrected_row_by_row():
         assert parameter.grad.isfinite().all()
     assert layer.weight_quantizer.log_scale.grad.abs().min() > 0
     before = conv.weight.grad.clone()
-    Correction(RicciFlow())([DiscreteWeight("layer", layer.latent, layer.weight_quantizer)])
+    Correction(MetricFlow())([DiscreteWeight("layer", layer.latent, layer.weight_quantizer)])
     assert conv.weight.grad.shape == before.shape
     assert not torch.equal(conv.weight.grad, before)
 

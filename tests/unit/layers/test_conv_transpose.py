@@ -12,7 +12,7 @@ from ricciq.data.preprocessing import Preprocessing
 from ricciq.deploy.inspection import inspect_onnx
 from ricciq.deploy.modules import deploy
 from ricciq.estimators.apply import Correction, DiscreteWeight
-from ricciq.estimators.ricci_flow import RicciFlow
+from ricciq.estimators.metric_flow import MetricFlow
 from ricciq.layers.conv_transpose import QuantConvTranspose2d, swap_channels
 
 OPTIONS = [
@@ -72,7 +72,7 @@ def test_its_gradients_are_corrected_row_by_row(groups):
     assert layer.weight_quantizer.log_scale.grad.shape == (8,)
     before = layer.weight.grad.clone()
     assert before.abs().sum() > 0
-    Correction(RicciFlow())([DiscreteWeight("layer", layer.latent, layer.weight_quantizer)])
+    Correction(MetricFlow())([DiscreteWeight("layer", layer.latent, layer.weight_quantizer)])
     assert layer.weight.grad.shape == before.shape
     assert not torch.equal(layer.weight.grad, before)
 

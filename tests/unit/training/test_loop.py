@@ -1,4 +1,4 @@
-"""The fine-tuning loop: its loss, its files, going on after a stop, and steps that go wrong."""
+"""The fine-tuning loop: loss, files, resuming, and steps without finite gradients."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from ricciq.training import step as trainer
 from ricciq.training.loop import finetune
 from ricciq.training.losses import loss_function
 from ricciq.training.metrics import Tally
-from ricciq.training.state import Progressed
+from ricciq.training.state import TrainingState
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
 from ricciq.workflows.session import Session
@@ -42,13 +42,13 @@ SUMMARY = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Undisturbed runs by method, each made once."""
+    """Uninterrupted runs by method, each made once."""
     made = {}
 
     def get(method: str) -> Run:
         if method not in made:
             path = tmp_path_factory.mktemp(method)
-            freezing = 0.005 if method == "ste" else None  # has state of its own to save
+            freezing = 0.005 if method == "ste" else None  # has state to save
             changes = {"method.name": method, "training.freezing": freezing}
             made[method] = Run(path, RECIPE.override(changes))
             made[method].done = made[method].train()
@@ -61,21 +61,21 @@ def entropy(logits: list[float], target: int) -> float:
     return math.log(sum(map(math.exp, logits))) - logits[target]
 
 
-def divergence(taught: list[float], logits: list[float]) -> float:
+def divergence(teacher: list[float], logits: list[float]) -> float:
     """KL(teacher || student) of two vectors of logits."""
-    p, q = ([math.exp(x) / sum(map(math.exp, v)) for x in v] for v in (taught, logits))
+    p, q = ([math.exp(x) / sum(map(math.exp, v)) for x in v] for v in (teacher, logits))
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
 LOGITS = [[1.0, 0.0, -1.0], [0.5, 2.0, 0.0]]
-TAUGHT = [[2.0, -1.0, 0.0], [0.0, 1.0, 1.0]]
+TEACHER = [[2.0, -1.0, 0.0], [0.0, 1.0, 1.0]]
 TARGETS = [0, 2]
 
 
-def loss(taught: list[list[float]] | None, **settings: float) -> float:
-    teacher = None if taught is None else torch.tensor(taught)
+def loss(teacher: list[list[float]] | None, **settings: float) -> float:
+    teacher_logits = None if teacher is None else torch.tensor(teacher)
     value = loss_function(
-        torch.tensor(LOGITS), torch.tensor(TARGETS), teacher, TrainingSection(**settings)
+        torch.tensor(LOGITS), torch.tensor(TARGETS), teacher_logits, TrainingSection(**settings)
     )
     return value.item()
 
@@ -95,10 +95,10 @@ def test_the_teachers_share_is_the_softened_divergence(share, t):
     def cooled(row):
         return [x / t for x in row]
 
-    pairs = zip(TAUGHT, LOGITS, strict=True)
+    pairs = zip(TEACHER, LOGITS, strict=True)
     soft = t**2 * sum(divergence(cooled(a), cooled(b)) for a, b in pairs) / 2
     expected = (1 - share) * HARD + share * soft
-    assert loss(TAUGHT, distill=share, temperature=t) == pytest.approx(expected, rel=1e-5)
+    assert loss(TEACHER, distill=share, temperature=t) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_student_that_agrees_with_its_teacher_has_no_soft_loss():
@@ -137,14 +137,14 @@ def test_training_lowers_the_loss_and_writes_its_files(finished, method):
     assert stored["holdout_top1"] <= done.best_top1
 
 
-def test_without_a_folder_nothing_stays_and_the_model_has_the_best_weights(finished, tmp_path):
-    undisturbed = finished("ste")
-    run = Run(tmp_path / "run", undisturbed.recipe)
+def test_without_a_folder_no_file_is_left_and_the_model_has_the_best_weights(finished, tmp_path):
+    uninterrupted = finished("ste")
+    run = Run(tmp_path / "run", uninterrupted.recipe)
     loaders = run.job.loader("fit", training=True), run.job.loader("holdout")
     done = finetune(run.model, *loaders, run.recipe, teacher=run.teacher)
-    best = load_tensors(undisturbed.folder.best)[0]
+    best = load_tensors(uninterrupted.folder.best)[0]
     assert all(torch.equal(best[name], value) for name, value in run.model.state_dict().items())
-    assert done.chosen_epoch == undisturbed.done.chosen_epoch
+    assert done.chosen_epoch == uninterrupted.done.chosen_epoch
     assert list(run.folder.path.iterdir()) == []
     with pytest.raises(ValueError, match="give the folder"):
         finetune(run.model, *loaders, run.recipe, resume=True)
@@ -199,14 +199,14 @@ def stop_while_saving(monkeypatch) -> None:
         ("ricci", stop_while_saving),
     ],
 )
-def test_a_stopped_run_ends_as_an_undisturbed_one(finished, tmp_path, method, stop):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(finished, tmp_path, method, stop):
     whole = finished(method)
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop(monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             Run(tmp_path, whole.recipe).train()
     resumed = Run(tmp_path, whole.recipe)
-    with torch.no_grad():  # nothing of the new model may remain
+    with torch.no_grad():  # no value of the new model may remain
         for tensor in resumed.model.state_dict().values():
             tensor.fill_(1)
     done = resumed.train(resume=True)
@@ -229,7 +229,7 @@ def finite(run: Run) -> bool:
     return all(t.isfinite().all() for t in run.model.state_dict().values())
 
 
-def test_a_bad_step_leaves_the_model_as_it_was(tmp_path):
+def test_a_step_without_finite_gradients_does_not_change_the_model(tmp_path):
     run = Run(tmp_path)
     images, targets = run.batch()
     trainer, tally = run.trainer(), Tally()
@@ -246,7 +246,7 @@ def test_a_bad_step_leaves_the_model_as_it_was(tmp_path):
 
 
 def spoil(monkeypatch, bad_steps: range) -> None:
-    """Put a NaN into the pictures of these steps, counted over the whole run."""
+    """Put a NaN into the images of these steps, counted over the whole run."""
     original, taken = Trainer.step, []
 
     def step(self, batches, tally, update, measure):
@@ -279,7 +279,7 @@ def test_a_bad_last_batch_leaves_the_epoch_without_geometry(tmp_path, monkeypatc
 
 
 def test_twenty_bad_batches_in_a_row_end_the_run(tmp_path, monkeypatch):
-    spoil(monkeypatch, range(2, 1000))  # over the ends of epochs, which are short here
+    spoil(monkeypatch, range(2, 1000))  # longer than an epoch
     run = Run(tmp_path, RECIPE.override({"training.epochs": 9}))
     with pytest.raises(RicciqError, match=r"20 steps in a row; lower --lr 0\.005") as caught:
         run.train()
@@ -287,7 +287,7 @@ def test_twenty_bad_batches_in_a_row_end_the_run(tmp_path, monkeypatch):
     assert load_tensors(run.folder.last)[1]["progress"]["epoch"] == 22 // STEPS
 
 
-def test_bad_batches_apart_do_not_add_up(tmp_path, monkeypatch):
+def test_bad_batches_that_are_not_in_a_row_do_not_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MAX_BAD_STEPS", 2)
     spoil(monkeypatch, range(0, 1000, 2))
     assert Run(tmp_path).train().skipped == STEPS
@@ -307,12 +307,12 @@ def test_bad_batches_apart_do_not_add_up(tmp_path, monkeypatch):
 def test_an_unusable_optimizer_or_schedule_is_refused(change):
     ((key, value),) = change.items()
     recipe = RECIPE.override({f"training.{key}": value})
-    with pytest.raises(RecipeError, match=rf"training\.{key} = {value} .*; take ") as caught:
+    with pytest.raises(RecipeError, match=rf"training\.{key} = {value} .*; choose ") as caught:
         prepare(recipe, Session(CPU))
     assert caught.value.exit_code == 2
 
 
-def test_what_has_one_dimension_does_not_decay(tmp_path):
+def test_one_dimensional_parameters_have_no_weight_decay(tmp_path):
     run = Run(tmp_path)
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     decays = {
@@ -321,8 +321,8 @@ def test_what_has_one_dimension_does_not_decay(tmp_path):
         for parameter in group["params"]
     }
     assert decays.keys() == set(names.values())
-    steps = [name for name in decays if name.endswith("log_scale")]
-    assert len(steps) > len(quantized_layers(run.model))  # of weights and of activations
+    scales = [name for name in decays if name.endswith("log_scale")]
+    assert len(scales) > len(quantized_layers(run.model))  # of weights and of activations
     for name, parameter in run.model.named_parameters():
         wanted = RECIPE.training.weight_decay if parameter.dim() > 1 else 0.0
         assert decays[name] == wanted, name
@@ -338,11 +338,11 @@ def test_gradients_are_clipped_after_the_correction(tmp_path):
     run.correction = Inflation(METHODS["ste"])
     trainer, norms = run.trainer(), []
 
-    def note(*_args):
+    def record_norm(*_args):
         grads = [p.grad for p in run.model.parameters() if p.grad is not None]
         norms.append(float(torch.nn.utils.get_total_norm(grads)))
 
-    trainer.optimizer.register_step_pre_hook(note)
+    trainer.optimizer.register_step_pre_hook(record_norm)
     trainer.step([run.batch()], Tally(), 0, measure=False)
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
@@ -360,12 +360,12 @@ def test_mixed_precision_trains_on_the_cpu(tmp_path):
     assert run.model.conv1.weight.dtype == torch.float32
 
 
-def test_where_bfloat16_is_missing_the_loss_is_scaled(tmp_path, monkeypatch):
+def test_without_bfloat16_the_loss_is_scaled(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "half_precision", lambda _: torch.float16)
     run = Run(tmp_path, RECIPE.override({"amp": True}))
     training, tally = run.trainer(), Tally()
     training.begin_epoch()
-    # The first scale is too much for float16: such a step changes the scale and nothing else.
+    # The first scale is too large for float16: such a step changes the scale and nothing else.
     training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**30})
     before = run.model.conv1.weight.detach().clone()
     assert not training.step([run.batch()], tally, 0, measure=False)
@@ -377,7 +377,7 @@ def test_where_bfloat16_is_missing_the_loss_is_scaled(tmp_path, monkeypatch):
     assert finite(run)
 
 
-def test_a_run_in_float16_goes_on_with_its_scale(tmp_path, monkeypatch):
+def test_a_run_in_float16_resumes_with_its_loss_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "half_precision", lambda _: torch.float16)
     recipe = RECIPE.override({"amp": True, "training.epochs": 1})
     done = Run(tmp_path, recipe).train()
@@ -385,15 +385,15 @@ def test_a_run_in_float16_goes_on_with_its_scale(tmp_path, monkeypatch):
     assert Run(tmp_path, recipe).train(resume=True).scaler == done.scaler
 
 
-def test_no_epochs_change_and_write_nothing(tmp_path):
+def test_without_epochs_nothing_is_changed_or_written(tmp_path):
     run = Run(tmp_path, RECIPE.override({"training.epochs": 0}))
     before = copy.deepcopy(run.model.state_dict())
-    assert run.train() == Progressed(batch_size=40)
+    assert run.train() == TrainingState(batch_size=40)
     assert all(torch.equal(t, before[n]) for n, t in run.model.state_dict().items())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_training_draws_nothing_from_the_callers_generators(tmp_path):
+def test_training_does_not_change_the_caller_s_random_state(tmp_path):
     run = Run(tmp_path, RECIPE.override({"training.epochs": 1}))
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     run.train()
@@ -402,8 +402,8 @@ def test_training_draws_nothing_from_the_callers_generators(tmp_path):
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
-def test_the_latest_of_epochs_that_cannot_be_told_apart_is_chosen(tmp_path, monkeypatch):
-    # 72 hold-out pictures: the standard error at 90 % is 3.5 percent points.
+def test_the_latest_of_epochs_within_a_standard_error_is_chosen(tmp_path, monkeypatch):
+    # 72 hold-out images: the standard error at 90 % is 3.5 percentage points.
     accuracies = iter([80.0, 90.0, 87.0, 85.0])
     original = train.evaluate
 
@@ -420,44 +420,44 @@ def test_the_latest_of_epochs_that_cannot_be_told_apart_is_chosen(tmp_path, monk
 
 
 @pytest.mark.parametrize("method", ["project", "ricci"])
-def test_activation_gradients_are_corrected_where_the_recipe_asks_for_it(tmp_path, method):
+def test_gradients_of_activations_are_corrected_if_the_recipe_says_so(tmp_path, method):
     gradients = []
     for target in ("weights", "activations"):
         recipe = RECIPE.override({"method.name": method, "method.target": target})
         trainer = Run(tmp_path / target, recipe).trainer()
-        # Those of weights as they are before their own correction.
+        # So that the gradients of weights are compared before their own correction.
         trainer.correction = Correction(METHODS["ste"])
         trainer.optimizer.zero_grad = lambda: None
         trainer.step([Run(tmp_path, RECIPE).batch()], Tally(), STEPS, measure=False)
         gradients.append([w.weight.grad for w in trainer.weights])
-    last, stem = -1, 0  # of the last layer's weight nothing is behind, of the stem's everything
+    last, stem = -1, 0  # the gradient of the stem passes all quantizers, the last layer's none
     assert torch.equal(gradients[0][last], gradients[1][last])
     assert not torch.equal(gradients[0][stem], gradients[1][stem])
 
 
-def test_the_default_method_corrects_activations_and_trusts_cells(tmp_path):
+def test_the_default_method_corrects_activations_and_bounds_steps(tmp_path):
     run = Run(tmp_path, RECIPE)
-    assert (run.correction.on, run.correction.estimator) == ("activations", METHODS["ricci"])
+    assert (run.correction.target, run.correction.estimator) == ("activations", METHODS["ricci"])
     trainer = run.trainer()
     layer = next(item for item in trainer.weights if item.quantizer.bits != 8)
     before = layer.weight.detach().clone()
-    halves = layer.quantizer.half_cell(before)  # before the step is a step away
+    halves = layer.quantizer.half_cell(before)  # of the scale before the step
     for group in trainer.optimizer.param_groups:
         group["lr"] = 10.0
     trainer.step([run.batch()], Tally(), 0, measure=False)
     moved = (layer.weight.detach() - before).abs() / halves
-    assert moved.max().item() == pytest.approx(METHODS["ricci"].trust, rel=1e-3)
+    assert moved.max().item() == pytest.approx(run.correction.step_bound.half_cells, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"processes": 8}, UsageError, "state of 8 processes and was given to 1; start as many"),
+        ({"processes": 8}, UsageError, "saved by 8 processes, and this run has 1; start as many"),
         ({"speed": 1.0}, CheckpointError, r"another version of ricciq; .*--overwrite"),
     ],
     ids=["other processes", "another version"],
 )
-def test_a_state_that_cannot_go_on_is_refused(tmp_path, change, error, sentence):
+def test_a_state_that_cannot_be_resumed_is_refused(tmp_path, change, error, sentence):
     run = Run(tmp_path, RECIPE.override({"training.epochs": 1}))
     run.train()
     tensors, metadata = load_tensors(run.folder.last)
@@ -502,12 +502,14 @@ def test_recomputed_activations_give_the_same_gradients(tmp_path):
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
 
 
-def test_a_model_that_cannot_recompute_is_refused_before_anything_is_done():
+def test_a_model_without_gradient_checkpointing_is_refused_at_once():
     changes = {
         "model": {"name": "legacy_seresnet18", "pretrained": False},
         "training.grad_checkpointing": True,
     }
-    with pytest.raises(RecipeError, match=r"training\.grad_checkpointing = true .*; remove it"):
+    with pytest.raises(
+        RecipeError, match=r"grad_checkpointing = true: this timm model does not .*; remove"
+    ):
         prepare(RECIPE.override(changes), Session(CPU))
 
 

@@ -1,4 +1,4 @@
-"""The memory of a step: counted, found out, and missing."""
+"""The memory of a step: how it is counted, and what happens if there is too little."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from digits_run import Run
 from torch import nn
 
 from ricciq.convert.plan import plan_conversion
@@ -24,7 +25,6 @@ from ricciq.training.memory import (
     step_memory,
 )
 from ricciq.workflows.job import prepare
-from ricciq.workflows.quantize import run
 from ricciq.workflows.session import Session
 from ricciq.workflows.sizing import describe, find_batch_size
 
@@ -32,11 +32,11 @@ CPU = torch.device("cpu")
 RECIPE = Recipe().override({"model.name": "digits_resnet8", "data.name": "digits", "device": "cpu"})
 
 
-def test_what_a_forward_pass_keeps_is_counted():
+def test_tensors_that_a_forward_pass_keeps_are_counted():
     model = nn.Sequential(nn.Linear(10, 20), nn.Sigmoid(), nn.Linear(20, 5))
     found = step_memory(model, torch.zeros(4, 10), None, moments=2)
     parameters = 10 * 20 + 20 + 20 * 5 + 5
-    # Kept a picture: the input of the first layer, and what the sigmoid gave.
+    # Kept for each image: the input of the first layer, and the output of the sigmoid.
     assert found == StepMemory(4 * parameters * 4, 4 * (10 + 20))
     assert found.bytes(8) == 16 * parameters + 8 * 120
 
@@ -54,12 +54,12 @@ from ricciq.convert.rewrite import convert
 from ricciq.training.memory import step_memory
 
 torch.set_num_threads(1)
-model = timm.create_model("resnet18", num_classes=10)
+model = timm.create_model("test_resnet", num_classes=10)
 convert(model, plan_conversion(model.eval(), torch.zeros(2, 3, 96, 96), 2, 2))
-counted = step_memory(model, torch.zeros(4, 3, 96, 96), None, moments=1).per_picture
+counted = step_memory(model, torch.zeros(4, 3, 96, 96), None, moments=1).per_image
 
-def peak(pictures):
-    model.train()(torch.zeros(pictures, 3, 96, 96)).sum().backward()
+def peak(images):
+    model.train()(torch.zeros(images, 3, 96, 96)).sum().backward()
     with open("/proc/self/status") as file:  # getrusage would count the parent's too
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
@@ -70,7 +70,7 @@ print((peak(40) - small) / 32 / counted)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_count_is_what_a_process_grows_by():
+def test_a_process_grows_by_about_the_counted_memory():
     shown = subprocess.run(
         [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
     )
@@ -87,7 +87,7 @@ def test_the_count_is_what_a_process_grows_by():
         (ValueError("can't allocate memory"), False),
     ],
 )
-def test_errors_that_mean_too_little_memory(error, is_one):
+def test_errors_that_mean_that_memory_ran_out(error, is_one):
     assert is_out_of_memory(error) == is_one
 
 
@@ -102,7 +102,7 @@ def test_the_largest_batch_leaves_a_reserve():
     assert largest_batch(StepMemory(9_000, 100), 10_000) == 1
 
 
-def test_auto_takes_what_fits(monkeypatch):
+def test_auto_finds_the_largest_batch_size_that_fits(monkeypatch):
     job = prepare(RECIPE.override({"data.batch_size": "auto"}), Session(CPU))
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     assert find_batch_size(job) == 256
@@ -115,17 +115,17 @@ def test_auto_takes_what_fits(monkeypatch):
 
 
 @pytest.mark.slow
-def test_too_little_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatch):
+def test_out_of_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatch):
     forward = train.Trainer._loss
 
     def narrow(trainer, images, *others):
         if len(images) > 24:
-            torch.empty(2**60)  # more than there is, so that torch says it in its own words
+            torch.empty(2**60)  # more than there is, for torch's own error
         return forward(trainer, images, *others)
 
     monkeypatch.setattr(train.Trainer, "_loss", narrow)
     with pytest.raises(RicciqError) as caught:
-        run(RECIPE.override({"data.batch_size": 100}), tmp_path / "run")
+        Run(tmp_path, RECIPE.override({"data.batch_size": 100})).train()
     assert caught.value.exit_code == 1
     assert str(caught.value) == (
         "the memory of cpu is not enough for a step with batch size 100, but 12 fitted; give "
@@ -136,10 +136,10 @@ def test_too_little_memory_names_the_batch_size_that_fitted(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_models_that_recompute_their_activations_keep_less():
-    model = timm.create_model("resnet18", num_classes=10)
+def test_gradient_checkpointing_keeps_less_memory():
+    model = timm.create_model("test_efficientnet", num_classes=10)
     images = torch.zeros(4, 3, 64, 64)
     convert(model, plan_conversion(model.eval(), images, 2, 2))
     whole = step_memory(model, images, None, moments=1)
     model.set_grad_checkpointing(True)
-    assert step_memory(model, images, None, moments=1).per_picture < whole.per_picture / 2
+    assert step_memory(model, images, None, moments=1).per_image < whole.per_image / 2

@@ -1,4 +1,4 @@
-"""Techniques of training: averages, statistics taken anew, stages, features, norms, rates."""
+"""Techniques of training: averages, BatchNorm statistics, stages, features, norms, rates."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ from ricciq.training.loop import correction_of, finetune
 from ricciq.training.losses import feature_distance
 from ricciq.training.metrics import Tally
 from ricciq.training.optim import WithFeatures, optimizer_and_schedule
-from ricciq.training.state import Progressed
+from ricciq.training.state import TrainingState
 from ricciq.training.step import Trainer
 from ricciq.workflows import compare as study
 from ricciq.workflows.compare import Trial
@@ -72,13 +72,13 @@ class Run:
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         bits = self.recipe.quantization
         convert(self.model, self.job.plan, bits.kinds)
-        calibrate(self.model, self.pictures(), bits.scale_search)
+        calibrate(self.model, self.images(), bits.scale_search)
 
-    def pictures(self) -> list[Tensor]:
-        """What to calibrate on: 40, 40 and 20 pictures."""
+    def images(self) -> list[Tensor]:
+        """Batches to calibrate on: 40, 40 and 20 images."""
         return [images for images, _ in self.job.loader("fit", samples=100)]
 
-    def train(self, resume: bool = False, pictures: bool = True) -> Progressed:
+    def train(self, resume: bool = False, images: bool = True) -> TrainingState:
         return finetune(
             self.model,
             self.job.loader("fit", training=True),
@@ -90,7 +90,7 @@ class Run:
             teacher=self.teacher,
             metadata=self.job.metadata,
             journal=Journal(),
-            pictures=self.pictures if pictures else None,
+            calibration_images=self.images if images else None,
             resume=resume,
         )
 
@@ -106,7 +106,7 @@ class Run:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy, which goes on to be what it is."""
+    """A copy of the state, which later steps do not change."""
     return copy.deepcopy(model.state_dict())
 
 
@@ -119,7 +119,7 @@ def act_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Stop when so many steps are taken and saved."""
+    """Interrupt the run after so many steps, each of which is saved."""
     original, taken = Trainer.step, []
 
     def step(*args, **kwargs):
@@ -132,7 +132,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def stop_between_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop when the second epoch has been made ready for, before its first step."""
+    """Interrupt the run before the first step of the second epoch."""
     original = train.set_epoch
 
     def set_epoch(loader, epoch, *args):
@@ -143,13 +143,13 @@ def stop_between_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "set_epoch", set_epoch)
 
 
-def stopped_and_resumed(path: Path, changes: dict, stop: Callable) -> tuple[Run, Progressed]:
+def stopped_and_resumed(path: Path, changes: dict, stop: Callable) -> tuple[Run, TrainingState]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop(monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             Run(path, changes).train()
     resumed = Run(path, changes)
-    with torch.no_grad():  # nothing of the new model may remain
+    with torch.no_grad():  # no value of the new model may remain
         for tensor in resumed.model.state_dict().values():
             tensor.fill_(1)
     return resumed, resumed.train(resume=True)
@@ -199,7 +199,7 @@ def test_without_an_average_the_outcome_is_the_model(tmp_path):
     assert not any(name.startswith("ema") for name in trainer.changing.state_dict())
 
 
-def test_the_average_is_what_is_judged_and_saved(tmp_path):
+def test_the_average_is_evaluated_and_saved(tmp_path):
     run = Run(tmp_path, {"training.ema": 0.75})
     run.train()
     best, last = run.best(), load_tensors(run.folder.last)[0]
@@ -217,7 +217,7 @@ def test_the_average_is_what_is_judged_and_saved(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_an_average_that_stopped_within_an_epoch_ends_as_an_undisturbed_one(tmp_path):
+def test_an_interrupted_run_with_an_average_ends_as_an_uninterrupted_one(tmp_path):
     changes = {"training.ema": 0.75, "training.epochs": 2}
     whole = Run(tmp_path / "whole", changes)
     done = whole.train()
@@ -230,7 +230,7 @@ def test_a_run_with_an_average_that_stopped_within_an_epoch_ends_as_an_undisturb
     assert_same_end(resumed, whole)
 
 
-def test_a_bad_step_leaves_the_average_as_it_was(tmp_path):
+def test_a_step_without_finite_gradients_does_not_change_the_average(tmp_path):
     run = Run(tmp_path, {"training.ema": 0.75})
     trainer = run.trainer()
     trainer.begin_epoch()
@@ -243,7 +243,7 @@ def test_a_bad_step_leaves_the_average_as_it_was(tmp_path):
     assert same(before, trainer.outcome.state_dict())
 
 
-# BatchNorm averages taken anew
+# BatchNorm statistics estimated again
 
 
 def norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -251,7 +251,7 @@ def norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 @pytest.mark.parametrize("ema", [None, 0.75])
-def test_the_saved_averages_are_those_of_the_training_pictures(tmp_path, ema):
+def test_the_saved_statistics_are_those_of_the_training_images(tmp_path, ema):
     plain = Run(tmp_path / "plain", {"training.ema": ema})
     plain.train()
     run = Run(tmp_path / "anew", {"training.ema": ema, "training.reestimate_bn": True})
@@ -267,7 +267,7 @@ def test_the_saved_averages_are_those_of_the_training_pictures(tmp_path, ema):
     for name, norm in norms(run.model).items():
         norm.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
     with torch.no_grad():
-        for images in run.pictures():  # 20 pictures count as much as 40: a batch is a batch
+        for images in run.images():  # each batch has the same weight
             run.model.train()(images)
     assert len(seen) > 5
     for name, batches in seen.items():
@@ -280,7 +280,7 @@ def test_the_saved_averages_are_those_of_the_training_pictures(tmp_path, ema):
             assert not torch.allclose(found, without[f"{name}.running_{kind}"], rtol=1e-2)
 
 
-def test_averages_that_are_kept_cannot_be_taken_anew():
+def test_frozen_statistics_cannot_be_estimated_again():
     with pytest.raises(RecipeError, match="freeze_bn and reestimate_bn contradict") as caught:
         RECIPE.override({"training.freeze_bn": True, "training.reestimate_bn": True})
     assert "\n" not in str(caught.value)
@@ -290,23 +290,23 @@ def test_averages_that_are_kept_cannot_be_taken_anew():
     "change",
     [{"training.reestimate_bn": True}, {"training.progressive": [8], "training.epochs": 2}],
 )
-def test_what_needs_pictures_is_not_done_without_them(tmp_path, change):
-    with pytest.raises(ValueError, match="pictures is None; the recipe's progressive or reestim"):
-        Run(tmp_path, change).train(pictures=False)
+def test_recipes_that_need_calibration_images_are_refused_without(tmp_path, change):
+    with pytest.raises(ValueError, match="calibration_images is None; the recipe's progress"):
+        Run(tmp_path, change).train(images=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_else_needs_pictures(tmp_path):
-    assert Run(tmp_path, {"training.ema": 0.5}).train(pictures=False).epoch == 1
+def test_other_recipes_need_no_calibration_images(tmp_path):
+    assert Run(tmp_path, {"training.ema": 0.5}).train(images=False).epoch == 1
 
 
-# Widths that fall
+# Progressive quantization
 
 STAGES = {"training.progressive": [8, 4], "training.epochs": 3}
 
 
 def widths(model: nn.Module) -> list[tuple[int, int]]:
-    """Of weights and of inputs, layer by layer."""
+    """Bits of weights and of inputs, layer by layer."""
     layers = quantized_layers(model).values()
     return [(layer.weight_quantizer.bits, layer.input_quantizer.bits) for layer in layers]
 
@@ -335,17 +335,17 @@ def test_an_epoch_has_the_widths_of_its_stage(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("search", [1, 100])
-def test_a_stage_begins_with_steps_of_its_own(tmp_path, search):
+def test_a_stage_begins_with_newly_calibrated_scales(tmp_path, search):
     run = Run(tmp_path, STAGES | {"training.ema": 0.75, "quantization.scale_search": search})
     trainer = run.trainer()
     for epoch, bits in enumerate((8, 4, 2)):
-        trainer.enter(epoch, run.pictures)
+        trainer.enter(epoch, run.images)
         for layer in quantized_layers(run.model).values():
             fresh = WeightQuantizer(len(layer.latent), layer.weight_quantizer.bits)
             fresh.calibrate(layer.latent, search)
             assert torch.equal(layer.weight_quantizer.log_scale, fresh.log_scale)
         again = copy.deepcopy(run.model)
-        calibrate(again, run.pictures(), search)
+        calibrate(again, run.images(), search)
         for found, expected in zip(act_quantizers(run.model), act_quantizers(again), strict=True):
             assert torch.equal(found.log_scale, expected.log_scale)
             assert torch.equal(found.zero_point, expected.zero_point)
@@ -354,12 +354,12 @@ def test_a_stage_begins_with_steps_of_its_own(tmp_path, search):
         trainer.begin_epoch()
         trainer.step([run.batch()], Tally(), STEPS * epoch, measure=False)
         moved = state(run.model)
-        trainer.enter(epoch, run.pictures)  # as a resumed run does within a stage
+        trainer.enter(epoch, run.images)  # as a run that resumes within a stage
         assert same(run.model.state_dict(), moved)
 
 
 def test_the_chosen_epoch_is_one_of_the_last_stage(tmp_path, monkeypatch):
-    # 72 hold-out pictures: the standard error at 70 % is 5 percent points.
+    # 72 hold-out images: the standard error at 70 % is 5 percentage points.
     accuracies = iter([99.0, 98.0, 70.0, 60.0])
     original = train.evaluate
 
@@ -378,8 +378,8 @@ TWO_STAGES = {"training.progressive": [8], "training.epochs": 2, "training.ema":
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Run:
-    run = Run(tmp_path_factory.mktemp("undisturbed"), TWO_STAGES)
+def uninterrupted(tmp_path_factory) -> Run:
+    run = Run(tmp_path_factory.mktemp("uninterrupted"), TWO_STAGES)
     run.train()
     return run
 
@@ -394,15 +394,15 @@ def undisturbed(tmp_path_factory) -> Run:
     ],
     ids=["within the first stage", "at the boundary", "within the last stage"],
 )
-def test_a_run_in_stages_that_stopped_ends_as_an_undisturbed_one(undisturbed, tmp_path, stop):
+def test_an_interrupted_run_in_stages_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, stop):
     resumed, _ = stopped_and_resumed(tmp_path, TWO_STAGES, stop)
-    assert_same_end(resumed, undisturbed)
-    assert widths(resumed.model) == widths(undisturbed.model)
+    assert_same_end(resumed, uninterrupted)
+    assert widths(resumed.model) == widths(uninterrupted.model)
 
 
 @pytest.mark.parametrize("most", [None, 256])
-def test_the_slope_is_that_of_the_width(tmp_path, most):
-    # By default four codes have a slope and sixteen none; with more allowed both do.
+def test_the_slope_belongs_to_the_width(tmp_path, most):
+    # By default 4 codes have a slope and 16 have none; with max_codes=256 both have one.
     run = Run(tmp_path, STAGES | {"method.max_codes": most})
     assert run.recipe.method.name == "ricci"
     trainer, estimator = run.trainer(), correction_of(run.recipe).estimator
@@ -410,14 +410,14 @@ def test_the_slope_is_that_of_the_width(tmp_path, most):
     outer = quantized_layers(run.model)["conv1"].input_quantizer
     slopes = {bits: estimator.slope(2**bits, SLOPE_SAMPLES, 0.0) for bits in (4, 2)}
     assert torch.equal(inner.slope, slopes[2])  # of the plan, before the first epoch
-    trainer.enter(0, run.pictures)
+    trainer.enter(0, run.images)
     assert all(quantizer.slope is None for quantizer in act_quantizers(run.model))
-    trainer.enter(1, run.pictures)
+    trainer.enter(1, run.images)
     if most is None:
         assert inner.slope is None
     else:
         assert torch.equal(inner.slope, slopes[4])
-    trainer.enter(2, run.pictures)
+    trainer.enter(2, run.images)
     assert torch.equal(inner.slope, slopes[2])
     assert outer.slope is None
 
@@ -447,14 +447,14 @@ def test_the_slope_is_that_of_the_width(tmp_path, most):
         ({"training.progressive": [4, 1]}, "training.progressive"),
     ],
 )
-def test_stages_that_cannot_be_are_refused(change, sentence):
+def test_invalid_stages_are_refused(change, sentence):
     with pytest.raises(RecipeError, match=sentence) as caught:
         RECIPE.override(STAGES | change)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("the command line is invalid at ")
 
 
-# Steps with a rate of their own
+# The learning rate of scales
 
 
 def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
@@ -470,7 +470,7 @@ def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple
 
 
 @pytest.mark.parametrize("extra", [{}, {"warmup_epochs": 1, "min_lr": 1e-5}, {"weight_decay": 0.0}])
-def test_steps_have_a_rate_of_their_own_throughout(tmp_path, extra):
+def test_scales_have_their_own_rate_during_the_whole_schedule(tmp_path, extra):
     model = Run(tmp_path).model
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     plain, scaled = (TrainingSection(epochs=4, scale_lr=factor, **extra) for factor in (1.0, 0.125))
@@ -491,7 +491,7 @@ def test_steps_have_a_rate_of_their_own_throughout(tmp_path, extra):
     assert len(seen) > 8  # the schedule moves
 
 
-def test_what_a_step_changes_in_a_step_size_is_scaled(tmp_path):
+def test_the_change_of_a_scale_is_scaled(tmp_path):
     changes = []
     for factor in (1.0, 0.125):
         run = Run(tmp_path, {"training.scale_lr": factor, "training.opt": "sgd"})
@@ -504,7 +504,7 @@ def test_what_a_step_changes_in_a_step_size_is_scaled(tmp_path):
     assert torch.equal(changes[0]["fc.weight"], changes[1]["fc.weight"])
 
 
-def test_steps_that_are_not_trained_have_no_group(tmp_path):
+def test_fixed_scales_have_no_parameter_group(tmp_path):
     changes = {"quantization.weight_quantizer": "fixed", "quantization.act_bits": 32}
     model = Run(tmp_path, changes).model
     optimizer, _ = optimizer_and_schedule(model, TrainingSection(scale_lr=0.5), STEPS)
@@ -514,7 +514,7 @@ def test_steps_that_are_not_trained_have_no_group(tmp_path):
     assert all(group["params"] for group in optimizer.param_groups)
 
 
-def test_what_a_model_exempts_from_decay_stays_exempt():
+def test_parameters_that_a_model_exempts_from_decay_stay_exempt():
     model = timm.create_model("test_vit", num_classes=2)
     assert "pos_embed" in model.no_weight_decay()
     usual, own = (
@@ -530,19 +530,19 @@ def test_what_a_model_exempts_from_decay_stays_exempt():
 
 def test_features_are_compared_by_direction():
     features = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    taught = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    teacher = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     assert feature_distance(features, features).item() == pytest.approx(0, abs=1e-6)
     assert feature_distance(features, -features).item() == pytest.approx(4)
     axes = torch.eye(2)
     assert feature_distance(axes, axes.flip(0)).item() == pytest.approx(2)
-    units = [x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (features, taught)]
+    units = [x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (features, teacher)]
     expected = (units[0] - units[1]).square().sum(1).mean().item()
-    assert feature_distance(features, taught).item() == pytest.approx(expected, rel=1e-5)
+    assert feature_distance(features, teacher).item() == pytest.approx(expected, rel=1e-5)
     scales = torch.tensor([0.1, 1.0, 3.0, 10.0, 100.0]).view(-1, 1, 1, 1)
-    assert feature_distance(scales * features, taught).item() == pytest.approx(expected, rel=1e-5)
+    assert feature_distance(scales * features, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_features_change_no_logits(tmp_path):
+def test_the_model_with_features_gives_the_same_logits(tmp_path):
     run = Run(tmp_path)
     images, _ = run.batch()
     with torch.no_grad():
@@ -551,7 +551,7 @@ def test_features_change_no_logits(tmp_path):
         assert torch.equal(features, run.model.forward_features(images))
 
 
-def test_the_distance_of_features_turns_the_student_and_not_the_teacher(tmp_path):
+def test_the_distance_of_features_trains_the_student_and_not_the_teacher(tmp_path):
     gradients = []
     for share in (0.0, 5.0):
         run = Run(tmp_path, {"training.distill_features": share})
@@ -574,10 +574,10 @@ def test_a_model_without_features_is_refused(tiny_quantized):
     with pytest.raises(RecipeError, match=r"distill_features needs the features .* TinyNet") as it:
         Trainer(model, recipe, correction_of(recipe), CPU, 1, copy.deepcopy(model))
     assert "\n" not in str(it.value)
-    Trainer(model, recipe, correction_of(recipe), CPU, 1)  # nobody teaches
+    Trainer(model, recipe, correction_of(recipe), CPU, 1)  # no teacher, no need of features
 
 
-# Rows that keep their norm
+# weight_norm: rows keep their norm
 
 
 def row_norms(weight: Tensor) -> Tensor:
@@ -609,7 +609,7 @@ def test_a_step_turns_rows_and_keeps_their_norms(tmp_path):
         assert not torch.allclose(used, before[name], rtol=1e-3)
 
 
-def test_a_row_of_zeros_keeps_its_norm_without_a_nan():
+def test_a_row_of_zeros_keeps_its_norm_and_has_finite_gradients():
     weight = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
     kept = KeptNorm(weight)
     assert torch.equal(kept(weight), weight)
@@ -638,11 +638,11 @@ def test_a_model_with_norms_kept_is_rebuilt_and_exported(tmp_path):
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
 
 
-# Steps that clip nothing
+# scale_search
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, "ternary"])
-def test_a_single_weight_step_ends_at_the_largest_weight(bits):
+def test_a_single_candidate_covers_the_largest_weight(bits):
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     quantizer = WeightQuantizer(len(weight), bits)
     quantizer.calibrate(weight, 1)
@@ -650,27 +650,27 @@ def test_a_single_weight_step_ends_at_the_largest_weight(bits):
     torch.testing.assert_close(ends, weight.abs().amax(1), rtol=1e-5, atol=0)
     quantizer.calibrate(weight)
     assert (quantizer.scale * quantizer.grid.high <= weight.abs().amax(1) * 1.0001).all()
-    if bits != 8:  # where many steps are tried, a smaller one is better
+    if bits != 8:  # of many candidates, a smaller scale is better
         assert (quantizer.scale * quantizer.grid.high < weight.abs().amax(1) * 0.999).any()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["relu", "normal", "silu", "negative"])
-def test_a_single_activation_step_covers_what_was_counted(bits, kind):
+def test_a_single_candidate_covers_the_observed_activations(bits, kind):
     x = 3 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
     make = {"relu": torch.relu, "silu": nn.functional.silu, "negative": lambda x: -x.abs()}
     x = make.get(kind, lambda x: x)(x)
     histogram = LogHistogram()
     histogram(x)
     scale, zero_point = choose_range(histogram, bits, 1)
-    # Half a step beyond the last code is still rounded to it.
+    # Values up to half a scale beyond the last code are rounded to it.
     assert -(zero_point + 0.5) * scale <= histogram.low * (1 - 1e-6)
     assert histogram.high * (1 - 1e-6) <= (2**bits - 1 - zero_point + 0.5) * scale
     if kind == "relu":
         assert (zero_point, scale) == (0, pytest.approx(histogram.high / (2**bits - 1)))
 
 
-def test_a_recipe_says_how_many_steps_are_tried(tmp_path):
+def test_a_recipe_sets_the_number_of_candidates(tmp_path):
     clipped = []
     for search in (1, 100):
         model = Run(tmp_path, {"quantization.scale_search": search}).model
@@ -689,10 +689,10 @@ def test_a_recipe_says_how_many_steps_are_tried(tmp_path):
     assert clipped[1] > 5
 
 
-# Any key of a recipe in a comparison
+# Recipe keys in a comparison
 
 
-def test_a_trial_changes_what_its_keys_name():
+def test_a_trial_changes_the_keys_that_it_names():
     method = "ricci:training.ema=0.9:quantization.weight_norm=true"
     recipe = Trial(method, 1.0, 0).recipe(Recipe())
     wanted = {"training.ema": 0.9, "quantization.weight_norm": True}
@@ -709,7 +709,7 @@ def test_a_trial_changes_what_its_keys_name():
     "change",
     ["training.ema.x=1", "training.foo=1", "training.ema=2", "nothing.ema=0.9", "training.ema=["],
 )
-def test_a_key_that_does_not_hold_is_refused(change):
+def test_an_invalid_key_is_refused(change):
     with pytest.raises(
         RecipeError, match=f"^--methods ricci:{change.split('=', maxsplit=1)[0]}="
     ) as it:
@@ -717,13 +717,13 @@ def test_a_key_that_does_not_hold_is_refused(change):
     assert "\n" not in str(it.value)
 
 
-def test_null_takes_a_value_of_the_recipe_away():
+def test_null_removes_a_value_of_the_recipe():
     base = Recipe().override({"training.ema": 0.9, "training.clip_grad": 1.0})
     recipe = Trial("ricci:training.ema=null", 1.0, 0).recipe(base)
     assert (recipe.training.ema, recipe.training.clip_grad) == (None, 1.0)
 
 
-def test_a_rate_of_a_method_is_scaled_as_that_of_the_recipe():
+def test_the_rate_of_a_method_is_scaled_like_that_of_the_recipe():
     recipes = [Trial("ricci:training.lr=0.01", scale, 0).recipe(Recipe()) for scale in (1, 3)]
     assert [recipe.training.lr for recipe in recipes] == pytest.approx([0.01, 0.03])
 
