@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ricciq.convert.trace import Call, Recording, Value, record, value_of
 from ricciq.errors import ModelError
 from ricciq.layers.registry import kind_of, norm_classes, why_not
-from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import FLOAT_BITS
+from ricciq.quant.grid import FLOAT_BITS, Bits
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ricciq.estimators.base import Displacing, Estimator
+from ricciq.estimators.base import Estimator, Perturbing
 from ricciq.estimators.ricci_flow import STAGES, Geometry, RicciFlow
 from ricciq.estimators.straight_through import StraightThrough
 from ricciq.quant.activation import ActivationQuantizer
@@ -144,19 +144,19 @@ class Correction:
 
 
 def override_forward(model: nn.Module, correction: Correction) -> list[nn.Module]:
-    """Let an estimator that is `Displacing` say what a converted model rounds in training.
+    """Let an estimator that is `Perturbing` say what a converted model rounds in training.
 
     Returns:
-        The quantizers that were given a `place`.
+        The quantizers that were given a `perturbation`.
     """
     estimator = correction.estimator
-    if not isinstance(estimator, Displacing):
+    if not isinstance(estimator, Perturbing):
         return []
     chosen = []
     for module in model.modules():
         weights = isinstance(module, WeightQuantizer) and correction.on != "activations"
         if weights or (isinstance(module, ActivationQuantizer) and correction.on != "weights"):
-            setattr(module, "place", estimator.place)  # noqa: B010  mypy takes it for a tensor
+            setattr(module, "perturbation", estimator.perturb)  # noqa: B010  mypy takes it for a tensor
             chosen.append(module)
     return chosen
 
@@ -189,7 +189,7 @@ class Attachment:
     def detach(self) -> None:
         """Leave the quantizers as they were; once is enough, and more does no harm."""
         for module in self._displaced:
-            vars(module).pop("place", None)  # that of the class is None
+            vars(module).pop("perturbation", None)  # that of the class is None
         if self.activations is not None:
             self.activations.detach()
 

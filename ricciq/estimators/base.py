@@ -45,10 +45,10 @@ class Estimator(Protocol):
 
 
 @runtime_checkable
-class Displacing(Protocol):
+class Perturbing(Protocol):
     """An estimator that changes the forward pass of training too."""
 
-    def place(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
+    def perturb(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
         """What is rounded in the place of numbers, both counted in steps and of one shape.
 
         Args:

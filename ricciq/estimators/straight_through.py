@@ -36,6 +36,6 @@ class StraightThrough:
 class StochasticRounding(StraightThrough):
     """Up or down by chance, right on average (Gupta et al. 2015, arXiv 1502.02551, section 3.1)."""
 
-    def place(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
+    def perturb(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
         """Moved by up to half a cell: the nearer level is the likelier to be the nearest then."""
         return ratio + (torch.rand_like(ratio) - 0.5) * cell

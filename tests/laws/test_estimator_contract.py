@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ricciq.cli import completion, options
 from ricciq.errors import RecipeError
-from ricciq.estimators.base import Displacing, Estimator
+from ricciq.estimators.base import Estimator, Perturbing
 from ricciq.estimators.catalog import CATALOG, DEFAULT, Coordinate, Settings, all_settings
 from ricciq.estimators.registry import METHODS, named_estimator
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES
@@ -110,12 +110,12 @@ def test_a_slope_covers_the_grid_and_ends_at_0(estimator, codes):
 
 @every
 def test_what_is_rounded_instead_is_finite_and_follows_the_seed(estimator):
-    if not isinstance(estimator, Displacing):
+    if not isinstance(estimator, Perturbing):
         pytest.skip("the forward pass of training stays as it is")
     ratio = torch.linspace(-3, 3, 50)
     before = ratio.clone()
     with torch.random.fork_rng():
-        placed = [(torch.manual_seed(0), estimator.place(ratio, 1.0))[1] for _ in range(2)]
+        placed = [(torch.manual_seed(0), estimator.perturb(ratio, 1.0))[1] for _ in range(2)]
     assert torch.equal(*placed)
     assert placed[0].shape == ratio.shape
     assert (placed[0] - ratio).abs().max() <= 1  # no farther than to the next level

@@ -12,6 +12,7 @@ from ricciq.estimators.registry import METHODS, named_estimator
 from ricciq.estimators.ricci_flow import RicciFlow
 from ricciq.estimators.straight_through import StraightThrough
 from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.codebook import CodebookWeights
 from ricciq.quant.weight import WeightQuantizer
 
 CORRECTING = ["ricci", "ewgs", "dsq", "ede", "lne", "project"]
@@ -296,7 +297,7 @@ def trained_mean(quantizer: WeightQuantizer | ActivationQuantizer, x: Tensor, re
 @pytest.mark.parametrize("bits", PLACES)
 def test_stochastic_rounding_is_right_on_average(bits):
     quantizer = WeightQuantizer(1, bits)
-    quantizer.place = METHODS["stochastic"].place
+    quantizer.perturbation = METHODS["stochastic"].perturb
     wanted = torch.tensor(PLACES[bits])
     mean, values = trained_mean(quantizer.train(), wanted)
     torch.testing.assert_close(mean, wanted, rtol=0, atol=0.02)  # 1 / sqrt(20,000) is 0.007
@@ -308,16 +309,16 @@ def test_stochastic_rounding_is_right_on_average(bits):
 def test_activations_are_rounded_by_chance_around_their_zero_point():
     quantizer = ActivationQuantizer(2)
     quantizer.set_range(0.5, zero_point=1)
-    quantizer.place = METHODS["stochastic"].place
+    quantizer.perturbation = METHODS["stochastic"].perturb
     x = torch.tensor([-0.4, 0.1, 0.8, 5.0])  # 5 lies beyond the last level, 1
     mean, values = trained_mean(quantizer.train(), x)
     torch.testing.assert_close(mean, torch.tensor([-0.4, 0.1, 0.8, 1.0]), rtol=0, atol=0.01)
     assert values.tolist() == [-0.5, 0.0, 0.5, 1.0]
 
 
-def test_a_displaced_forward_has_the_straight_through_gradient():
+def test_a_perturbed_forward_has_the_straight_through_gradient():
     quantizer = WeightQuantizer(1, 2)
-    quantizer.place = lambda ratio, cell: ratio + 0.5 * cell
+    quantizer.perturbation = lambda ratio, cell: ratio + 0.5 * cell
     weight = torch.tensor([[-3.0, -1.6, 0.2, 0.8, 1.4]], requires_grad=True)
     discrete = quantizer.train()(weight)
     assert discrete.tolist() == [[-2, -1, 1, 1, 1]]  # -1.1, 0.7, and no farther than the last code
@@ -329,8 +330,8 @@ def test_a_displaced_forward_has_the_straight_through_gradient():
 
 
 def test_a_codebook_s_levels_learn_from_the_code_that_was_taken():
-    quantizer = WeightQuantizer(1, 2, kind="codebook")
-    quantizer.place = lambda ratio, cell: ratio + cell / 2 + 1
+    quantizer = CodebookWeights(1, 2)
+    quantizer.perturbation = lambda ratio, cell: ratio + cell / 2 + 1
     weight = quantizer.scale * torch.tensor([[-64.0, -60.0]])
     taken = quantizer.train()(weight).detach() / quantizer.scale
     quantizer(weight).sum().backward()
@@ -345,14 +346,14 @@ def test_a_codebook_s_levels_learn_from_the_code_that_was_taken():
 def test_an_override_reaches_the_quantizers_it_is_for(on, weights, activations):
     model = torch.nn.ModuleList([WeightQuantizer(1, 2), ActivationQuantizer(2)])
     override_forward(model, Correction(METHODS["stochastic"], on))
-    assert [module.place is not None for module in model] == [weights, activations]
+    assert [module.perturbation is not None for module in model] == [weights, activations]
 
 
 def test_other_methods_leave_the_forward_pass_alone():
     model = torch.nn.ModuleList([WeightQuantizer(1, 2), ActivationQuantizer(2)])
     for name in set(METHODS) - {"stochastic"}:
         override_forward(model, Correction(METHODS[name], "both"))
-    assert [module.place for module in model] == [None, None]
+    assert [module.perturbation for module in model] == [None, None]
 
 
 @pytest.mark.parametrize(
