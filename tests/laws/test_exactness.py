@@ -32,7 +32,7 @@ from ricciq.deploy.passes import tidy
 from ricciq.layers.base import BIAS_LIMIT, QuantLayer
 from ricciq.layers.linear import QuantLinear
 from ricciq.layers.registry import kind_of
-from ricciq.quant.catalog import WEIGHTS
+from ricciq.quant.catalog import ACTIVATIONS, WEIGHTS
 from ricciq.quant.config import QuantizerConfig
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ class Residual(nn.Module):
         return self.main(x) + self.skip(x)
 
 
-configs = st.sampled_from([QuantizerConfig(name) for name in WEIGHTS])
+configs = st.builds(QuantizerConfig, st.sampled_from([*WEIGHTS]), st.sampled_from([*ACTIVATIONS]))
 weight_widths = st.sampled_from(QuantizerConfig().weight_widths)
 activations = st.sampled_from([nn.ReLU6, nn.Identity, nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6])
 padded = [nn.Conv2d, nn.Conv2d, StdConv2d, ScaledStdConv2d]  # by what they are given
