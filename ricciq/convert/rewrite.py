@@ -6,10 +6,10 @@ from collections import Counter
 
 from torch import Tensor, nn
 
-from ricciq.convert.plan import POINT_BITS, Plan, plan_conversion
+from ricciq.convert.plan import OUTPUT_BITS, Plan, plan_conversion
 from ricciq.layers.base import QuantLayer, names_of
+from ricciq.layers.hooks import quantize_input, quantize_output
 from ricciq.layers.norm import BatchNorm, plain, rest_of
-from ricciq.layers.points import quantize_input, quantize_output
 from ricciq.layers.registry import kind_of
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.config import LSQ, QuantizerConfig
@@ -74,7 +74,7 @@ def convert(model: nn.Module, plan: Plan, config: QuantizerConfig = LSQ) -> nn.M
     quantizers: dict[str, ActivationQuantizer] = {}
     for name, source in plan.points.items():
         if source not in quantizers:
-            quantizers[source] = LSQ.activation_quantizer(POINT_BITS).to(device)
+            quantizers[source] = LSQ.activation_quantizer(OUTPUT_BITS).to(device)
         quantize_output(model.get_submodule(name), quantizers[source])
     return model
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ricciq.deploy.modules import deploy
 from ricciq.layers.base import BIAS_LIMIT, QuantLayer
 from ricciq.layers.conv import QuantConv2d
+from ricciq.layers.hooks import quantize_output
 from ricciq.layers.linear import QuantLinear, QuantLinearWeight
 from ricciq.layers.norm import turn_negative_rows
-from ricciq.layers.points import quantize_output
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.config import QuantizerConfig
 from ricciq.quant.grid import LARGEST_CODE
