@@ -1,4 +1,4 @@
-"""The plan (bits a layer, 8-bit points between layers, what is kept and why) and the rewriting."""
+"""The plan of a conversion: widths of layers, 8-bit outputs between them, and what stays float."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from torch import Tensor, nn
 from ricciq.convert.trace import Call, Recording, Value, record, value_of
 from ricciq.errors import ModelError
 from ricciq.layers.registry import kind_of, norm_classes, why_not
-from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import FLOAT_BITS
+from ricciq.quant.grid import FLOAT_BITS, Bits
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
 _WEIGHTED_CALLS = {"conv1d", "conv2d", "conv3d", "linear"}
 _RECTIFIERS = {"ReLU", "relu", "relu_", "ReLU6", "relu6", "Hardtanh", "hardtanh", "hardtanh_"}
-"""What the runtime takes into a convolution's kernel, or the exporter into a quantizer's range."""
-POINT_BITS = 8
-"""Width of the points at additions and where a convolution's output is not quantized anyway."""
+"""What the runtime fuses into a convolution's kernel, or the exporter into a quantizer's range."""
+OUTPUT_BITS = 8
+"""Width of the output quantizers at additions and behind convolutions without another quantizer."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to convert: its dotted name, its widths and the BatchNorm it takes in.
+    """One layer to convert: its dotted name, its widths and the BatchNorm that it takes in.
 
     Attributes:
-        parent: the module that uses the layer's weight itself instead of calling the layer.
+        parent: the module that uses the layer's weight directly instead of calling the layer.
     """
 
     name: str
-    # Checked where a plan is read from a file; a plain dataclass does not check.
+    # Checked when a plan is read from a file; the dataclass itself does not check.
     weight_bits: Annotated[int, Field(ge=1, le=8)] | Literal["ternary"]
     act_bits: Annotated[int, Field(ge=1, le=FLOAT_BITS)]
     norm: str | None
@@ -51,12 +50,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """What conversion does to a model.
+    """What a conversion does to a model.
 
     Attributes:
         layers: the layers to convert, in the order they run.
-        points: names of the modules whose output is quantized to 8 bits, mapped to the module whose
-            quantizer they use: themselves, or one whose values they only select from.
+        points: names of the modules with an 8-bit output quantizer, mapped to the module whose
+            quantizer they use: their own, or that of one whose values they only select from.
         kept: what stays float.
     """
 
@@ -107,7 +106,7 @@ def plan_conversion(
     floats: list[Kept] = []
     for name in names:
         at_edge = name in (names[0], names[-1])
-        # The ends of a network lose most and weigh least: 8 bits there is the field's convention.
+        # The first and last layers are most sensitive and small: 8 bits there is the convention.
         inputs = act_bits if act_bits == FLOAT_BITS or not at_edge else int(_widest(edge_bits))
         parent = next((call.name for call, layer in lent.items() if layer == name), None)
         if parent is not None and not _alone_reads_argument(parent, lent, recording):
@@ -118,7 +117,7 @@ def plan_conversion(
         )
     points: dict[str, str] = {}
     if act_bits != FLOAT_BITS:
-        points, unquantized = _place_points(layers, recording, modules)
+        points, unquantized = _output_quantizers(layers, recording, modules)
         floats += unquantized
     for name in names:
         kind = kind_of(modules[name])
@@ -133,7 +132,7 @@ def _widest(bits: Bits) -> int:
 
 
 def _called_layer(call: Call, recording: Recording, modules: dict[str, nn.Module]) -> str | None:
-    """The layer that a call runs, if it can be converted and its input depends on the picture."""
+    """The layer that a call runs, if it can be converted and its input depends on the image."""
     constant = recording.constants.issuperset(call.inputs)
     if not call.is_module or constant or _why_not(modules[call.name], modules):
         return None
@@ -151,7 +150,7 @@ def _why_not(module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
 
 
 def _lent_weights(recording: Recording, modules: dict[str, nn.Module]) -> dict[Call, str]:
-    """Calls of a function on the weight of a layer that itself never runs, to its name."""
+    """Calls of a function on the weight of a layer that never runs, mapped to the layer's name."""
     weights = {
         (kind.lent_to, value_of(cast(Tensor, module.weight))): name
         for name, module in modules.items()
@@ -168,7 +167,7 @@ def _lent_weights(recording: Recording, modules: dict[str, nn.Module]) -> dict[C
 
 
 def _alone_reads_argument(parent: str, lent: dict[Call, str], recording: Recording) -> bool:
-    """Whether a module uses its first argument for nothing but lent weights."""
+    """Whether a module uses its first argument with lent weights only."""
     value = recording.first_argument.get(parent)
     readers = recording.readers[value] if value is not None else []
     return bool(readers) and all(reader in lent and reader.name == parent for reader in readers)
@@ -177,7 +176,7 @@ def _alone_reads_argument(parent: str, lent: dict[Call, str], recording: Recordi
 def _norms_behind(
     calls: list[Call], recording: Recording, modules: dict[str, nn.Module]
 ) -> dict[str, str]:
-    """The BatchNorm that each layer can take in: it alone reads the layer's output."""
+    """The BatchNorm that each layer can take in: the only reader of the layer's output."""
     norms = {}
     for call in calls:
         readers = recording.readers[call.outputs[0]]
@@ -197,20 +196,21 @@ def _has_statistics(norm: nn.Module) -> bool:
     return getattr(norm, "running_mean", None) is not None
 
 
-def _place_points(
+def _output_quantizers(
     layers: list[LayerPlan], recording: Recording, modules: dict[str, nn.Module]
 ) -> tuple[dict[str, str], list[Kept]]:
-    """Where a value must be made 8-bit for the runtime to stay in integers.
+    """The outputs that must be quantized for the runtime to compute in integers.
 
-    A convolution runs in integers only if its output, possibly behind a ReLU, is quantized at one
-    place. One discrete layer that alone reads it does that; additions, several readers, pooling and
-    other activations need a point. All operands of an addition need one if one of them comes from
-    a convolution or such an addition; what linear layers give is float in any case.
+    A convolution runs in integers only if its output, possibly behind a ReLU, is quantized in one
+    place. If a discrete layer is its only reader, that layer's input quantizer does it. Additions,
+    several readers, pooling and other activations need an output quantizer. All operands of an
+    addition need one if one of them comes from a convolution or such an addition. The output of
+    linear layers is float in any case.
     """
     discrete = {layer.name for layer in layers}
     wanted: dict[Value, None] = {}
     kept = []
-    integer: set[Value] = set()  # what kernels give that run in integers
+    integer: set[Value] = set()  # outputs of integer kernels
 
     def settled(value: Value) -> bool:
         readers = recording.readers[value]
@@ -230,20 +230,20 @@ def _place_points(
             integer.update(ends)
             if settled(ends[0]) or ends[0] in recording.result:
                 continue
-            place = next((value for value in ends if _owner(value, recording)), None)
+            output = next((value for value in ends if _owner(value, recording)), None)
             if {reader.kind for reader in recording.readers[ends[0]]} == {"flatten"}:
                 # OpenVINO 2026.4 adds the first channel's bias to all channels of such a kernel.
                 why = "it makes tokens, which OpenVINO computes wrongly with an integer kernel"
                 kept.append(Kept(call.name, "output", why))
-            elif place is not None:
-                wanted[place] = None
+            elif output is not None:
+                wanted[output] = None
             else:
                 why = "no module that runs once returns it, so its kernel stays float"
                 kept.append(Kept(call.name, "output", why))
     owners = [_owner(value, recording) for value in wanted]
     points = {name: name for name in owners if name is not None}
     for call in recording.calls:
-        # The maximum of 8-bit values is one of them: the same grid, and the pooling stays integer.
+        # The maximum of 8-bit values is one of them: with the same grid, pooling stays integer.
         if call.kind == "MaxPool2d" and (pooled := _owner(call.outputs[0], recording)):
             source = points.get(_owner(call.inputs[0], recording) or "")
             if source is not None:
@@ -252,13 +252,13 @@ def _place_points(
 
 
 def _owner(value: Value, recording: Recording) -> str | None:
-    """The innermost module that returned a value, if it runs only once."""
+    """The innermost module that returned a value, if that module runs only once."""
     names = recording.returned_by.get(value)
     return names[0] if names and recording.times[names[0]] == 1 else None
 
 
 def _ends(call: Call, layers: list[LayerPlan], recording: Recording) -> list[Value]:
-    """What a convolution's kernel can end in: behind a rectifier or its BatchNorm, last first."""
+    """The values that a convolution's kernel can end in, last first: a rectifier's, its norm's."""
     ends = [call.outputs[0]]
     norm = next(layer.norm for layer in layers if layer.name == call.name)
     if norm is not None:
@@ -267,7 +267,7 @@ def _ends(call: Call, layers: list[LayerPlan], recording: Recording) -> list[Val
 
 
 def _rectified(value: Value, recording: Recording) -> list[Value]:
-    """A value and, before it, what a rectifier makes of it that alone reads it."""
+    """A value, preceded by the output of a rectifier if that is its only reader."""
     readers = recording.readers[value]
     if len(readers) == 1 and readers[0].kind in _RECTIFIERS:
         return [readers[0].outputs[0], value]

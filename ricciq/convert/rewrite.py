@@ -1,4 +1,4 @@
-"""Swap a model's layers for their discrete counterparts, as a plan says."""
+"""Replace a model's layers by their discrete counterparts, according to a plan."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections import Counter
 
 from torch import Tensor, nn
 
-from ricciq.convert.plan import POINT_BITS, Plan, plan_conversion
+from ricciq.convert.plan import OUTPUT_BITS, Plan, plan_conversion
 from ricciq.layers.base import QuantLayer, names_of
+from ricciq.layers.hooks import quantize_input, quantize_output
 from ricciq.layers.norm import BatchNorm, plain, rest_of
-from ricciq.layers.points import quantize_input, quantize_output
 from ricciq.layers.registry import kind_of
 from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.config import LSQ, QuantizerConfig
 from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import LSQ, Kinds
 
 
 def _check_plan(plan: Plan, model: nn.Module) -> None:
-    """Refuse a plan, which may come from a file, that names what a model does not have."""
+    """Refuse a plan, which may be read from a file, that does not fit the model."""
     modules = dict(model.named_modules())
     layers = {layer.name for layer in plan.layers}
     named = [*plan.points, *plan.points.values(), *(layer.parent for layer in plan.layers)]
@@ -34,19 +34,19 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
         raise ValueError("its plan has a layer twice")
 
 
-def convert(model: nn.Module, plan: Plan, kinds: Kinds = LSQ) -> nn.Module:
-    """Swap the planned layers in place and add the 8-bit points.
+def convert(model: nn.Module, plan: Plan, config: QuantizerConfig = LSQ) -> nn.Module:
+    """Replace the planned layers in place and add the 8-bit output quantizers.
 
     Args:
-        model: the float model the plan was made for; its parameters are taken over, not copied.
+        model: the float model that the plan was made for; its parameters are used, not copied.
         plan: from `plan_conversion`.
-        kinds: which quantizers the layers get; the points always learn their steps.
+        config: which quantizers the layers get; output quantizers always learn their scales.
 
     Returns:
-        The same model, with float activations until it is calibrated.
+        The same model, which must be calibrated before use.
 
     Raises:
-        ValueError: the plan is that of another model.
+        ValueError: the plan is of another model, or has a width that a quantizer does not have.
     """
     _check_plan(plan, model)
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -61,7 +61,7 @@ def convert(model: nn.Module, plan: Plan, kinds: Kinds = LSQ) -> nn.Module:
             layer.weight_bits,
             layer.act_bits,
             plain(norm),
-            kinds,
+            config,
             turn=owners[id(module.weight)] == 1,
         )
         if layer.parent is not None and quantized.input_quantizer is not None:
@@ -74,7 +74,7 @@ def convert(model: nn.Module, plan: Plan, kinds: Kinds = LSQ) -> nn.Module:
     quantizers: dict[str, ActivationQuantizer] = {}
     for name, source in plan.points.items():
         if source not in quantizers:
-            quantizers[source] = ActivationQuantizer(POINT_BITS).to(device)
+            quantizers[source] = LSQ.activation_quantizer(OUTPUT_BITS).to(device)
         quantize_output(model.get_submodule(name), quantizers[source])
     return model
 
@@ -85,16 +85,29 @@ def quantize(
     weight_bits: Bits,
     act_bits: int,
     edge_bits: Bits = 8,
-    kinds: Kinds = LSQ,
+    config: QuantizerConfig = LSQ,
 ) -> Plan:
     """Make a float model's layers discrete, in place: `plan_conversion`, then `convert`.
 
-    Its activations stay float until it is calibrated. Arguments and errors are those of
-    `plan_conversion` and `convert`; the plan is returned, since it lists what was kept float and
-    why.
+    The model must then be calibrated.
+
+    Args:
+        model: the float model.
+        example: (B, C, H, W) input on the model's device.
+        weight_bits: 1 to 8 or ``"ternary"``, or 32 to convert nothing.
+        act_bits: 1 to 8, or 32 to leave activations float.
+        edge_bits: width of weights and activations in the first and the last layer.
+        config: which quantizers.
+
+    Returns:
+        The plan, which also lists what was kept float and why.
+
+    Raises:
+        ModelError: nothing in the model can be converted.
+        ValueError: a quantizer has no such width.
     """
     plan = plan_conversion(model, example, weight_bits, act_bits, edge_bits)
-    convert(model, plan, kinds)
+    convert(model, plan, config)
     return plan
 
 

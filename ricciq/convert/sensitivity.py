@@ -15,9 +15,7 @@ from ricciq.convert.rewrite import convert, quantized_layers
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.quant.activation import ActivationQuantizer
-from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds
-from ricciq.quant.weight import WeightQuantizer
+from ricciq.quant.config import QuantizerConfig
 from ricciq.system.journal import Journal
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
@@ -43,7 +41,7 @@ def measure_sensitivity(
     model: nn.Module,
     plan: Plan,
     names: Sequence[str],
-    kinds: Kinds,
+    config: QuantizerConfig,
     batches: Sequence[Tensor],
     journal: Journal,
 ) -> list[Sensitivity]:
@@ -53,7 +51,7 @@ def measure_sensitivity(
         model: the float model; it is not changed.
         plan: the layers to quantize.
         names: the layers to measure.
-        kinds: the quantizers.
+        config: the quantizers.
         batches: (B, C, H, W) calibration images on the model's device.
         journal: shows progress.
 
@@ -61,15 +59,15 @@ def measure_sensitivity(
         For each layer and width, the mean Kullback-Leibler divergence of the softmax outputs from
         those of the float model, as in ZeroQ (Cai et al. 2020, arXiv 2001.00281).
     """
-    widths = widths_of(kinds)
-    net = convert(copy.deepcopy(model), plan, kinds)
+    widths = widths_of(config)
+    net = convert(copy.deepcopy(model), plan, config)
     layers = list(quantized_layers(net).values())
     for module in net.modules():
         if isinstance(module, ActivationQuantizer):
             module.observer = _ignore  # an observed activation stays float
-    standardize = {layer: layer.weight_quantizer.unrounded for layer in layers}
+    standardize = {layer: layer.weight_quantizer.layer_standardize for layer in layers}
     for layer in layers:
-        _use(layer, standardize[layer])
+        layer.pass_weight_through(standardize[layer])
     found = []
     with evaluating(net), journal.bar("sensitivity", len(names) * len(widths)) as advance:
         expected = [F.log_softmax(net(images).float(), 1) for images in batches]
@@ -77,37 +75,24 @@ def measure_sensitivity(
             layer = cast(QuantLayer, net.get_submodule(name))
             divergence: dict[int, float] = {}
             for bits in widths:
-                _use(layer, _quantizer(layer, bits, standardize[layer], kinds))
+                quantizer = config.quantizer_for(layer.latent, bits, standardize[layer])
+                layer.pass_weight_through(quantizer.eval())
                 lost = _divergence(net, batches, expected)
                 # More levels make a layer worse only by chance.
                 divergence[bits] = min([max(lost, 0.0), *divergence.values()])
                 advance(lambda name=name: name)  # type: ignore[misc]
-            _use(layer, standardize[layer])
+            layer.pass_weight_through(standardize[layer])
             found.append(Sensitivity(name, layer.latent.numel(), divergence))
     return found
 
 
-def widths_of(kinds: Kinds) -> list[int]:
-    """The widths that these quantizers support: a codebook has 1, 2, 4 and 8 bits only."""
-    return [b for b in WIDTHS if kinds.weights != "codebook" or b == 8 or b in CODEBOOK_WIDTHS]
+def widths_of(config: QuantizerConfig) -> list[int]:
+    """The widths of `WIDTHS` that the quantizers of weights support."""
+    return [bits for bits in WIDTHS if bits in config.weight_widths]
 
 
 def _ignore(x: Tensor) -> None:
     pass
-
-
-def _use(layer: QuantLayer, quantizer: nn.Module) -> None:
-    """Replace the quantizer of a layer's weight by any module."""
-    layer._modules["weight_quantizer"] = quantizer
-
-
-def _quantizer(
-    layer: QuantLayer, bits: Bits, standardize: nn.Module, kinds: Kinds
-) -> WeightQuantizer:
-    weight = layer.latent
-    quantizer = WeightQuantizer(len(weight), bits, standardize, kinds.weights).to(weight.device)
-    quantizer.calibrate(weight, kinds.search)
-    return quantizer.eval()
 
 
 def _divergence(net: nn.Module, batches: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -1,7 +1,7 @@
-"""Deployed layers: packed codes, steps and integer biases, BatchNorm folded in.
+"""Deployed layers: packed codes, scales and integer biases, BatchNorm folded in.
 
-They run in torch, which is what an exported file is compared with, and describe themselves to the
-exporter as standard ONNX operators.
+They run in torch, as the reference for an exported file, and torch's exporter sees them as standard
+ONNX operators.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from ricciq.deploy.packing import Plane, pack, unpack
 from ricciq.layers.base import IntegerWeights, QuantLayer, names_of
+from ricciq.layers.hooks import quantize_output
 from ricciq.layers.operators import onnx_operator
-from ricciq.layers.points import quantize_output
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.weight import WeightQuantizer
 
 
 def in_float(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """What a `DeployedActivation` makes of x, by Div, Round, Clip and Mul.
+    """What a `DeployedActivation` computes, by Div, Round, Clip and Mul.
 
     Args:
         x: of any shape.
-        scale: of its grid.
+        scale: of the quantizer.
         zero_point: the code of zero, uint8.
         low: the lowest code, uint8.
         high: the highest code, uint8.
@@ -39,7 +39,7 @@ def in_float(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Te
 
 
 class DeployedActivation(nn.Module):
-    """QuantizeLinear to uint8, Clip to the width's codes, DequantizeLinear."""
+    """QuantizeLinear to uint8, Clip to the codes of the width, DequantizeLinear."""
 
     scale: Tensor
     zero_point: Tensor
@@ -68,13 +68,13 @@ class DeployedActivation(nn.Module):
 class DeployedWeight(nn.Module):
     """Packed codes -> table lookup -> reshape -> DequantizeLinear for each output channel.
 
-    onnxruntime computes all but the last step once, when it loads the file.
+    onnxruntime computes all but the last operator once, when it loads the file.
 
     Args:
-        weights: what to hold.
-        quantizer: whose grid and width its codes are of.
-        axis: which axis output channels take: 0, or 1 to swap the first two.
-        zero_points: whether to spell out that they are zero, as onnxruntime wants for a Gemm.
+        weights: the codes and scales.
+        quantizer: the quantizer of these codes.
+        axis: axis of the output channels: 0, or 1 to swap the first two.
+        zero_points: whether to list zero points although they are 0, as onnxruntime wants for Gemm.
     """
 
     scale: Tensor
@@ -91,7 +91,7 @@ class DeployedWeight(nn.Module):
         super().__init__()
         codes, flip = weights.codes, weights.flip.view(-1, *[1] * (weights.codes.dim() - 1))
         grid, bits = quantizer.grid, quantizer.bits
-        if grid.symmetric:  # a row that a negative BatchNorm weight turns around
+        if grid.symmetric:  # rows with a negative BatchNorm weight change their sign
             codes, flip = torch.where(flip, -codes, codes), torch.zeros_like(flip)
         if axis == 1:
             codes, flip = codes.transpose(0, 1).contiguous(), flip.transpose(0, 1)
@@ -124,7 +124,7 @@ class DeployedWeight(nn.Module):
         return self.integer_codes() * self.scale.view(-1, *[1] * behind)
 
     def integer_codes(self) -> Tensor:
-        """The codes that the kernels see: stretched, signs applied."""
+        """The codes that kernels compute with: stretched, signs applied."""
         if not self.planes:
             return self.get_buffer("codes")
         codes = unpack(self._plane_list(), _count(self.shape)).view(self.shape)
@@ -189,36 +189,36 @@ class DeployedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, (rows, ...): some models read it, if only for its device."""
+        """The dequantized weight, (rows, ...): some models read it, such as for its device."""
         weight: Tensor = self.weight_quantizer()
         return weight.transpose(0, 1) if self.axis == 1 else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer's kind computes."""
+        """The layer's function of the quantized input and weight."""
         assert self.function is not None, "a parent uses the weight"
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         return self.function(x, self.weight_quantizer(), self.float_bias())
 
     def float_bias(self) -> Tensor:
-        """(rows,) float32: the integer bias times the steps of input and weight."""
+        """(rows,) float32: the integer bias times the scales of input and weight."""
         bias = self.bias
         if bias.is_floating_point():
             return bias
         assert isinstance(self.input_quantizer, DeployedActivation)
         assert isinstance(self.weight_quantizer, DeployedWeight)
-        steps = [self.input_quantizer.scale, self.weight_quantizer.scale]
+        scales = [self.input_quantizer.scale, self.weight_quantizer.scale]
         if not torch.onnx.is_in_onnx_export():
-            return bias * (steps[0] * steps[1])
-        # onnxruntime multiplies the steps once, when it loads the file, which is smaller for it.
-        step = onnx_operator("Mul", steps, torch.float32, bias.shape)
+            return bias * (scales[0] * scales[1])
+        # onnxruntime multiplies the scales once, when it loads the file, which is smaller this way.
+        scale = onnx_operator("Mul", scales, torch.float32, bias.shape)
         return onnx_operator(
-            "DequantizeLinear", [bias, step], torch.float32, bias.shape, {"axis": 0}
+            "DequantizeLinear", [bias, scale], torch.float32, bias.shape, {"axis": 0}
         )
 
 
 def deploy(model: nn.Module) -> nn.Module:
-    """A copy of a converted model as it will run: packed, folded, in evaluation mode."""
+    """A copy of a converted model as it is exported: packed, folded, in evaluation mode."""
     deployed = copy.deepcopy(model).eval()
     made: dict[nn.Module, nn.Module] = {}
     for module in list(deployed.modules()):
@@ -227,9 +227,9 @@ def deploy(model: nn.Module) -> nn.Module:
         if isinstance(module, ActivationQuantizer):
             made[module] = DeployedActivation(module)
     for old, new in made.items():
-        point = getattr(old, "output_quantizer", None)
-        if point is not None:
-            quantize_output(new, made[point])
+        quantizer = getattr(old, "output_quantizer", None)
+        if quantizer is not None:
+            quantize_output(new, made[quantizer])
         for alias in names_of(old, deployed):
             deployed.set_submodule(alias, new)
     return deployed

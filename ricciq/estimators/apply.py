@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ricciq.estimators.base import Displacing, Estimator
+from ricciq.estimators.base import Estimator, Perturbing
 from ricciq.estimators.catalog import Target
 from ricciq.estimators.flow_time import stage
 from ricciq.estimators.metric_flow import Geometry, MetricFlow
@@ -156,23 +156,23 @@ class Correction:
 
 
 def override_forward(model: nn.Module, correction: Correction) -> list[nn.Module]:
-    """Let an estimator change what a converted model rounds in training, if it is `Displacing`.
+    """Let an estimator change what a converted model rounds in training, if it is `Perturbing`.
 
     Args:
         model: a converted model.
         correction: its target says which quantizers are changed.
 
     Returns:
-        The quantizers that were given a `place`.
+        The quantizers that were given a `perturbation`.
     """
     estimator = correction.estimator
-    if not isinstance(estimator, Displacing):
+    if not isinstance(estimator, Perturbing):
         return []
     chosen = []
     for module in model.modules():
         weights = isinstance(module, WeightQuantizer) and correction.target != "activations"
         if weights or (isinstance(module, ActivationQuantizer) and correction.target != "weights"):
-            setattr(module, "place", estimator.place)  # noqa: B010  mypy takes it for a tensor
+            setattr(module, "perturbation", estimator.perturb)  # noqa: B010  mypy takes it for a tensor
             chosen.append(module)
     return chosen
 
@@ -205,7 +205,7 @@ class Attachment:
     def detach(self) -> None:
         """Restore the quantizers. Calling it again does nothing."""
         for module in self._displaced:
-            vars(module).pop("place", None)  # the class has None
+            vars(module).pop("perturbation", None)  # the class has None
         if self.activations is not None:
             self.activations.detach()
 

@@ -60,10 +60,10 @@ class Estimator(Protocol):
 
 
 @runtime_checkable
-class Displacing(Protocol):
+class Perturbing(Protocol):
     """An estimator that also changes the forward pass of training."""
 
-    def place(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
+    def perturb(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
         """The values to round instead of the given ones.
 
         Args:

@@ -36,7 +36,7 @@ class StraightThrough:
 class StochasticRounding(StraightThrough):
     """Round up or down at random, unbiased (Gupta et al. 2015, arXiv 1502.02551, section 3.1)."""
 
-    def place(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
+    def perturb(self, ratio: Tensor, cell: Tensor | float) -> Tensor:
         """Add uniform noise of up to half a cell; the nearest level then follows at random.
 
         Args:

@@ -1,4 +1,4 @@
-"""Discrete counterparts of float layers, a module a kind; those imported here are registered."""
+"""Discrete counterparts of float layers, one module for each kind; importing registers them."""
 
 from ricciq.layers import conv as conv
 from ricciq.layers import conv1d as conv1d

@@ -1,4 +1,4 @@
-"""What discrete layers share: their quantizers, the BatchNorm behind, and their integer weights."""
+"""What discrete layers share: their quantizers, their BatchNorm, and their integer weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ricciq.layers.norm import BatchNorm, affine, turn_negative_rows
 from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.config import LSQ, QuantizerConfig
 from ricciq.quant.fake_quantize import MIN_SCALE
-from ricciq.quant.grid import LARGEST_CODE, Bits
-from ricciq.quant.quantizer import FLOAT_BITS, LSQ, Kinds
+from ricciq.quant.grid import FLOAT_BITS, LARGEST_CODE, Bits
 from ricciq.quant.weight import WeightQuantizer
 
 BIAS_LIMIT = 2**30
-"""Largest bias code: half of int32, so that the sum of the products still fits beside it."""
+"""Largest bias code: half of int32, so that its sum with the products still fits."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class IntegerWeights:
     """A layer as integer kernels compute it, its BatchNorm folded in.
 
     Attributes:
-        codes: weight codes on the grid or of the codebook, int8, (rows, ...).
-        stretch: the power of two that codes are multiplied by in the kernel. Bias codes count the
-            step of stretched codes, so that few-bit layers do not round their bias coarsely.
+        codes: codes of the weight, int8, (rows, ...).
+        stretch: the power of two that codes are multiplied by in the kernel. The bias is in
+            units of their scale, so that few-bit layers do not round their bias coarsely.
         flip: (rows,) true where the code's sign is reversed, for negative BatchNorm weights.
-        scale: (rows,) steps of the stretched codes.
+        scale: (rows,) scales of the stretched codes.
         bias: (rows,) int32 in units of ``bias_scale``, or float where activations are float.
-        bias_scale: (rows,) input step times weight step, or None where activations are float.
+        bias_scale: (rows,) input scale times weight scale, or None where activations are float.
     """
 
     codes: Tensor
@@ -43,12 +43,12 @@ class IntegerWeights:
 
 
 class KeptNorm(nn.Module):
-    """Gives every row of a weight the norm that it had at first, so that training only turns it.
+    """Rescales every row of a weight to its first norm, so that training changes directions only.
 
     Weight normalization (Salimans & Kingma 2016, arXiv 1602.07868, eq. 2) with a fixed gain.
 
     Args:
-        weight: (rows, ...), whose norms are kept.
+        weight: (rows, ...), the one whose norms are kept.
     """
 
     norms: Tensor
@@ -58,7 +58,7 @@ class KeptNorm(nn.Module):
         self.register_buffer("norms", weight.detach().flatten(1).norm(dim=1, keepdim=True))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight with those norms, same shape."""
+        """The weight with the first norms, same shape."""
         rows = weight.flatten(1)
         gain = self.norms / rows.norm(dim=1, keepdim=True).clamp_min(MIN_SCALE)
         kept: Tensor = (rows * gain).view_as(weight)
@@ -66,42 +66,41 @@ class KeptNorm(nn.Module):
 
 
 class Function(Protocol):
-    """A layer's real-valued function, given its weight in the order that the kernels read."""
+    """A layer's function of real numbers, on a weight in the order that kernels read."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Compute it; while torch exports, add its ONNX operators to the graph instead.
+        """Compute the function; while torch exports, add its ONNX operators to the graph instead.
 
         Args:
-            x: input of the layer.
+            x: the layer's input.
             weight: (rows, ...), or with the first two axes swapped where `weight_axis` is 1.
             bias: (rows,).
         """
 
 
 class QuantLayer(nn.Module):
-    """What the discrete layers share: quantizers for weight and input, and the BatchNorm behind.
+    """Base of the discrete layers: quantizers for weight and input, and the BatchNorm behind.
 
-    Keeping the BatchNorm inside lets training use it as it is and the export fold it, without the
-    rest of the model taking part.
+    With the BatchNorm inside the layer, training uses it as it is and the export folds it, and the
+    rest of the model is not involved.
 
-    The class variables are the traits of a kind of layer. The plan, the conversion and the
-    deployment know of a kind what these say, and `quantizes` tells which float classes it stands
-    in for.
+    The class variables are the traits of a kind of layer: all that the plan, the conversion and the
+    deployment know of it. `quantizes` registers a kind for float classes.
 
     Attributes:
-        norms: the classes of BatchNorm behind it that it takes in.
-        channel_axis: of the output channels in its output.
-        weight_axis: of the output channels in the weight that the kernels read: 0, or 1 where
-            they want the first two axes swapped. Training has them first in any case.
+        norms: the classes of BatchNorm that a layer can take in from behind it.
+        channel_axis: axis of the output channels in its output.
+        weight_axis: axis of the output channels in the weight that kernels read: 0, or 1 where the
+            first two axes are swapped. In training they are always first.
         operators: the ONNX operators that compute it.
-        kernels: the integer kernels that onnxruntime makes of them.
-        quantized_output: whether the kernel is an integer one only if its output, perhaps behind
-            a ReLU, is quantized at one place.
-        float_kernel: why its kernel is a float one although its codes are discrete, or None.
-        zero_points: whether the file must spell out that the weight's zero points are 0.
-        copies_weight: whether its weight is another parameter than the float layer's, which no
-            other module may have then.
-        seen: names of attributes of the float layer that models look at when they run.
+        kernels: the integer kernels that onnxruntime makes of these operators.
+        quantized_output: whether the kernel is integer only if its output, perhaps behind a ReLU,
+            is quantized in one place.
+        float_kernel: why its kernel is float although its codes are discrete, or None.
+        zero_points: whether the file must list the weight's zero points although they are 0.
+        copies_weight: whether its weight is a copy of the float layer's, which no other module may
+            share then.
+        seen: attributes of the float layer that models read when they run.
         lent_to: see `quantizes`.
     """
 
@@ -124,17 +123,17 @@ class QuantLayer(nn.Module):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:  # noqa: ARG003
-        """Why a layer of a class that this one stands in for stays float, or None."""
+        """Why a layer of a float class of this kind stays float, or None."""
         return None
 
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
-        """A layer with a float one's parameters and settings, its quantizers still missing."""
+        """A layer with the parameters and settings of a float one, still without quantizers."""
         raise NotImplementedError
 
     @classmethod
     def standardization(cls, module: nn.Module) -> nn.Module | None:  # noqa: ARG003
-        """What the float layer does to its weight before using it: (rows, ...) to the same."""
+        """What the float layer does to its weight before using it, (rows, ...) to (rows, ...)."""
         return None
 
     @classmethod
@@ -144,34 +143,45 @@ class QuantLayer(nn.Module):
         weight_bits: Bits,
         act_bits: int,
         norm: BatchNorm | None = None,
-        kinds: Kinds = LSQ,
+        config: QuantizerConfig = LSQ,
         turn: bool = False,
     ) -> Self:
-        """Take over a float layer's parameters.
+        """A discrete layer with a float layer's parameters, its weight quantizer calibrated.
 
         Args:
-            module: the float layer, for which `why_not` has no reason.
+            module: the float layer, for which `why_not` gives None.
             weight_bits: 1 to 8 or ``"ternary"``.
             act_bits: 1 to 8, or 32 to leave the input float.
-            norm: the BatchNorm that alone reads the layer's output.
-            kinds: which quantizers.
+            norm: the BatchNorm that is the only reader of the layer's output.
+            config: which quantizers.
             turn: whether rows may change their sign, as `turn_negative_rows` does. No other layer
                 may use the weight then.
+
+        Raises:
+            ValueError: a quantizer has no such width.
         """
         layer = cls.take_over(module)
         if norm is not None and turn:
             turn_negative_rows(layer.latent, layer.bias, norm)
-        layer._discretize(weight_bits, act_bits, norm, cls.standardization(module), kinds)
+        layer._discretize(weight_bits, act_bits, norm, cls.standardization(module), config)
         return layer.train(module.training)
 
     @property
     def latent(self) -> Tensor:
-        """The float weight that training changes, (rows, ...)."""
+        """The float weight that is trained, (rows, ...)."""
         return cast(Tensor, self.weight)
 
     def function(self) -> Function:
         """What the layer computes from quantized inputs, a weight and a bias."""
         raise NotImplementedError
+
+    def pass_weight_through(self, module: nn.Module) -> None:
+        """Use another module in place of the weight quantizer.
+
+        Args:
+            module: called with the latent weight, returns the one that the layer uses.
+        """
+        self.add_module("weight_quantizer", module)
 
     def _discretize(
         self,
@@ -179,32 +189,25 @@ class QuantLayer(nn.Module):
         act_bits: int,
         norm: BatchNorm | None,
         standardize: nn.Module | None,
-        kinds: Kinds,
+        config: QuantizerConfig,
     ) -> None:
         weight = self.latent
-        if kinds.normalize:
+        if config.normalize:
             kept = KeptNorm(weight if standardize is None else standardize(weight))
             standardize = kept if standardize is None else nn.Sequential(standardize, kept)
-        self.weight_quantizer = WeightQuantizer(
-            len(weight), weight_bits, standardize, kinds.weights
-        )
-        self.weight_quantizer.to(weight.device)
-        self.weight_quantizer.calibrate(weight, kinds.search)
-        float_inputs = act_bits == FLOAT_BITS
+        self.weight_quantizer = config.quantizer_for(weight, weight_bits, standardize)
         self.input_quantizer = None
-        if not float_inputs:
-            self.input_quantizer = ActivationQuantizer(act_bits, kinds.activations)
-        if self.input_quantizer is not None:
-            self.input_quantizer.to(weight.device)
+        if act_bits != FLOAT_BITS:
+            self.input_quantizer = config.activation_quantizer(act_bits).to(weight.device)
         self.norm = norm
 
     @torch.no_grad()
     def integer_weights(self) -> IntegerWeights:
-        """Codes, steps and bias with the BatchNorm's running statistics folded in.
+        """Codes, scales and bias with the BatchNorm's running statistics folded in.
 
-        The BatchNorm only rescales rows, so the codes stay as they are. A row whose bias would not
-        fit its integer range (a BatchNorm weight of zero or nearly so) gets a larger step and is
-        rounded again; such a row is, to that precision, a constant.
+        The BatchNorm only rescales rows, so the codes do not change. A row whose bias would exceed
+        its integer range (its BatchNorm weight is zero or nearly so) gets a larger scale and is
+        rounded again; to that precision, such a row is constant.
         """
         grid = self.weight_quantizer.grid
         stretch = max(1, 2 ** int(math.log2(LARGEST_CODE / max(1, -grid.low, grid.high))))
@@ -224,7 +227,7 @@ class QuantLayer(nn.Module):
         shrink = (scale / fitting).view(-1, *[1] * (codes.dim() - 1))
         if grid.has_zero:  # where no code is zero, rounding would make all of them alike
             codes = torch.where(shrink < 1, grid.round(codes * shrink), codes).to(torch.int8)
-        # The steps a file holds are float32: round them first, so that the bias is counted in them.
+        # Scales are float32 in a file: round them first, as they are the unit of the bias.
         weight_scale = fitting.float()
         bias_scale = weight_scale * self.input_quantizer.scale
         bias_codes = (bias / bias_scale.double()).round().to(torch.int32)
@@ -232,6 +235,6 @@ class QuantLayer(nn.Module):
 
 
 def names_of(module: nn.Module, model: nn.Module) -> list[str]:
-    """Every name a module goes by; a layer that two parents share has two."""
+    """Every dotted name of a module in a model; one that two parents share has two."""
     named = model.named_modules(remove_duplicate=False)
     return [name for name, other in named if other is module]

@@ -1,4 +1,4 @@
-"""Discrete convolutions, followed by the BatchNorm they came with."""
+"""Discrete convolutions, with the BatchNorm behind them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Window:
 
     Attributes:
         padding: zeros before and after each axis, last axis first: left, right, above, below.
-        same: whether instead the input's size decides, as in TensorFlow's "SAME".
+        same: whether the padding depends on the input's size instead, as in TensorFlow's "SAME".
     """
 
     kernel_size: tuple[int, ...]
@@ -54,7 +54,7 @@ class Window:
         return edges
 
     def output_size(self, size: Sequence[int]) -> list[int]:
-        """The size of the output, an axis an entry."""
+        """The size of the output, one entry for each axis."""
         edges = self.edges(size)
         both = [before + after for before, after in zip(edges[::2], edges[1::2], strict=True)]
         padded = [length + added for length, added in zip(size, reversed(both), strict=True)]
@@ -64,7 +64,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Convolution:
-    """The function of a convolution: see `Function`."""
+    """The function of a convolution, a `Function`."""
 
     window: Window
     groups: int
@@ -113,10 +113,10 @@ class Standardization(nn.Module):
 
 
 class QuantConv(QuantLayer):
-    """What convolutions share, whatever the number of their axes.
+    """Base of the convolutions, whatever the number of their axes.
 
     Attributes:
-        same: whether zeros are added around the input as its size demands, as TensorFlow does.
+        same: whether the padding depends on the input's size, as in TensorFlow's "SAME".
     """
 
     operators = ("Conv",)
@@ -136,14 +136,14 @@ class QuantConv(QuantLayer):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """Padding other than with zeros, as a convolution's kernel has no other."""
+        """A reason for padding modes other than zeros, which integer kernels lack."""
         if module.padding_mode != "zeros":
             return f"{module.padding_mode} padding has no integer kernel"
         return None
 
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
-        """A convolution with a float one's parameters."""
+        """A convolution with the parameters of a float one."""
         layer = cls(
             **{name: getattr(module, name) for name in cls.seen},
             bias=module.bias is not None,
@@ -181,18 +181,18 @@ class QuantConv(QuantLayer):
 
 @quantizes(nn.Conv2d, Conv2dSame, *STANDARDIZED)
 class QuantConv2d(QuantConv, nn.Conv2d):
-    """A convolution with discrete weights and inputs, followed by the BatchNorm it came with."""
+    """A convolution with discrete weights and inputs, and the BatchNorm behind it."""
 
     norms = (nn.BatchNorm2d, BatchNormAct2d)
 
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
-        """A convolution with a float one's parameters and its way of padding."""
+        """A convolution with the parameters and the padding of a float one."""
         layer = super().take_over(module)
         layer.same = isinstance(module, Conv2dSame) or getattr(module, "same_pad", False) is True
         return layer
 
     @classmethod
     def standardization(cls, module: nn.Module) -> nn.Module | None:
-        """Of timm's StdConv2d and its relatives."""
+        """The standardization of timm's StdConv2d and ScaledStdConv2d, or None."""
         return Standardization(cast(nn.Conv2d, module)) if type(module) in STANDARDIZED else None

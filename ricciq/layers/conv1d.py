@@ -1,4 +1,4 @@
-"""Discrete convolutions over sequences; onnxruntime runs them with the kernel of images."""
+"""Discrete convolutions over sequences; onnxruntime runs them with its 2-D kernel."""
 
 from __future__ import annotations
 

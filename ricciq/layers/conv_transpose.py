@@ -1,4 +1,4 @@
-"""Discrete transposed convolutions: packed codes, which onnxruntime computes with in float."""
+"""Discrete transposed convolutions: their codes are packed, onnxruntime's kernel is float."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ Sizes = tuple[int, ...]
 def swap_channels(weight: Tensor, groups: int) -> Tensor:
     """Swap the axes of input and output channels in the weight of a transposed convolution.
 
-    (in_channels, rows / groups, ...), as PyTorch and ONNX have it, becomes
-    (rows, in_channels / groups, ...), and the other way round.
+    Args:
+        weight: (in_channels, rows / groups, ...), as PyTorch and ONNX store it, or
+            (rows, in_channels / groups, ...).
+        groups: of the convolution.
+
+    Returns:
+        The other of the two.
     """
     across, within, *kernel = weight.shape
     swapped = weight.reshape(groups, across // groups, within, *kernel).transpose(1, 2)
@@ -30,10 +35,10 @@ def swap_channels(weight: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TransposedConvolution:
-    """The function of a transposed convolution: see `Function`. Pairs are (vertical, horizontal).
+    """The function of a transposed convolution, a `Function`. Pairs are (vertical, horizontal).
 
     Attributes:
-        swapped: whether the weight comes as PyTorch and ONNX have it; else it is (rows, ...).
+        swapped: whether the weight is as PyTorch and ONNX store it; else it is (rows, ...).
     """
 
     kernel_size: Sizes
@@ -71,8 +76,8 @@ class TransposedConvolution:
 class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     """A transposed convolution with discrete weights and inputs, and the BatchNorm behind it.
 
-    Its ``weight`` is (rows, in_channels / groups, ...), unlike PyTorch's, whose first axis is that
-    of the input channels: quantizers and gradient estimators take a row for each output channel.
+    Its ``weight`` is (rows, in_channels / groups, ...), as quantizers and gradient estimators need
+    a row for each output channel. In PyTorch's, input channels are first.
     """
 
     norms = (nn.BatchNorm2d, BatchNormAct2d)
@@ -92,12 +97,12 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
 
     @property
     def weight_axis(self) -> int:  # type: ignore[override]
-        """1 with one group; else no axis of the kernel's weight has all output channels."""
+        """1 with one group; with more, no axis of the kernel's weight has all output channels."""
         return 1 if self.groups == 1 else 0
 
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
-        """A transposed convolution with a float one's bias and a copy of its weight."""
+        """A transposed convolution with the bias of a float one and a copy of its weight."""
         conv = cast(nn.ConvTranspose2d, module)
         settings = {name: getattr(conv, name) for name in cls.seen}
         layer = cls(**settings, bias=conv.bias is not None, device="meta")

@@ -1,4 +1,4 @@
-"""Discrete linear layers, also those whose weight a parent uses itself."""
+"""Discrete linear layers, including those whose weight is used by a parent directly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     """A linear layer with discrete weights and inputs."""
 
     channel_axis = -1
-    # Transposed already: onnxruntime would do it in float, and hold on to that memory.
+    # Already transposed: onnxruntime would do it in float, and keep that memory.
     weight_axis = 1
     operators = ("Gemm", "MatMul")
     kernels = ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
@@ -44,7 +44,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
-        """A linear layer with a float one's parameters."""
+        """A linear layer with the parameters of a float one."""
         linear = cast(nn.Linear, module)
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -63,9 +63,9 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
 
 @quantizes(nn.Linear, TimmLinear, lent_to="linear")
 class QuantLinearWeight(QuantLayer):
-    """A linear layer that is never called: its parent hands ``weight`` to `F.linear` itself.
+    """A linear layer that is never called: its parent passes ``weight`` to `F.linear` itself.
 
-    Reading ``weight`` gives the discrete one; the parent's input passes through the quantizer.
+    ``weight`` is the discrete weight. The input quantizer is attached to the parent.
     """
 
     operators = ("Gemm", "MatMul")
@@ -79,7 +79,7 @@ class QuantLinearWeight(QuantLayer):
 
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
-        """A layer with a float one's parameters."""
+        """A layer with the parameters of a float one."""
         linear, layer = cast(nn.Linear, module), cls()
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.latent_weight, layer.bias = linear.weight, linear.bias
@@ -87,7 +87,7 @@ class QuantLinearWeight(QuantLayer):
 
     @property
     def latent(self) -> Tensor:
-        """The float weight that training changes, (out_features, in_features)."""
+        """The float weight that is trained, (out_features, in_features)."""
         return self.latent_weight
 
     @property

@@ -1,4 +1,4 @@
-"""The BatchNorm behind a layer: taking it in, and its affine form."""
+"""The BatchNorm behind a layer: its affine form, and what is needed to move it into the layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 BatchNorm = _BatchNorm
-"""What `nn.BatchNorm1d` and `nn.BatchNorm2d` have in common."""
+"""The common base of `nn.BatchNorm1d` and `nn.BatchNorm2d`."""
 
 
 def affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def plain(norm: BatchNorm | None) -> BatchNorm | None:
-    """The normalization alone, without the activation timm's BatchNormAct2d carries."""
+    """The normalization alone, without the activation of timm's BatchNormAct2d."""
     if not isinstance(norm, BatchNormAct2d):
         return norm
     alone = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, device="meta")
@@ -36,7 +36,7 @@ def plain(norm: BatchNorm | None) -> BatchNorm | None:
 
 
 def rest_of(norm: nn.Module) -> nn.Module:
-    """What remains where a normalization was taken out: nothing, or its activation."""
+    """What remains where a normalization was removed: its activation, or an identity."""
     if isinstance(norm, BatchNormAct2d):
         return nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
     return nn.Identity()
@@ -44,10 +44,10 @@ def rest_of(norm: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def turn_negative_rows(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> None:
-    """Negate the rows that a negative BatchNorm weight would negate; what comes out is the same.
+    """Negate the rows whose BatchNorm weight is negative, and this weight; the output is the same.
 
-    Folding such a weight turns codes around, which a two's complement grid cannot hold: the file
-    would need a sign for each row.
+    Folding a negative weight changes the sign of codes, which a two's complement grid cannot hold:
+    the file would need a sign for each row.
 
     Args:
         weight: (rows, ...) of the layer in front, changed in place.

@@ -1,4 +1,4 @@
-"""ONNX operators in the forward of a module that torch's exporter traces."""
+"""ONNX operators in the forward pass of a module that torch's exporter traces."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def onnx_operator(
     """Add one operator to the exported graph.
 
     Args:
-        operator: its name, of the default domain in `OPSET`.
-        inputs: what it reads.
-        dtype: of its result.
-        shape: of its result.
+        operator: the operator's name, of the default domain in `OPSET`.
+        inputs: its inputs.
+        dtype: the type of its result.
+        shape: the shape of its result.
         attributes: its attributes.
 
     Returns:
-        A stand-in for the result, with its type and shape and without its numbers.
+        A placeholder for the result, with its type and shape but without values.
     """
     result: Tensor = torch.onnx.ops.symbolic(
         operator, list(inputs), attributes or {}, dtype=dtype, shape=list(shape), version=OPSET

@@ -1,4 +1,4 @@
-"""Which discrete layer takes the place of which float one.
+"""Which discrete layer replaces which float one.
 
 To add a kind of layer, write a module with a subclass of `QuantLayer`, set its traits, decorate it
 with `quantizes`, and import the module in this package's ``__init__``.
@@ -15,7 +15,7 @@ from ricciq.layers.base import QuantLayer
 
 Class = TypeVar("Class", bound=type[QuantLayer])
 _KINDS: dict[tuple[type[nn.Module], bool], type[QuantLayer]] = {}
-"""By the float class and whether a parent uses the layer's weight itself."""
+"""By the float class and whether a parent uses the layer's weight directly."""
 
 
 def quantizes(*floats: type[nn.Module], lent_to: str | None = None) -> Callable[[Class], Class]:
@@ -23,11 +23,11 @@ def quantizes(*floats: type[nn.Module], lent_to: str | None = None) -> Callable[
 
     Args:
         floats: the float classes. Subclasses of them stay float: they may compute anything.
-        lent_to: name of the function that a parent calls with the layer's weight in place of
+        lent_to: name of the function that a parent calls with the layer's weight instead of
             calling the layer; None for a layer that is called.
 
     Raises:
-        ValueError: a float class has such a counterpart already.
+        ValueError: a float class already has such a counterpart.
     """
 
     def register(kind: Class) -> Class:
@@ -47,7 +47,7 @@ def kind_of(module: nn.Module | None, lent: bool = False) -> type[QuantLayer] | 
 
     Args:
         module: any module.
-        lent: whether a parent uses its weight and never calls it.
+        lent: whether a parent uses its weight instead of calling it.
 
     Returns:
         A class, or None if there is none.
@@ -74,7 +74,7 @@ def float_classes() -> tuple[type[nn.Module], ...]:
 
 
 def norm_classes() -> tuple[type[nn.Module], ...]:
-    """The classes of BatchNorm that some discrete layer takes in."""
+    """The classes of BatchNorm that a discrete layer can take in."""
     return _unique(norm for kind in layer_kinds() for norm in kind.norms)
 
 

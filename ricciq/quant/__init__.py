@@ -1,1 +1,1 @@
-"""Numbers: codes, fake quantization, quantizers and their first ranges."""
+"""Numbers: codes, fake quantization, quantizers and their calibration."""

@@ -1,4 +1,4 @@
-"""First scales from a few batches, streaming: memory is a histogram, however many batches come."""
+"""First scales of activations from a few batches, counted in histograms of constant size."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _PER_OCTAVE = 32
 _SMALLEST = 2.0**-24
 _BINS = _OCTAVES * _PER_OCTAVE
 _PIECE = 2**22
-"""Numbers that are counted at a time: what is computed from them takes ten times their memory."""
+"""Numbers that are counted at a time; counting takes ten times their memory."""
 
 
 class LogHistogram:
-    """Counts of numbers by sign and magnitude in bins 2 % wide, whatever the order of batches.
+    """Counts of numbers by sign and magnitude in bins 2 % wide; the order of batches is irrelevant.
 
     Magnitudes below 2**-24 count as zero, in the middle bin; those from 2**24 on fall in the last.
     """
@@ -44,7 +44,7 @@ class LogHistogram:
         low, high = (float(end) for end in x.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
-                "the float model gives NaN or infinite activations on the calibration pictures; "
+                "the float model gives NaN or infinite activations on the calibration images; "
                 "check the checkpoint and the preprocessing"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -54,25 +54,25 @@ class LogHistogram:
         self.counts += torch.bincount(bins, minlength=2 * _BINS + 1).cpu()
 
     def centers(self) -> Tensor:
-        """(bins,) the number that stands for each bin, from the most negative to the largest."""
+        """(bins,) the center of each bin, from the most negative to the largest."""
         exponent = (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _PER_OCTAVE
         positive = _SMALLEST * exponent.exp2()
         return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
 
 
 def choose_range(histogram: LogHistogram, bits: int, candidates: int = 100) -> tuple[float, int]:
-    """Step and zero point with the least squared rounding error over what was counted.
+    """The scale and zero point with the least squared rounding error over what was counted.
 
-    Activations that are never negative get zero point 0. Others are searched over steps and, around
-    the one their range suggests, zero points.
+    Activations that are never negative get zero point 0. For others, zero points around the one
+    that their range suggests are searched together with scales.
 
     Args:
-        histogram: what the quantizer's input looked like.
+        histogram: of the quantizer's input.
         bits: 1 to 8.
-        candidates: how many steps to try.
+        candidates: how many scales to try.
 
     Returns:
-        The step, positive, and the zero point, 0 to 2**bits - 1.
+        The scale, positive, and the zero point, 0 to 2**bits - 1.
     """
     top = 2**bits - 1
     used = histogram.counts > 0
@@ -103,18 +103,18 @@ def choose_range(histogram: LogHistogram, bits: int, candidates: int = 100) -> t
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Tensor], candidates: int = 100) -> None:
-    """Set every activation quantizer's step and zero point from what reaches it.
+    """Set every activation quantizer's scale and zero point from its inputs.
 
-    The model runs in evaluation mode with its activations left float (its weights are discrete
-    already), so that the ranges do not depend on each other.
+    The model runs in evaluation mode with discrete weights and float activations, so that ranges do
+    not depend on each other.
 
     Args:
         model: a converted model.
         batches: (B, C, H, W) inputs on the model's device; memory does not grow with their number.
-        candidates: how many steps to try; see `choose_range`.
+        candidates: how many scales to try; see `choose_range`.
 
     Raises:
-        InputError: no batch came, or activations were not finite.
+        InputError: there is no batch, or activations are not finite.
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     histograms = [LogHistogram() for _ in quantizers]
@@ -130,7 +130,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], candidates: int = 100
         for quantizer in quantizers:
             quantizer.observer = None
     if not seen:
-        raise InputError("no picture was given to calibrate on; give at least one batch")
+        raise InputError("there is no image to calibrate on; give at least one batch")
     for quantizer, histogram in zip(quantizers, histograms, strict=True):
         if histogram.counts.sum() > 0:
             quantizer.set_range(*choose_range(histogram, quantizer.bits, candidates))

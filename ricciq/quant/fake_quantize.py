@@ -1,12 +1,12 @@
-"""Rounding to a grid with gradients: the straight-through estimator and learned steps.
+"""Fake quantization with gradients: the straight-through estimator and learned scales.
 
-Numbers become codes of `ricciq.quant.grid` times a step. The gradient of that staircase is zero or
-infinite, so training uses the straight-through estimator (STE, Bengio et al. 2013, arXiv 1308.3432)
-for the numbers and the learned step size (LSQ, Esser et al. 2020, arXiv 1902.08153) for the step,
-whose logarithm is stored: it stays positive by any optimizer.
+Numbers become codes of a `Grid` times a scale. The gradient of that staircase is zero or infinite,
+so training uses the straight-through estimator (STE, Bengio et al. 2013, arXiv 1308.3432) for the
+numbers and the rule of learned step sizes (LSQ, Esser et al. 2020, arXiv 1902.08153) for the scale.
+The scale's logarithm is stored, so that any optimizer keeps it positive.
 
-All of it is arithmetic on single numbers, and large tensors take longer to fetch than to compute
-with. So a CPU gets them in pieces that stay in its cache, and a compiler sees them whole.
+All of it is elementwise, and large tensors take longer to fetch than to compute with. So a CPU gets
+them in pieces that fit its cache; a compiler gets them whole.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ricciq.quant.codebook import Codebook
-from ricciq.quant.grid import Grid
+from ricciq.quant.grid import Grid, UniformGrid
 
 MIN_SCALE = 2.0**-40
 SLOPE_SAMPLES = 64
-"""How many numbers a step of a grid has in the table of a slope."""
+"""Entries of a slope's table from one code to the next."""
 CACHED = 2**17
-"""Numbers each thread of a CPU is given at a time, with what is computed from them."""
+"""Numbers that each thread of a CPU processes at a time."""
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x -> scale * code, with STE for x and LSQ for the scale; keeps x alone for the backward.
+    """x -> scale * code, with STE for x and LSQ for the scale; only x is saved for the backward.
 
-    What comes out is not kept, as the model may add to it in place. Nor is a mask: comparing and
+    The output is not saved, as the model may add to it in place. Nor is a mask: comparing and
     selecting take several times as long on a CPU as the arithmetic.
     """
 
@@ -40,7 +39,7 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor,
         log_scale: Tensor,
         zero_point: Tensor | None,
-        grid: Grid | Codebook,
+        grid: Grid,
         gain: float,
         clip_only: bool,
         slope: Tensor | None,
@@ -49,7 +48,7 @@ class _FakeQuantize(torch.autograd.Function):
         x = _dense(x)
         result = torch.empty_like(x)
         for scale, part, rounded in _pieces([positive(log_scale)], [x, result]):
-            # float32, as are codes and steps under mixed precision
+            # float32, as are codes and scales under mixed precision
             codes = round_codes(part.float() / scale, zero_point, grid)
             rounded.copy_(codes.mul_(scale))
         return result
@@ -83,62 +82,73 @@ class _FakeQuantize(torch.autograd.Function):
                 # d(scale * code)/d(scale) is code - ratio inside, code at the ends (LSQ, eq. 3).
                 within = _sum_like(scale, passed, numbers) / scale
                 total.add_(_sum_like(scale, grad, codes) - within)
-        # LSQ steps the scale itself; dividing by it here makes a step of log(scale) the same
-        # relative change, so published learning rates keep their meaning.
+        # LSQ's gradient is that of the scale. Divided by it, an optimizer step of log(scale) makes
+        # the same relative change, so published learning rates keep their meaning.
         gained = per_scale * ctx.gain / scales if learned else None
         return grad_x, gained, None, None, None, None, None
 
 
 def _dense(x: Tensor) -> Tensor:
-    """With nothing between its numbers, in whatever order: channels last stays so."""
+    """The tensor without gaps in memory, in whatever order: channels last stays so."""
     return x if x.permute(_order(x)).is_contiguous() else x.contiguous()
 
 
 def _order(x: Tensor) -> list[int]:
-    """The dimensions as they lie in memory."""
+    """The dimensions in the order of memory, outermost first."""
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
-def _pieces(steps: Sequence[Tensor], numbers: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Parts of steps, and of as many numbers as a CPU's cache holds; the others get them whole.
+def _pieces(scales: Sequence[Tensor], numbers: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Matching parts of scales and numbers that fit a CPU's cache; other devices get them whole.
 
     Args:
-        steps: of one number each, or one for every row of the numbers.
-        numbers: of one shape. The first and the last are dense, in the same order; what is written
-            to parts of the last is in it.
+        scales: tensors of one element, or of one for each row of the numbers.
+        numbers: tensors of one shape. The first and the last are dense and in the same order, so
+            that parts of the last are views of it.
     """
     first = numbers[0]
     if torch.compiler.is_compiling() or not first.is_cpu:
-        yield *steps, *numbers
+        yield *scales, *numbers
         return
     held = CACHED * torch.get_num_threads()
-    if steps[0].dim() == 0:
+    if scales[0].dim() == 0:
         order = _order(first)
         flat = [torch.split(x.permute(order).reshape(-1), held) for x in numbers]
-        yield from ((*steps, *parts) for parts in zip(*flat, strict=True))
+        yield from ((*scales, *parts) for parts in zip(*flat, strict=True))
     else:
         rows = max(1, held // max(1, first[0].numel()))
-        yield from zip(*(torch.split(x, rows) for x in (*steps, *numbers)), strict=True)
+        yield from zip(*(torch.split(x, rows) for x in (*scales, *numbers)), strict=True)
 
 
 def sloped(
-    grad: Tensor, ratio: Tensor, zero_point: Tensor | None, slope: Tensor, grid: Grid
+    grad: Tensor, ratio: Tensor, zero_point: Tensor | None, slope: Tensor, grid: UniformGrid
 ) -> Tensor:
-    """The gradient times a tabulated slope: see `fake_quantize`."""
+    """The gradient times a tabulated slope.
+
+    Args:
+        grad: any shape.
+        ratio: numbers in units of the scale, same shape.
+        zero_point: the code of 0.0, or None for 0.
+        slope: see `fake_quantize`.
+        grid: the codes.
+
+    Returns:
+        The same shape.
+    """
     first = -grid.low if zero_point is None else zero_point - grid.low
     fine = SLOPE_SAMPLES / grid.step
-    place = torch.add(fine * (first + grid.step) + 0.5, ratio, alpha=fine)
-    # Whole numbers are clamped: what a NaN becomes as one lies outside too, where the slope is 0.
-    index = place.to(torch.int32).clamp_(0, len(slope) - 1)
+    position = torch.add(fine * (first + grid.step) + 0.5, ratio, alpha=fine)
+    # Clamped as integers: a NaN becomes one outside too, where the slope is 0.
+    index = position.to(torch.int32).clamp_(0, len(slope) - 1)
     if index.dim() == 1:  # pieces for a CPU, which looks up by 32 bits in a third of the time
         return slope.index_select(0, index).mul_(grad)
     return slope.take(index.long()).mul_(grad)
 
 
 def _sum_like(scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Sums of a * b over what shares a step, in float32."""
+    """Sums of a * b over the numbers of one scale, in float32."""
     if a.dim() == 1 and scale.dim() == 0:
-        return torch.dot(a, b)  # no product of their size in between
+        return torch.dot(a, b)  # without a product in memory
     return (a * b).sum_to_size(scale.shape)
 
 
@@ -147,22 +157,39 @@ def positive(log_scale: Tensor) -> Tensor:
     return log_scale.clamp(math.log(MIN_SCALE), -math.log(MIN_SCALE)).exp()
 
 
-def round_codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook) -> Tensor:
-    """Of activations in the place of ``ratio``: fetching memory costs more than arithmetic."""
-    if zero_point is None or isinstance(grid, Codebook):
+def round_codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """The nearest codes, less the zero point.
+
+    Args:
+        ratio: numbers in units of the scale; overwritten where there is a zero point, as memory
+            costs more time than arithmetic.
+        zero_point: the code of 0.0, or None for 0.
+        grid: the codes, which are consecutive where there is a zero point.
+
+    Returns:
+        The same shape.
+    """
+    if zero_point is None:
         return grid.round(ratio)
     return ratio.round_().add_(zero_point).clamp_(grid.low, grid.high).sub_(zero_point)
 
 
-def masked(grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid | Codebook) -> Tensor:
-    """The gradient where ``ratio`` lies within the grid's range, ends included, and 0 elsewhere."""
+def masked(grad: Tensor, ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """The gradient within the grid's range, ends included, and 0 elsewhere.
+
+    Args:
+        grad: any shape.
+        ratio: numbers in units of the scale, same shape.
+        zero_point: the code of 0.0, or None for 0.
+        grid: the codes.
+    """
     return grid.mask(grad, ratio if zero_point is None else ratio + zero_point)
 
 
 def fake_quantize(
     x: Tensor,
     log_scale: Tensor,
-    grid: Grid | Codebook,
+    grid: Grid,
     zero_point: Tensor | None = None,
     gain: float = 1.0,
     clip_only: bool = False,
@@ -172,14 +199,14 @@ def fake_quantize(
 
     Args:
         x: any shape.
-        log_scale: natural logarithm of the step, of one number or (rows, 1, ...), one a row of x.
-        grid: the codes, counted with the zero point added.
-        zero_point: the code of 0.0, a whole number in a floating-point tensor of one element.
+        log_scale: natural logarithm of the scale, one number or (rows, 1, ...), one a row of x.
+        grid: the codes, with the zero point added.
+        zero_point: the code of 0.0, an integer in a floating-point tensor of one element.
         gain: factor on the scale's gradient; LSQ uses 1 / sqrt(elements per scale * highest code).
         clip_only: leave what lies within the range out of the scale's gradient, as PACT does.
         slope: what the gradient of x is multiplied by instead of 1 within the range and 0 outside,
-            on a `Grid` only: `SLOPE_SAMPLES` numbers a step, from one step below the lowest code to
-            one above the highest, 0 at both ends, as beyond them.
+            on a `UniformGrid` only: `SLOPE_SAMPLES` entries from one code to the next, from a
+            code below the lowest to one above the highest; 0 at both ends and beyond.
 
     Returns:
         The same shape and dtype as x. Its gradient is the straight-through estimator's: passed

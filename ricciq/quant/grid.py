@@ -1,8 +1,9 @@
-"""The codes a quantizer may use, and where a number stands among them."""
+"""The integer codes that a quantizer may use, and which of them a number is rounded to."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 
 Bits = int | Literal["ternary"]
-"""A bit width from 1 to 8, ``"ternary"``, or 32 for float."""
-
-
+"""A bit width from 1 to 8, ``"ternary"``, or `FLOAT_BITS`."""
+FLOAT_BITS = 32
 LARGEST_CODE = 64
 """Largest code after stretching: two products with a uint8 add up to less than 2**15, the most that
 x86 without VNNI can hold between instructions."""
@@ -23,9 +23,68 @@ def count_codes(bits: Bits) -> int:
     return 3 if bits == "ternary" else int(2**bits)
 
 
+class Grid(ABC):
+    """The integer codes that a quantizer may use.
+
+    A number is given as ``ratio``, its quotient by the scale, and is rounded to the nearest code.
+    """
+
+    low: int
+    """The lowest code."""
+    high: int
+    """The highest code."""
+    codes: Tensor
+    """All codes, (size,), not decreasing."""
+
+    @property
+    @abstractmethod
+    def is_consecutive(self) -> bool:
+        """Whether every integer from the lowest code to the highest is a code."""
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is certain to be a code."""
+        return self.is_consecutive
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the opposite of every code is one."""
+        codes = self.codes
+        return torch.equal(codes, -codes.flip(0))
+
+    @abstractmethod
+    def round(self, ratio: Tensor) -> Tensor:
+        """The nearest code of each ratio, as floating-point numbers of the same shape."""
+
+    @abstractmethod
+    def index(self, ratio: Tensor) -> Tensor:
+        """The index of the nearest code in `codes`, int64, same shape."""
+
+    @abstractmethod
+    def half_cell(self, error: Tensor, codes: Tensor) -> Tensor | float:
+        """Distance from a code to the threshold between it and the next one.
+
+        Args:
+            error: ratio minus code; its sign says on which side.
+            codes: of the same shape.
+
+        Returns:
+            The same shape, or one number where all cells are equal.
+        """
+
+    @abstractmethod
+    def mask(self, grad: Tensor, ratio: Tensor) -> Tensor:
+        """The gradient where ``ratio`` lies within the range, ends included, and 0 elsewhere.
+
+        Args:
+            grad: any shape.
+            ratio: the same shape.
+        """
+
+
 @dataclass(frozen=True)
-class Grid:
-    """The integer codes a quantizer may use: low, low + step, …, high.
+class UniformGrid(Grid):
+    """Evenly spaced codes: low, low + step, …, high.
 
     With step 1 a number goes to the nearest integer (half to even, as ONNX rounds); with step 2 the
     codes are odd, zero is a decision threshold and belongs to the cell above it.
@@ -43,17 +102,20 @@ class Grid:
     """
 
     def __post_init__(self) -> None:
-        """Work the neighbours out once, where no compiler is watching."""
+        """Find what lies next to the ends."""
         ends = torch.tensor([self.low, self.high], dtype=torch.float32)
         below, above = torch.nextafter(ends, ends.new_tensor([-math.inf, math.inf])).tolist()
         below = min(below, self.low - torch.finfo(torch.float32).tiny)
         object.__setattr__(self, "just_outside", (below, above))
 
     @classmethod
-    def for_weights(cls, bits: Bits, odd: bool = False) -> Grid:
+    def for_weights(cls, bits: Bits, odd: bool = False) -> UniformGrid:
         """Signed codes: two's complement, but ±1 at one bit, no zero, and symmetric at 8 bits.
 
-        Odd ones are symmetric and have no zero; at 8 bits, where int8 holds no more, all are taken.
+        Args:
+            bits: 1 to 8 or ``"ternary"``.
+            odd: symmetric codes without zero, such as -3, -1, 1, 3. At 8 bits int8 does not hold
+                them and at ternary there are none: those widths are as without.
         """
         if bits == "ternary":
             return cls(-1, 1)
@@ -66,32 +128,31 @@ class Grid:
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     @property
-    def has_zero(self) -> bool:
-        """Whether 0 is one of the codes."""
-        return self.step == 1
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether the opposite of every code is one."""
-        return self.low == -self.high
-
-    @property
-    def codes(self) -> Tensor:
-        """All of them, (size,), int64, increasing."""
+    def codes(self) -> Tensor:  # type: ignore[override]
+        """All codes, (size,), int64, increasing."""
         return torch.arange(self.low, self.high + 1, self.step)
 
+    @property
+    def is_consecutive(self) -> bool:
+        """See `Grid.is_consecutive`."""
+        return self.step == 1
+
     def round(self, ratio: Tensor) -> Tensor:
-        """The nearest code of each ``x / scale``, as floating-point numbers of the same shape."""
+        """See `Grid.round`."""
         if self.step == 1:
             return ratio.round().clamp_(self.low, self.high)
         return (ratio / 2).floor_().mul_(2).add_(1).clamp_(self.low, self.high)
 
+    def index(self, ratio: Tensor) -> Tensor:
+        """See `Grid.index`."""
+        return self.round(ratio).long().sub_(self.low).floor_divide_(self.step)
+
     def half_cell(self, error: Tensor, codes: Tensor) -> float:  # noqa: ARG002
-        """Distance from a code to the decision threshold on the side of ``error``."""
+        """See `Grid.half_cell`: half a step."""
         return self.step / 2
 
     def mask(self, grad: Tensor, ratio: Tensor) -> Tensor:
-        """The gradient where ``ratio`` lies within the range, ends included, and 0 elsewhere."""
+        """See `Grid.mask`."""
         if not self.clips:
             return grad
         masked: Tensor = torch.ops.aten.hardtanh_backward(grad.float(), ratio, *self.just_outside)

@@ -3,163 +3,142 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ricciq.quant.codebook import Codebook
-from ricciq.quant.fake_quantize import (
-    MIN_SCALE,
-    fake_quantize,
-    positive,
-)
-from ricciq.quant.grid import LARGEST_CODE, Bits, Grid
-from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Place, WeightKind, displaced, residual_in_cell
+from ricciq.quant.fake_quantize import MIN_SCALE, fake_quantize
+from ricciq.quant.grid import Bits, Grid, UniformGrid
+from ricciq.quant.quantizer import Quantizer, perturbed, residual_in_cell
 
 
-class WeightQuantizer(nn.Module):
-    """Per-channel fake quantization of a weight: one step for each output channel.
+class WeightQuantizer(Quantizer):
+    """Per-channel fake quantization of a weight: one scale for each output channel.
+
+    The base of all quantizers of weights. A subclass changes the codes (`grid_of` where they are
+    evenly spaced, else `grid`), what scales are found (`_fit`), or what follows the weight in every
+    forward pass (`_follow`).
 
     Args:
         rows: output channels.
         bits: 1 to 8 or ``"ternary"``.
         standardize: what the layer does to its weight before using it, done before rounding; the
             methods take the weight as the layer stores it.
-        kind: see `Kinds`.
-
-    Raises:
-        ValueError: a codebook has no such width.
     """
 
-    levels: nn.Parameter | None
-    """Of a codebook: its codes before rounding, over the largest there may be."""
-    place: Place | None = None
+    zero_point = None
 
-    def __init__(
-        self,
-        rows: int,
-        bits: Bits,
-        standardize: nn.Module | None = None,
-        kind: WeightKind = "lsq",
-    ) -> None:
+    def __init__(self, rows: int, bits: Bits, standardize: nn.Module | None = None) -> None:
         super().__init__()
-        self.kind = kind
-        self.set_bits(bits)
-        learned = kind == "codebook" and bits != 8  # where int8 holds no more, all are taken
-        if learned and bits not in CODEBOOK_WIDTHS:
-            raise ValueError(f"bits is {bits!r}; a codebook takes 1, 2, 4 or ternary.")
-        # How many codes of a codebook, at first evenly spaced, make one of the grid's.
-        codes = self.fixed_grid.codes.float()
-        self.unit = float(LARGEST_CODE / codes.abs().max()) if learned else 1.0
-        levels = nn.Parameter(codes * self.unit / LARGEST_CODE) if learned else None
-        self.register_parameter("levels", levels)
+        self.bits, self.uniform_grid = bits, self.grid_of(bits)
         self.standardize = standardize or nn.Identity()
-        if kind == "dorefa" and bits != 1:
-            self.standardize = nn.Sequential(self.standardize, nn.Tanh())
-        fixed = kind in ("dorefa", "fixed")
-        self.log_scale = nn.Parameter(torch.zeros(rows), requires_grad=not fixed)
+        self.log_scale = nn.Parameter(torch.zeros(rows), requires_grad=self.learns_scale)
+
+    @classmethod
+    def for_width(cls, bits: Bits) -> type[WeightQuantizer]:  # noqa: ARG003
+        """The class that a width takes: this one, or a simpler one that does the same there."""
+        return cls
+
+    @staticmethod
+    def grid_of(bits: Bits) -> UniformGrid:
+        """The evenly spaced codes of a width."""
+        return UniformGrid.for_weights(bits)
+
+    @property
+    def grid(self) -> Grid:
+        """The codes, as they are now."""
+        return self.uniform_grid
 
     def set_bits(self, bits: Bits) -> None:
-        """Take another width; the steps are then to be found anew, and a codebook cannot."""
-        self.bits = bits
-        self.fixed_grid = Grid.for_weights(bits, odd=self.kind in ("odd", "dorefa"))
-        if self.kind == "dorefa":  # nothing lies beyond its ends, but for two levels, eq. 7
-            self.fixed_grid = replace(self.fixed_grid, clips=False)
+        """See `Quantizer.set_bits`."""
+        self.bits, self.uniform_grid = bits, self.grid_of(bits)
+
+    # Capabilities
 
     @property
-    def unrounded(self) -> nn.Module:
-        """What the layer itself does to its weight: `standardize` without DoReFa's tanh."""
-        own = self.standardize
-        return own[0] if isinstance(own, nn.Sequential) and isinstance(own[-1], nn.Tanh) else own
+    def can_learn_rounding(self) -> bool:
+        """Whether AdaRound can choose between the two codes next to each weight.
+
+        Codes must be integers next to each other, and the stored weight what is rounded. At 8 bits
+        there is nothing to gain.
+        """
+        return self._rounds_stored_weight and self.grid.is_consecutive and self.bits != 8
 
     @property
-    def grid(self) -> Grid | Codebook:
-        """The codes, those of a codebook as they are now."""
-        if self.levels is None:
-            return self.fixed_grid
-        codes = (self.levels.detach() * LARGEST_CODE).round()
-        return Codebook(codes.clamp(-LARGEST_CODE, LARGEST_CODE).sort().values)
+    def why_not_frozen(self) -> str | None:
+        """Why no weight can be fixed at its level, as the end of a sentence; None: it can be."""
+        return None if self._rounds_stored_weight else "which are standardized"
 
     @property
-    def scale(self) -> Tensor:
-        """The steps, shape (rows,), positive."""
-        return positive(self.log_scale.detach())
+    def _rounds_stored_weight(self) -> bool:
+        return isinstance(self.standardize, nn.Identity)
+
+    @property
+    def layer_standardize(self) -> nn.Module:
+        """What the layer itself does to its weight, without what the quantizer adds."""
+        return self.standardize
+
+    # Scales
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor, candidates: int = 100) -> None:
-        """Set each row's step to the candidate with the least squared rounding error.
-
-        A row of zeros takes the mean step of the others, so that training finds it in reach; at one
-        bit, where no code is zero, 1/64 of it, which keeps the row near zero.
+        """Find the scales for a weight.
 
         Args:
             weight: (rows, ...), on the quantizer's device.
-            candidates: how many steps to try, evenly spaced up to the one that clips nothing.
+            candidates: how many scales to try, evenly spaced up to the one that clips nothing.
         """
-        rows = self.standardize(weight).flatten(1).float()
-        if self.kind == "dorefa":
-            self.log_scale.data = self._spread(rows)
-            return
+        scale = self._fit(self.standardize(weight).flatten(1).float(), candidates)
+        self.log_scale.copy_(scale.clamp_min(MIN_SCALE).log().squeeze(1))
+
+    def _fit(self, rows: Tensor, candidates: int) -> Tensor:
+        """The candidate with the least squared rounding error for each row, (rows, 1).
+
+        A row of zeros takes the mean scale of the others, so that training finds it in reach; at
+        one bit, where no code is zero, 1/64 of it, which keeps the row near zero.
+        """
         largest = rows.abs().amax(1, keepdim=True)
         live = largest > 0
-        top = largest.clamp_min(MIN_SCALE) / max(1, self.grid.high)
+        grid = self.grid
+        top = largest.clamp_min(MIN_SCALE) / max(1, grid.high)
         best = torch.full_like(top, math.inf)
         chosen = top.clone()
-        grid = self.grid
         for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
             scale = top * fraction
             error = (grid.round(rows / scale) * scale - rows).square().sum(1, keepdim=True)
             chosen = torch.where(error < best, scale, chosen)
             best = torch.minimum(error, best)
         usual = chosen[live].mean() if live.any() else chosen.new_ones(())
-        chosen = torch.where(live, chosen, usual / 64 if self.bits == 1 else usual)
-        self.log_scale.copy_(chosen.clamp_min(MIN_SCALE).log().squeeze(1))
-        if self.levels is not None:
-            self._spread_levels(rows[live.squeeze(1)] / chosen[live.squeeze(1)])
+        return torch.where(live, chosen, usual / 64 if self.bits == 1 else usual)
 
-    def _spread_levels(self, ratio: Tensor, rounds: int = 20) -> None:
-        """Lloyd's algorithm: each level goes to the mean of what is nearest to it."""
-        assert self.levels is not None
-        for _ in range(rounds):
-            grid = self.grid
-            assert isinstance(grid, Codebook)
-            index = grid.index(ratio).flatten()
-            sums = torch.zeros_like(grid.codes).index_add_(0, index, ratio.flatten())
-            counts = torch.bincount(index, minlength=len(sums))
-            means = torch.where(counts > 0, sums / counts.clamp_min(1), grid.codes)
-            self.levels.copy_((means / LARGEST_CODE).clamp(-1, 1))
-
-    def _spread(self, rows: Tensor) -> Tensor:
-        """DoReFa's log steps, all alike: the layer's largest weight is at the end of the grid."""
-        rows = rows.detach().abs()
-        scale = rows.mean() if self.bits == 1 else rows.max() / self.grid.high
-        return scale.clamp_min(MIN_SCALE).log().float().repeat(len(self.log_scale))
+    # Rounding
 
     def forward(self, weight: Tensor) -> Tensor:
         """The discretized weight, same shape as ``weight``."""
         standardized = self.standardize(weight)
-        if self.kind == "dorefa":
-            self.log_scale.data = self._spread(standardized)
-        # A codebook's step is smaller by the unit, and its codes are larger.
-        gain = 1 / math.sqrt(weight[0].numel() * self.fixed_grid.high) / self.unit**2
-        log_scale, grid = self._columns(self.log_scale, weight), self.grid
-        if self.training and self.place is not None:
-            standardized = displaced(standardized, log_scale, None, grid, gain, self.place)
-        discrete = fake_quantize(standardized, log_scale, grid, gain=gain)
-        if self.levels is None or not isinstance(grid, Codebook):
-            return discrete
-        # Zero by value; its gradient is that of the levels, with LSQ's gain and of its units.
-        scale = self.scale * LARGEST_CODE
-        damp = math.sqrt(len(self.levels) / weight.numel()) / scale.mean().square()
-        ratio = (standardized / self._columns(self.scale, weight)).detach()
-        levels = self.levels.sort().values[grid.index(ratio)]
-        return discrete + (levels - levels.detach()) * damp * self._columns(scale, weight)
+        self._follow(standardized)
+        if self.training and self.perturbation is not None:
+            log_scale, gain = self._columns(self.log_scale, weight), self._gain(weight)
+            standardized = perturbed(
+                standardized, log_scale, None, self.grid, gain, self.perturbation
+            )
+        return self._discretize(standardized)
+
+    def _follow(self, standardized: Tensor) -> None:
+        """Set what is not learned but computed from the weight in every forward pass."""
+
+    def _discretize(self, standardized: Tensor) -> Tensor:
+        log_scale = self._columns(self.log_scale, standardized)
+        return fake_quantize(standardized, log_scale, self.grid, gain=self._gain(standardized))
+
+    def _gain(self, weight: Tensor) -> float:
+        """LSQ's factor on the gradient of a scale."""
+        return 1 / math.sqrt(weight[0].numel() * self.uniform_grid.high)
 
     @torch.no_grad()
-    def ratio(self, weight: Tensor) -> Tensor:
-        """The standardized weight in units of its row's step, same shape."""
-        ratio: Tensor = self.standardize(weight) / self._columns(self.scale, weight)
+    def ratio(self, x: Tensor) -> Tensor:
+        """The standardized weight in units of its row's scale, same shape as the weight x."""
+        ratio: Tensor = self.standardize(x) / self._columns(self.scale, x)
         return ratio
 
     @torch.no_grad()
@@ -168,25 +147,14 @@ class WeightQuantizer(nn.Module):
         return self.grid.round(self.ratio(weight)).to(torch.int8)
 
     @torch.no_grad()
-    def residual(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each weight stands in its quantization cell.
-
-        Returns:
-            (rows, n) residual in [-1, 1], zero at the level and ±1 at a decision threshold, set to
-            zero where the straight-through estimator masks; and the (rows, n) mask, true where not.
-        """
-        return residual_in_cell(self.ratio(weight).flatten(1), None, self.grid)
+    def cells(self, weight: Tensor) -> Tensor:
+        """An integer for the cell of each weight: its code, unless codes themselves move."""
+        return self.codes(weight)
 
     @torch.no_grad()
     def half_cell(self, weight: Tensor) -> Tensor:
-        """Half a step of the grid, of a codebook that of its first: one a row, for broadcasting."""
-        return self._columns(self.fixed_grid.step / 2 * self.unit * self.scale, weight)
-
-    @torch.no_grad()
-    def places(self, weight: Tensor) -> Tensor:
-        """Which code each weight has: its number in a codebook, where codes themselves move."""
-        grid = self.grid
-        return grid.index(self.ratio(weight)) if isinstance(grid, Codebook) else self.codes(weight)
+        """Half the distance of evenly spaced levels, a number a row, for broadcasting."""
+        return self._columns(self.uniform_grid.step / 2 * self.scale, weight)
 
     @torch.no_grad()
     def error(self, weight: Tensor) -> Tensor:
@@ -198,4 +166,5 @@ class WeightQuantizer(nn.Module):
 
     @staticmethod
     def _columns(per_row: Tensor, weight: Tensor) -> Tensor:
+        """A number a row, for broadcasting with the weight."""
         return per_row.view(-1, *[1] * (weight.dim() - 1))

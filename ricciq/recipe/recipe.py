@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ricciq.data.augmentation import Augmentation
 from ricciq.errors import RecipeError, did_you_mean
+from ricciq.quant.catalog import QUANTIZERS
 from ricciq.recipe.sections import (
     DataSection,
     MethodSection,
@@ -58,12 +59,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        kind = self.quantization.weight_quantizer
-        if self.training.progressive and kind in ("codebook", "dorefa"):
-            raise ValueError(
-                f"training.progressive changes bits, which weight_quantizer {kind} does not "
-                "support; use lsq"
-            )
+        for key, catalog in QUANTIZERS.items() if self.training.progressive else ():
+            name = getattr(self.quantization, key)
+            if not catalog[name].can_change_width:
+                able = next(other for other, entry in catalog.items() if entry.can_change_width)
+                raise ValueError(
+                    f"training.progressive changes bits, which {key} {name} does not "
+                    f"support; use {able}"
+                )
         return self
 
     @classmethod

@@ -22,10 +22,24 @@ from pydantic import (
 from ricciq.data.augmentation import Augmentation
 from ricciq.data.preprocessing import LARGEST_SIDE
 from ricciq.estimators.catalog import CATALOG, DEFAULT, Target, all_settings
+from ricciq.quant.catalog import (
+    ACTIVATIONS,
+    DEFAULT_ACTIVATIONS,
+    DEFAULT_WEIGHTS,
+    WEIGHTS,
+    check_width,
+    described,
+)
 
 if TYPE_CHECKING:
+    from ricciq.quant.config import QuantizerConfig
     from ricciq.quant.grid import Bits
-    from ricciq.quant.quantizer import Kinds
+
+    WeightQuantizerName = str
+    ActQuantizerName = str
+else:
+    WeightQuantizerName = Literal[tuple(WEIGHTS)]
+    ActQuantizerName = Literal[tuple(ACTIVATIONS)]
 
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary", "auto"]
 ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
@@ -98,10 +112,13 @@ class QuantizationSection(Section):
     """Bits of activations; 32 keeps them in float."""
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     """Bits of weights and activations of the first and the last layer."""
-    weight_quantizer: Literal["lsq", "odd", "dorefa", "fixed", "codebook"] = "lsq"
-    """How weights are quantized; see the table of quantizers."""
-    act_quantizer: Literal["lsq", "pact", "fixed"] = "lsq"
-    """How activations are quantized; see the table of quantizers."""
+    weight_quantizer: WeightQuantizerName = Field(
+        default=DEFAULT_WEIGHTS, description=f"Quantizer of weights: {described(WEIGHTS)}."
+    )
+    act_quantizer: ActQuantizerName = Field(
+        default=DEFAULT_ACTIVATIONS,
+        description=f"Quantizer of activations: {described(ACTIVATIONS)}.",
+    )
     weight_norm: bool = False
     """Keep the norm of each output channel's weight constant in training."""
     scale_search: Annotated[int, Field(ge=1)] = 100
@@ -122,13 +139,13 @@ class QuantizationSection(Section):
                 f"float weights with {self.act_bits}-bit activations have no integer kernel; give "
                 "--bits 32, or fewer weight bits"
             )
-        if self.weight_quantizer == "codebook":
-            for bits in (self.weight_bits, self.edge_bits):
-                if bits in (3, 5, 6, 7):  # these widths are stored as planes that add up
-                    raise ValueError(
-                        f"a codebook has no {bits}-bit form; give 1, 2, 4, 8 or ternary, or "
-                        "another weight_quantizer"
-                    )
+        for key, name, width in (
+            ("weight_quantizer", self.weight_quantizer, self.planned_bits),
+            ("act_quantizer", self.act_quantizer, self.act_bits),
+        ):
+            for bits in (width, self.edge_bits):
+                if bits != 32:
+                    check_width(key, name, bits)
         return self
 
     @property
@@ -137,11 +154,12 @@ class QuantizationSection(Section):
         return 8 if self.weight_bits == "auto" else self.weight_bits
 
     @property
-    def kinds(self) -> Kinds:
+    def config(self) -> QuantizerConfig:
         """Which quantizers."""
-        from ricciq.quant.quantizer import Kinds
+        from ricciq.quant.config import QuantizerConfig
 
-        return Kinds(self.weight_quantizer, self.act_quantizer, self.weight_norm, self.scale_search)
+        names = self.weight_quantizer, self.act_quantizer
+        return QuantizerConfig(*names, self.weight_norm, self.scale_search)
 
 
 class _MethodSection(Section):

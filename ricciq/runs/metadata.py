@@ -13,8 +13,7 @@ from ricciq._version import __version__
 from ricciq.convert.plan import Plan
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import RecipeError
-from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import FLOAT_BITS
+from ricciq.quant.grid import FLOAT_BITS, Bits
 from ricciq.recipe import Recipe
 
 

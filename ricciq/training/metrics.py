@@ -95,14 +95,14 @@ class Codes(nn.Module):
         super().__init__()
         self.weights = weights
         for index, (_, weight, quantizer) in enumerate(weights):
-            places = quantizer.places(weight).to(torch.int16)  # a codebook has up to 256
+            places = quantizer.cells(weight).to(torch.int16)  # a codebook has up to 256
             self.register_buffer(f"places{index}", places)
 
     def changed_share(self) -> dict[str, float]:
         """The share of each layer's weights whose code changed since the last call."""
         shares = {}
         for index, (name, weight, quantizer) in enumerate(self.weights):
-            before, now = self.get_buffer(f"places{index}"), quantizer.places(weight)
+            before, now = self.get_buffer(f"places{index}"), quantizer.cells(weight)
             shares[name] = float((before != now).float().mean())
             before.copy_(now)
         return shares

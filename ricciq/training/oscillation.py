@@ -1,4 +1,4 @@
-"""Against weights that keep changing between two codes: damping to a level, freezing at it."""
+"""Against oscillation of weights between two codes: damping toward a level, freezing at it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ricciq.estimators.ricci import tau
 
 Form = Literal["l2", "lne"]
 MOMENTUM = 0.01
-"""Weight of a step in the moving averages of `Freezing`, as in the paper."""
+"""Weight of an optimizer step in the moving averages of `Freezing`, as in the paper."""
 
 
 @dataclass(frozen=True)
 class Damping:
     """A penalty on the distance of weights from their levels, growing toward the end of training.
 
-    Nagel et al. 2022 (arXiv 2203.11086, section 4.1) penalize strength * |w - Q(w)|^2, clipped
-    weights excepted; the strength grows from 0 along half a cosine. In its geometric form (derived
-    here) the LNE divergence D[0 : r] of the residual takes the place of the square, every weight a
-    block of its own, in units that make both forms one for small residuals: near a threshold it
-    pulls half as much.
+    Nagel et al. 2022 (arXiv 2203.11086, section 4.1) penalize strength * |w - Q(w)|^2 except for
+    clipped weights; the strength grows from 0 along half a cosine. The geometric form (derived
+    here) replaces the square by the LNE divergence D[0 : r] of the residual, with one weight in a
+    block. Its units make both forms equal for small residuals; near a threshold it pulls half as
+    much.
 
     Attributes:
-        strength: at the end of training; 0 leaves the gradients as they are.
-        form: which of the two.
+        strength: the strength at the end of training; 0 turns damping off.
+        form: "l2" for the square, "lne" for the divergence.
     """
 
     strength: float
@@ -41,11 +41,11 @@ class Damping:
     def __call__(self, weights: Iterable[DiscreteWeight], progress: float) -> None:
         """Add the penalty's gradient to that of every weight that has one.
 
-        Call it after the correction, which is about the gradient of the loss only.
+        Call it after the correction, which is for the gradient of the loss only.
 
         Args:
             weights: in any order.
-            progress: share of the training that is done, from 0 to 1.
+            progress: the part of training that is done, 0 to 1.
         """
         strength = self.strength * (1 - math.cos(math.pi * progress)) / 2
         if strength == 0:
@@ -55,9 +55,10 @@ class Damping:
                 item.weight.grad += strength * self.gradient(item)
 
     def gradient(self, item: DiscreteWeight) -> Tensor:
-        """Of the penalty at strength 1, in the shape of the weight.
+        """The penalty's gradient at strength 1, in the shape of the weight.
 
-        A weight that its layer standardizes is pulled as if it were the standardized one.
+        For a layer that standardizes its weight, the gradient with respect to the standardized
+        weight is used.
         """
         pull = 2 * item.quantizer.error(item.weight)
         if self.form == "lne":  # the derivative of D[0 : r] is r times the potential's Hessian
@@ -68,22 +69,23 @@ class Damping:
 
 
 class Freezing(nn.Module):
-    """Fix weights that keep changing between two codes at the code they have most of the time.
+    """Fix weights that oscillate between two codes at the code that they have most of the time.
 
-    Nagel et al. 2022 (arXiv 2203.11086, section 4.2, algorithm 1): a weight oscillates at a step
-    where its code changes against the direction of its last change. Once the share of such steps,
-    a moving average, exceeds a threshold, the weight stays at the level next to the moving average
-    of its code. The threshold falls along half a cosine from 1, which nothing exceeds.
+    Nagel et al. 2022 (arXiv 2203.11086, section 4.2, algorithm 1): a weight oscillates at an
+    optimizer step where its code changes against the direction of its last change. Once the moving
+    average of such steps exceeds a threshold, the weight is fixed at the level nearest to the
+    moving average of its code. The threshold falls along half a cosine from 1, which no average
+    exceeds.
 
-    Its buffers, a set for each weight, are what has to be saved to go on.
+    The buffers, a set for each weight, are the state to save for resuming.
 
     Args:
-        weights: of a model on its device, calibrated.
-        threshold: at the end of training, between 0 and 1; None freezes nothing.
+        weights: of a calibrated model, on its device.
+        threshold: the threshold at the end of training, 0 to 1; None freezes nothing.
 
     Raises:
-        RecipeError: a layer standardizes its weight, so that its level is no value of its own, or
-            has a codebook, whose levels move.
+        RecipeError: a quantizer cannot fix weights at a level: see
+            `ricciq.quant.weight.WeightQuantizer.why_not_frozen`.
     """
 
     def __init__(self, weights: Sequence[DiscreteWeight], threshold: float | None) -> None:
@@ -91,15 +93,10 @@ class Freezing(nn.Module):
         self.threshold = 1.0 if threshold is None else threshold
         self.weights = () if threshold is None else tuple(weights)
         for index, (name, weight, quantizer) in enumerate(self.weights):
-            if not isinstance(quantizer.standardize, nn.Identity):
+            if quantizer.why_not_frozen:
                 raise RecipeError(
-                    f"training.freezing = {threshold:g} cannot fix the weights of {name}, which "
-                    "are standardized; take damping"
-                )
-            if quantizer.levels is not None:
-                raise RecipeError(
-                    f"training.freezing = {threshold:g} cannot fix the weights of {name}, whose "
-                    "codebook moves; take damping"
+                    f"training.freezing = {threshold:g} cannot fix the weights of {name}, "
+                    f"{quantizer.why_not_frozen}; take damping"
                 )
             codes = quantizer.codes(weight)
             self.register_buffer(f"codes{index}", codes)
@@ -110,10 +107,10 @@ class Freezing(nn.Module):
 
     @torch.no_grad()
     def forward(self, progress: float) -> None:
-        """Count what the optimizer has just changed, and put frozen weights back to their level.
+        """Update the averages after an optimizer step, and set frozen weights to their level.
 
         Args:
-            progress: share of the training that is done, from 0 to 1.
+            progress: the part of training that is done, 0 to 1.
         """
         least = self.threshold + (1 - self.threshold) * (1 + math.cos(math.pi * progress)) / 2
         for index, (_, weight, quantizer) in enumerate(self.weights):

@@ -110,9 +110,9 @@ def _chosen_plan(job: Job, budget: Budget, session: Session) -> Plan:
     if budget.chosen is not None:
         return _planned(job.plan, budget.chosen)
     names = [layer.name for layer in job.plan.layers[1:-1]]
-    kinds = job.recipe.quantization.kinds
+    config = job.recipe.quantization.config
     batches = list(job.calibration_images(most=IMAGES))
-    found = measure_sensitivity(job.model, job.plan, names, kinds, batches, session.journal)
+    found = measure_sensitivity(job.model, job.plan, names, config, batches, session.journal)
     chosen = _allocated(job, found, budget, [batches[0][:FEW]])
     rows = _rows(found, chosen)
     session.journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
@@ -165,7 +165,7 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
     once: dict[int, float] = {}
     planes: dict[int, int] = {}
     rest: dict[int, float] = {}  # by the number of bit planes of packed codes
-    for bits in widths_of(job.recipe.quantization.kinds):
+    for bits in widths_of(job.recipe.quantization.config):
         deployed = _deployed(job, dict.fromkeys(weights, bits), few)
         packed = [m for m in deployed.modules() if isinstance(m, DeployedWeight)]
         # Lookup tables that unpack the codes; equal ones are stored once.
@@ -192,7 +192,7 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
 def _deployed(job: Job, chosen: Mapping[str, int], few: list[torch.Tensor]) -> nn.Module:
     """The untrained network as it is exported, calibrated on a few images."""
     net = convert(
-        copy.deepcopy(job.model), _planned(job.plan, chosen), job.recipe.quantization.kinds
+        copy.deepcopy(job.model), _planned(job.plan, chosen), job.recipe.quantization.config
     )
     calibrate(net, few)
     scales = (m.log_scale for m in net.modules() if isinstance(m, ActivationQuantizer))

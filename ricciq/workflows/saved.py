@@ -58,7 +58,7 @@ def rebuild(path: Path) -> Rebuilt:
             pretrained=False,
             input_size=recipe.data.input_size,
         )
-        model = convert(loaded.model, metadata.plan, recipe.quantization.kinds)
+        model = convert(loaded.model, metadata.plan, recipe.quantization.config)
     except (ValueError, ModelError) as error:
         reason = on_one_line(error)
         raise CheckpointError(

@@ -89,7 +89,7 @@ def _trial(job: Job) -> tuple[Trainer, StepMemory]:
     """A trainer of a converted copy of a job's model, and the memory of its steps."""
     recipe = job.recipe
     model = copy.deepcopy(job.model)
-    convert(model, job.plan, recipe.quantization.kinds)
+    convert(model, job.plan, recipe.quantization.config)
     teacher = job.model.eval() if is_distilled(job) else None
     trainer = Trainer(model, recipe, job.correction, job.device, 1, teacher)
     images = torch.zeros(4, *job.preprocessing.input_size, device=job.device)

@@ -11,7 +11,7 @@ from torch import nn
 from ricciq.convert.rewrite import convert
 from ricciq.errors import RicciqError
 from ricciq.quant.calibration import calibrate
-from ricciq.quant.quantizer import FLOAT_BITS
+from ricciq.quant.grid import FLOAT_BITS
 from ricciq.report.plots import draw_geometry, write_png
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
@@ -56,7 +56,7 @@ def train(job: Job, session: Session) -> Trained:
     batch_size = _batch_size(job, session)
     # The copy is the teacher: weights of a copy may have other strides, which changes last bits.
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-    model = convert(job.model, job.plan, recipe.quantization.kinds)
+    model = convert(job.model, job.plan, recipe.quantization.config)
     journal.say(
         f"converted {len(job.plan.layers)} layers, added {len(job.plan.points)} 8-bit output "
         f"quantizers, kept {len(job.plan.kept)} parts float"

@@ -12,7 +12,7 @@ from ricciq.convert.rewrite import convert
 from ricciq.estimators.apply import ActivationCorrection, Correction, override_forward
 from ricciq.estimators.registry import named_estimator
 from ricciq.quant.calibration import calibrate
-from ricciq.quant.quantizer import Kinds
+from ricciq.quant.config import QuantizerConfig
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.slow
 BACKEND = "aot_eager"
 
 
-def discrete_model(weight_bits, act_bits, kinds, method):
+def discrete_model(weight_bits, act_bits, config, method):
     torch.manual_seed(0)
     model = timm.create_model("digits_resnet8", num_classes=10)
     images = torch.randn(8, 1, 8, 8)
-    convert(model, plan_conversion(model.eval(), images[:2], weight_bits, act_bits), kinds)
+    convert(model, plan_conversion(model.eval(), images[:2], weight_bits, act_bits), config)
     calibrate(model, [images])
     estimator = named_estimator(method, {})
     override_forward(model, Correction(estimator, "both"))
@@ -41,19 +41,19 @@ def outcome(model, images):
 
 
 @pytest.mark.parametrize(
-    ("bits", "kinds", "method"),
+    ("bits", "config", "method"),
     [
-        ((2, 2), Kinds(), "ricci"),
-        ((2, 2), Kinds(), "ste"),
-        ((3, 3), Kinds("odd", "pact"), "ricci"),
-        ((1, 1), Kinds("dorefa", "fixed"), "ricci"),
-        (("ternary", 2), Kinds("codebook"), "dsq"),
-        ((2, 2), Kinds("fixed"), "stochastic"),
+        ((2, 2), QuantizerConfig(), "ricci"),
+        ((2, 2), QuantizerConfig(), "ste"),
+        ((3, 3), QuantizerConfig("odd", "pact"), "ricci"),
+        ((1, 1), QuantizerConfig("dorefa", "fixed"), "ricci"),
+        (("ternary", 2), QuantizerConfig("codebook"), "dsq"),
+        ((2, 2), QuantizerConfig("fixed"), "stochastic"),
     ],
 )
-def test_a_model_compiles_without_graph_breaks(bits, kinds, method):
+def test_a_model_compiles_without_graph_breaks(bits, config, method):
     torch._dynamo.reset()
-    model, images = discrete_model(*bits, kinds, method)
+    model, images = discrete_model(*bits, config, method)
     compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
     answer, gradients = outcome(compiled, images)
     if method == "stochastic":  # its numbers may be drawn in another order
@@ -67,7 +67,7 @@ def test_a_model_compiles_without_graph_breaks(bits, kinds, method):
 
 def test_a_change_of_stage_compiles_nothing_again():
     torch._dynamo.reset()
-    model, images = discrete_model(2, 2, Kinds(), "ricci")
+    model, images = discrete_model(2, 2, QuantizerConfig(), "ricci")
     graphs = []
 
     def backend(graph, inputs):  # noqa: ARG001

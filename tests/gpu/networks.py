@@ -72,7 +72,7 @@ class Training:
         self.job = prepare(self.recipe, Session(CPU))
         self.fit = self.job.loader("fit", training=True)
         teacher = copy.deepcopy(self.job.model).eval().requires_grad_(False)
-        convert(self.job.model, self.job.plan, self.recipe.quantization.kinds)
+        convert(self.job.model, self.job.plan, self.recipe.quantization.config)
         calibrate(self.job.model, self.job.calibration_images())
         _move_off_ties(self.job.model)
         self.model: nn.Module = self.job.model.to(device)

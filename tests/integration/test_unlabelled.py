@@ -208,7 +208,7 @@ def test_a_step_is_what_it_would_be_with_labels_that_do_not_count(
 ) -> None:
     job = job_for(folder, {"training.distill_features": features})
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-    model = convert(job.model, job.plan, job.recipe.quantization.kinds)
+    model = convert(job.model, job.plan, job.recipe.quantization.config)
     images, targets = next(iter(job.loader("fit")))
     labels = torch.from_numpy(LABELS[numbers_of(images)])
     calibrate(model, [images])

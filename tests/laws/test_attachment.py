@@ -63,7 +63,7 @@ def test_finetuning_leaves_nothing_on_the_model(tmp_path, name):
     assert len(quantizers(run.model)) > 10
     for quantizer in quantizers(run.model):
         assert getattr(quantizer, "slope", None) is None
-        assert quantizer.place is type(quantizer).place
+        assert quantizer.perturbation is type(quantizer).perturbation
 
 
 def test_training_that_fails_leaves_nothing_on_the_model(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ricciq.cli import completion, options
 from ricciq.errors import RecipeError
-from ricciq.estimators.base import Displacing, Estimator
+from ricciq.estimators.base import Estimator, Perturbing
 from ricciq.estimators.catalog import CATALOG, DEFAULT, Coordinate, Settings, all_settings
 from ricciq.estimators.registry import METHODS, named_estimator
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES
@@ -112,12 +112,12 @@ def test_a_slope_covers_the_grid_and_is_0_at_its_ends(estimator, codes):
 
 @every
 def test_values_that_are_rounded_instead_are_finite_and_follow_from_the_seed(estimator):
-    if not isinstance(estimator, Displacing):
+    if not isinstance(estimator, Perturbing):
         pytest.skip("it does not change the forward pass")
     ratio = torch.linspace(-3, 3, 50)
     before = ratio.clone()
     with torch.random.fork_rng():
-        instead = [(torch.manual_seed(0), estimator.place(ratio, 1.0))[1] for _ in range(2)]
+        instead = [(torch.manual_seed(0), estimator.perturb(ratio, 1.0))[1] for _ in range(2)]
     assert torch.equal(*instead)
     assert instead[0].shape == ratio.shape
     assert (instead[0] - ratio).abs().max() <= 1  # at most to the next level

@@ -32,7 +32,8 @@ from ricciq.deploy.passes import tidy
 from ricciq.layers.base import BIAS_LIMIT, QuantLayer
 from ricciq.layers.linear import QuantLinear
 from ricciq.layers.registry import kind_of
-from ricciq.quant.quantizer import CODEBOOK_WIDTHS, Kinds
+from ricciq.quant.catalog import ACTIVATIONS, WEIGHTS
+from ricciq.quant.config import QuantizerConfig
 
 pytestmark = pytest.mark.slow
 
@@ -61,9 +62,8 @@ class Residual(nn.Module):
         return self.main(x) + self.skip(x)
 
 
-weight_kinds = st.sampled_from([Kinds(), Kinds("odd"), Kinds("dorefa"), Kinds("codebook")])
-codebook_widths = st.sampled_from([*CODEBOOK_WIDTHS, 8])
-weight_widths = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, "ternary"])
+configs = st.builds(QuantizerConfig, st.sampled_from([*WEIGHTS]), st.sampled_from([*ACTIVATIONS]))
+weight_widths = st.sampled_from(QuantizerConfig().weight_widths)
 activations = st.sampled_from([nn.ReLU6, nn.Identity, nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6])
 padded = [nn.Conv2d, nn.Conv2d, StdConv2d, ScaledStdConv2d]  # by what they are given
 
@@ -172,7 +172,7 @@ def train(model: nn.Module) -> None:
 
 
 @st.composite
-def cases(draw) -> tuple[nn.Module, Tensor, tuple[Any, int, Any, Kinds], bool]:
+def cases(draw) -> tuple[nn.Module, Tensor, tuple[Any, int, Any, QuantizerConfig], bool]:
     """A network, pictures, what `quantize` is asked for, and whether to train."""
     channels, size = draw(st.integers(1, 5)), draw(pairs(5, 10))
     shape = (channels, *size)
@@ -201,9 +201,9 @@ def cases(draw) -> tuple[nn.Module, Tensor, tuple[Any, int, Any, Kinds], bool]:
         randomize(model)
         pictures = 5 * torch.randn(3, channels, *size)  # often beyond the end of a ReLU6
     pictures = pictures.abs() if draw(st.booleans()) else pictures
-    kinds = draw(weight_kinds)
-    weights = codebook_widths if kinds.weights == "codebook" else weight_widths
-    widths = draw(weights), draw(st.integers(1, 8)), draw(weights), kinds
+    config = draw(configs)
+    weights = st.sampled_from(config.weight_widths)
+    widths = draw(weights), draw(st.integers(1, 8)), draw(weights), config
     return model, pictures, widths, draw(st.booleans())
 
 

@@ -36,15 +36,15 @@ from ricciq.convert.plan import plan_conversion
 from ricciq.convert.rewrite import convert
 from ricciq.estimators.apply import ActivationCorrection, override_forward
 from ricciq.quant.calibration import calibrate
+from ricciq.quant.config import QuantizerConfig
 from ricciq.quant.grid import Bits
-from ricciq.quant.quantizer import Kinds
 from ricciq.recipe import Recipe
 from ricciq.training.loop import correction_of
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.compare import Trial
 
 TRAINED, BATCH, FLOAT_EPOCHS = 45_000, 128, 10
-FIXED, DOREFA = Kinds("fixed", "fixed"), Kinds("dorefa", "pact")
+FIXED, DOREFA = QuantizerConfig("fixed", "fixed"), QuantizerConfig("dorefa", "pact")
 
 
 class Setting(NamedTuple):
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
     model: str
     weight_bits: Bits
     act_bits: int
-    kinds: Kinds = Kinds()
+    config: QuantizerConfig = QuantizerConfig()
     scratch: bool = False
 
 
@@ -176,7 +176,7 @@ def train(
         discretize(model, *setting[1:3])
     else:
         plan = plan_conversion(model.eval(), torch.zeros(2, 1, 28, 28), *setting[1:3])
-        convert(model, plan, setting.kinds)
+        convert(model, plan, setting.config)
         calibrate(model, [last(part) for part in data.images[: 4 * BATCH].split(BATCH)])
         override_forward(model, correction)
     beside = None

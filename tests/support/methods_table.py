@@ -50,10 +50,15 @@ def _defaults(name: str, owners: dict[str, Entry]) -> str:
 
 def with_methods(page: str) -> str:
     """A README with the table of methods made anew."""
-    before, found, rest = page.partition(METHODS)
+    return with_table(page, METHODS, methods())
+
+
+def with_table(page: str, head: str, table: str) -> str:
+    """A page with the table that begins with a head replaced by another."""
+    before, found, rest = page.partition(head)
     if not found:
-        raise ValueError(f"the README has no table that begins with {METHODS}")
-    return before + methods() + "\n\n" + rest.partition("\n\n")[2]
+        raise ValueError(f"the page has no table that begins with {head}")
+    return before + table + "\n\n" + rest.partition("\n\n")[2]
 
 
 if __name__ == "__main__":

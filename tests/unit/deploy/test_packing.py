@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ricciq.deploy.packing import pack, unpack
 from ricciq.quant.codebook import Codebook
-from ricciq.quant.grid import Grid
+from ricciq.quant.grid import UniformGrid
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 widths = pytest.mark.parametrize("bits", WIDTHS)
@@ -30,7 +30,7 @@ def expected_bytes(bits, count: int) -> int:
 
 
 def codes_of(bits) -> torch.Tensor:
-    grid = Grid.for_weights(bits)
+    grid = UniformGrid.for_weights(bits)
     return torch.arange(grid.low, grid.high + 1, grid.step)
 
 

@@ -11,7 +11,7 @@ from ricciq.estimators.metric_flow import MetricFlow
 from ricciq.estimators.registry import METHODS
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES, fake_quantize
-from ricciq.quant.grid import Grid
+from ricciq.quant.grid import UniformGrid
 
 
 def quantizer(bits=2, scale=0.5, zero_point=0):
@@ -125,7 +125,7 @@ def test_a_slope_does_not_change_the_scale_s_gradient_and_takes_huge_inputs():
     for slope in (None, table(torch.ones_like)):
         log_scale = torch.zeros((), requires_grad=True)
         x = torch.tensor([-1e30, -0.3, 0.2, 2.4, 1e30], requires_grad=True)
-        y = fake_quantize(x, log_scale, Grid(0, 3), torch.zeros(()), slope=slope)
+        y = fake_quantize(x, log_scale, UniformGrid(0, 3), torch.zeros(()), slope=slope)
         y.backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
         assert x.grad.isfinite().all()
         gradients.append(log_scale.grad)

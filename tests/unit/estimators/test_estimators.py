@@ -15,6 +15,7 @@ from ricciq.estimators.staircase import StaircaseFlow
 from ricciq.estimators.step_bound import StepBound
 from ricciq.estimators.straight_through import StraightThrough
 from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.codebook import CodebookWeights
 from ricciq.quant.weight import WeightQuantizer
 
 CORRECTING = ["ricci", "ewgs", "dsq", "ede", "lne", "project"]
@@ -305,7 +306,7 @@ def trained_mean(quantizer: WeightQuantizer | ActivationQuantizer, x: Tensor, re
 @pytest.mark.parametrize("bits", INPUTS)
 def test_stochastic_rounding_is_unbiased(bits):
     quantizer = WeightQuantizer(1, bits)
-    quantizer.place = METHODS["stochastic"].place
+    quantizer.perturbation = METHODS["stochastic"].perturb
     wanted = torch.tensor(INPUTS[bits])
     mean, values = trained_mean(quantizer.train(), wanted)
     torch.testing.assert_close(mean, wanted, rtol=0, atol=0.02)  # 1 / sqrt(20,000) is 0.007
@@ -317,16 +318,16 @@ def test_stochastic_rounding_is_unbiased(bits):
 def test_stochastic_rounding_of_activations_respects_the_zero_point():
     quantizer = ActivationQuantizer(2)
     quantizer.set_range(0.5, zero_point=1)
-    quantizer.place = METHODS["stochastic"].place
+    quantizer.perturbation = METHODS["stochastic"].perturb
     x = torch.tensor([-0.4, 0.1, 0.8, 5.0])  # 5 lies above the last level, 1
     mean, values = trained_mean(quantizer.train(), x)
     torch.testing.assert_close(mean, torch.tensor([-0.4, 0.1, 0.8, 1.0]), rtol=0, atol=0.01)
     assert values.tolist() == [-0.5, 0.0, 0.5, 1.0]
 
 
-def test_a_displaced_forward_has_the_straight_through_gradient():
+def test_a_perturbed_forward_has_the_straight_through_gradient():
     quantizer = WeightQuantizer(1, 2)
-    quantizer.place = lambda ratio, cell: ratio + 0.5 * cell
+    quantizer.perturbation = lambda ratio, cell: ratio + 0.5 * cell
     weight = torch.tensor([[-3.0, -1.6, 0.2, 0.8, 1.4]], requires_grad=True)
     discrete = quantizer.train()(weight)
     assert discrete.tolist() == [[-2, -1, 1, 1, 1]]  # -1.1, 0.7, and at most the last code
@@ -338,8 +339,8 @@ def test_a_displaced_forward_has_the_straight_through_gradient():
 
 
 def test_a_codebook_s_levels_learn_from_the_code_that_was_chosen():
-    quantizer = WeightQuantizer(1, 2, kind="codebook")
-    quantizer.place = lambda ratio, cell: ratio + cell / 2 + 1
+    quantizer = CodebookWeights(1, 2)
+    quantizer.perturbation = lambda ratio, cell: ratio + cell / 2 + 1
     weight = quantizer.scale * torch.tensor([[-64.0, -60.0]])
     taken = quantizer.train()(weight).detach() / quantizer.scale
     quantizer(weight).sum().backward()
@@ -354,14 +355,14 @@ def test_a_codebook_s_levels_learn_from_the_code_that_was_chosen():
 def test_the_forward_pass_is_changed_in_the_quantizers_of_the_target(target, weights, activations):
     model = torch.nn.ModuleList([WeightQuantizer(1, 2), ActivationQuantizer(2)])
     override_forward(model, Correction(METHODS["stochastic"], target))
-    assert [module.place is not None for module in model] == [weights, activations]
+    assert [module.perturbation is not None for module in model] == [weights, activations]
 
 
 def test_other_methods_do_not_change_the_forward_pass():
     model = torch.nn.ModuleList([WeightQuantizer(1, 2), ActivationQuantizer(2)])
     for name in set(METHODS) - {"stochastic"}:
         override_forward(model, Correction(METHODS[name], "both"))
-    assert [module.place for module in model] == [None, None]
+    assert [module.perturbation for module in model] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from ricciq.deploy.modules import deploy
 from ricciq.layers.base import BIAS_LIMIT, QuantLayer
 from ricciq.layers.conv import QuantConv2d
+from ricciq.layers.hooks import quantize_output
 from ricciq.layers.linear import QuantLinear, QuantLinearWeight
 from ricciq.layers.norm import turn_negative_rows
-from ricciq.layers.points import quantize_output
 from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.config import QuantizerConfig
 from ricciq.quant.grid import LARGEST_CODE
-from ricciq.quant.quantizer import Kinds
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 # BatchNorm weights of one layer: ordinary, negative, zero, tiny of both signs, huge.
@@ -339,7 +339,7 @@ def test_a_weight_that_is_lent_is_discrete_when_read():
 def test_a_turned_row_of_a_codebook_deploys_to_the_same_numbers():
     # The ends of these codes are opposites, but not what lies between.
     layer = QuantConv2d.from_float(
-        nn.Conv2d(3, 4, 3, bias=False), 2, 2, nn.BatchNorm2d(4), Kinds("codebook")
+        nn.Conv2d(3, 4, 3, bias=False), 2, 2, nn.BatchNorm2d(4), QuantizerConfig("codebook")
     )
     layer.weight_quantizer.levels.data = torch.tensor([-64.0, -20.0, 5.0, 64.0]) / LARGEST_CODE
     layer.input_quantizer.set_range(0.4, 0)

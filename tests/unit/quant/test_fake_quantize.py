@@ -7,7 +7,7 @@ from torch import Tensor
 from ricciq.estimators.registry import METHODS
 from ricciq.quant import fake_quantize as rounding
 from ricciq.quant.fake_quantize import SLOPE_SAMPLES, fake_quantize
-from ricciq.quant.grid import Grid
+from ricciq.quant.grid import UniformGrid
 
 SHAPE = (3, 5, 4, 2)
 
@@ -26,7 +26,7 @@ def draw(layout: str, dtype: torch.dtype) -> Tensor:
 def all_of(x: Tensor, log_scale: Tensor, **settings) -> list[Tensor]:
     """What comes out, and both gradients."""
     x, log_scale = x.detach().requires_grad_(), log_scale.clone().requires_grad_()
-    y = fake_quantize(x, log_scale, Grid(0, 3), gain=0.5, **settings)
+    y = fake_quantize(x, log_scale, UniformGrid(0, 3), gain=0.5, **settings)
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
     return [y.detach(), x.grad, log_scale.grad]
 
@@ -60,16 +60,16 @@ def test_pieces_give_what_the_whole_does(monkeypatch, how, layout, dtype):
 def test_what_comes_out_lies_in_memory_as_what_went_in():
     for layout in ("plain", "channels last", "turned"):
         x = draw(layout, torch.float32)
-        assert fake_quantize(x, torch.tensor(0.0), Grid(0, 3)).stride() == x.stride()
+        assert fake_quantize(x, torch.tensor(0.0), UniformGrid(0, 3)).stride() == x.stride()
 
 
 def test_a_gradient_that_is_one_number_everywhere_is_enough():
     x = draw("channels last", torch.float32).requires_grad_()
-    fake_quantize(x, torch.tensor(0.0), Grid(-9, 9)).sum().backward()
+    fake_quantize(x, torch.tensor(0.0), UniformGrid(-9, 9)).sum().backward()
     assert torch.equal(x.grad, (x.abs() <= 9).float())
 
 
 def test_no_pictures_are_no_error():
     x, log_scale = torch.zeros(0, 2, requires_grad=True), torch.zeros((), requires_grad=True)
-    fake_quantize(x, log_scale, Grid(0, 3)).sum().backward()
+    fake_quantize(x, log_scale, UniformGrid(0, 3)).sum().backward()
     assert (x.grad.shape, log_scale.grad.item()) == ((0, 2), 0)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ricciq.quant.activation import ActivationQuantizer
-from ricciq.quant.codebook import Codebook
+from ricciq.quant.codebook import Codebook, CodebookWeights
+from ricciq.quant.config import QuantizerConfig
+from ricciq.quant.dorefa import DoReFaWeights
 from ricciq.quant.fake_quantize import fake_quantize
-from ricciq.quant.grid import LARGEST_CODE, Grid, count_codes
-from ricciq.quant.quantizer import CODEBOOK_WIDTHS
-from ricciq.quant.weight import WeightQuantizer
+from ricciq.quant.fixed import FixedActivations, FixedWeights
+from ricciq.quant.grid import LARGEST_CODE, UniformGrid, count_codes
+from ricciq.quant.lsq import LSQActivations, LSQWeights
+from ricciq.quant.pact import PACTActivations
 
 WEIGHT_CODES = {
     1: [-1, 1],
@@ -36,14 +38,14 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @widths
 def test_the_codes_of_a_width(bits):
-    grid = Grid.for_weights(bits)
+    grid = UniformGrid.for_weights(bits)
     assert grid.codes.tolist() == WEIGHT_CODES[bits]
     assert count_codes(bits) >= len(WEIGHT_CODES[bits])
 
 
 @widths
 def test_rounding_reaches_every_code_and_nothing_else(bits):
-    grid = Grid.for_weights(bits)
+    grid = UniformGrid.for_weights(bits)
     codes = torch.tensor(WEIGHT_CODES[bits], dtype=torch.float32)
     torch.testing.assert_close(grid.round(codes), codes, rtol=0, atol=0)
     fine = torch.linspace(grid.low - 3, grid.high + 3, 4001)
@@ -55,12 +57,12 @@ def test_rounding_reaches_every_code_and_nothing_else(bits):
 
 def test_halves_go_to_the_even_code():
     halves = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
-    assert Grid(-8, 7).round(halves).tolist() == [-2, -2, 0, 0, 2, 2]
+    assert UniformGrid(-8, 7).round(halves).tolist() == [-2, -2, 0, 0, 2, 2]
 
 
 def test_an_odd_grid_puts_thresholds_at_even_numbers():
     ratios = torch.tensor([-9.0, -2.1, -2.0, -0.1, 0.0, 1.9, 2.0, 9.0])
-    assert Grid(-3, 3, step=2).round(ratios).tolist() == [-3, -3, -1, -1, 1, 1, 3, 3]
+    assert UniformGrid(-3, 3, step=2).round(ratios).tolist() == [-3, -3, -1, -1, 1, 1, 3, 3]
 
 
 # Values and gradients
@@ -74,7 +76,7 @@ def two_bits(zero_point: float | None) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.tensor(X, requires_grad=True)
     log_scale = torch.tensor(math.log(0.5), requires_grad=True)
     offset = None if zero_point is None else torch.tensor(zero_point)
-    y = fake_quantize(x, log_scale, Grid(0, 3), offset, gain=0.25)
+    y = fake_quantize(x, log_scale, UniformGrid(0, 3), offset, gain=0.25)
     y.backward(torch.tensor(UPSTREAM))
     return x, log_scale, y.detach()
 
@@ -125,7 +127,7 @@ def test_the_step_gradient_is_the_learned_step_rule(zero_point, per_scale):
 @pytest.mark.parametrize("zero_point", [0.0, 5.0])
 def test_the_step_gradient_is_the_slope_of_the_surrogate(seed, zero_point):
     """With the rounding offset frozen the staircase is smooth, and its slope is the LSQ rule."""
-    grid = Grid(0, 15)
+    grid = UniformGrid(0, 15)
     x = normal(2, 300, seed=seed).double()
     scale = torch.tensor([[0.1], [0.3]], dtype=torch.float64)
     upstream = normal(2, 300, seed=seed + 10).double()
@@ -151,7 +153,7 @@ def test_each_row_has_its_own_step_gradient():
     log_scale = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1).requires_grad_()
     upstream = torch.zeros(3, 20)
     upstream[1] = 1.0
-    fake_quantize(x, log_scale, Grid(-2, 1)).backward(upstream)
+    fake_quantize(x, log_scale, UniformGrid(-2, 1)).backward(upstream)
     assert log_scale.grad[0] == 0
     assert log_scale.grad[1] != 0
     assert log_scale.grad[2] == 0
@@ -160,7 +162,7 @@ def test_each_row_has_its_own_step_gradient():
 def test_a_step_of_the_logarithm_is_the_relative_step_of_learned_step_sizes():
     """Gradient descent on log(scale) moves the scale as LSQ does on the scale, to first order."""
     weight = normal(4, 50)
-    quantizer = WeightQuantizer(4, 4)
+    quantizer = LSQWeights(4, 4)
     quantizer.calibrate(weight)
     before = quantizer.scale
     quantizer(weight).backward(normal(4, 50, seed=1))
@@ -178,7 +180,7 @@ def test_a_step_of_the_logarithm_is_the_relative_step_of_learned_step_sizes():
 @pytest.mark.parametrize(("optimizer", "rate"), [("SGD", 0.05), ("Adam", 0.5)])
 def test_the_step_stays_positive_where_a_plain_one_would_not(optimizer, rate):
     weight = normal(4, 50)
-    quantizer = WeightQuantizer(4, 2)
+    quantizer = LSQWeights(4, 2)
     quantizer.calibrate(weight)
     plain = quantizer.scale.requires_grad_()
     moves = getattr(torch.optim, optimizer)([quantizer.log_scale], lr=rate)
@@ -198,7 +200,7 @@ def test_the_step_stays_positive_where_a_plain_one_would_not(optimizer, rate):
 
 def test_the_step_survives_a_far_too_high_learning_rate():
     weight = normal(4, 50)
-    quantizer = WeightQuantizer(4, 2)
+    quantizer = LSQWeights(4, 2)
     quantizer.calibrate(weight)
     optimizer = torch.optim.SGD([quantizer.log_scale], lr=10.0)
     for seed in range(200):
@@ -210,7 +212,7 @@ def test_the_step_survives_a_far_too_high_learning_rate():
 
 
 def test_activations_use_their_zero_point_and_lsq_gain():
-    quantizer = ActivationQuantizer(2)
+    quantizer = LSQActivations(2)
     quantizer.set_range(0.5, 1)
     x = torch.tensor([X, X], requires_grad=True)
     y = quantizer(x)
@@ -222,7 +224,7 @@ def test_activations_use_their_zero_point_and_lsq_gain():
 
 
 def test_an_observed_quantizer_only_looks_on():
-    quantizer = ActivationQuantizer(2)
+    quantizer = LSQActivations(2)
     seen = []
     quantizer.observer = seen.append
     x = normal(2, 5)
@@ -233,7 +235,7 @@ def test_an_observed_quantizer_only_looks_on():
 # Weight steps
 
 
-def rounding_error(grid: Grid, rows: Tensor, scale: Tensor) -> Tensor:
+def rounding_error(grid: UniformGrid, rows: Tensor, scale: Tensor) -> Tensor:
     return (grid.round(rows / scale[:, None]) * scale[:, None] - rows).square().sum(1)
 
 
@@ -241,7 +243,7 @@ def rounding_error(grid: Grid, rows: Tensor, scale: Tensor) -> Tensor:
 def test_calibration_is_close_to_the_best_of_all_steps(bits):
     uniform = torch.rand((4, 200), generator=torch.Generator().manual_seed(2)) - 0.3
     rows = torch.cat([normal(4, 200), uniform, normal(4, 200, seed=1) ** 3])
-    quantizer = WeightQuantizer(12, bits)
+    quantizer = LSQWeights(12, bits)
     quantizer.calibrate(rows)
     top = rows.abs().amax(1) / quantizer.grid.high
     tried = [rounding_error(quantizer.grid, rows, top * f) for f in torch.linspace(1e-3, 1.5, 3000)]
@@ -253,14 +255,14 @@ def test_calibration_is_close_to_the_best_of_all_steps(bits):
 
 def test_a_binary_step_is_the_mean_magnitude():
     rows = normal(8, 500)
-    quantizer = WeightQuantizer(8, 1)
+    quantizer = LSQWeights(8, 1)
     quantizer.calibrate(rows)
     torch.testing.assert_close(quantizer.scale, rows.abs().mean(1), rtol=0.03, atol=0)
 
 
 def test_codes_have_the_shape_of_the_weight_and_make_its_value():
     weight = normal(5, 3, 2, 2)
-    quantizer = WeightQuantizer(5, 3)
+    quantizer = LSQWeights(5, 3)
     quantizer.calibrate(weight)
     codes = quantizer.codes(weight)
     assert codes.dtype == torch.int8
@@ -274,7 +276,7 @@ def test_a_row_of_zeros_is_finite_everywhere(bits):
     weight = normal(2, 9)
     weight[0] = 0
     weight.requires_grad_()
-    quantizer = WeightQuantizer(2, bits)
+    quantizer = LSQWeights(2, bits)
     quantizer.calibrate(weight)
     y = quantizer(weight)
     y.sum().backward()
@@ -293,7 +295,7 @@ def test_a_row_of_zeros_can_be_trained(bits):
     weight = normal(2, 9)
     weight[0] = 0
     weight.requires_grad_()
-    quantizer = WeightQuantizer(2, bits)
+    quantizer = LSQWeights(2, bits)
     quantizer.calibrate(weight.detach())
     optimizer = torch.optim.SGD([weight, quantizer.log_scale], lr=0.01)
     for _ in range(5):
@@ -309,7 +311,7 @@ def test_a_nearly_dead_row_can_be_trained(size):
     weight = normal(2, 9)
     weight[0] *= size
     weight.requires_grad_()
-    quantizer = WeightQuantizer(2, 2)
+    quantizer = LSQWeights(2, 2)
     quantizer.calibrate(weight.detach())
     optimizer = torch.optim.SGD([weight, quantizer.log_scale], lr=0.01)
     for _ in range(5):
@@ -325,7 +327,7 @@ def test_a_nearly_dead_row_can_be_trained(size):
 
 def residual_of(bits, ratios: list[float]) -> tuple[list[float], list[bool]]:
     """Residual and mask of one row of weights with step 1."""
-    residual, mask = WeightQuantizer(1, bits).residual(torch.tensor([ratios]))
+    residual, mask = LSQWeights(1, bits).residual(torch.tensor([ratios]))
     return residual[0].tolist(), mask[0].tolist()
 
 
@@ -360,7 +362,7 @@ def test_the_residual_is_zero_where_the_gradient_is_masked(bits, outside):
 @widths
 def test_residuals_fill_the_cell_and_mask_what_the_estimator_masks(bits):
     weight = normal(6, 4, 5, 5).requires_grad_()
-    quantizer = WeightQuantizer(6, bits)
+    quantizer = LSQWeights(6, bits)
     quantizer.calibrate(weight)
     with torch.no_grad():
         quantizer.log_scale -= 0.3  # so that some weights lie outside at every width
@@ -381,20 +383,20 @@ def test_residuals_fill_the_cell_and_mask_what_the_estimator_masks(bits):
 
 @pytest.mark.parametrize(("bits", "codes"), [(1, [-1, 1]), (2, [-3, -1, 1, 3])])
 def test_odd_codes(bits, codes):
-    grid = Grid.for_weights(bits, odd=True)
+    grid = UniformGrid.for_weights(bits, odd=True)
     assert list(range(grid.low, grid.high + 1, grid.step)) == codes
 
 
 def test_odd_codes_end_where_int8_does():
-    assert Grid.for_weights(7, odd=True) == Grid(-127, 127, 2)
-    assert Grid.for_weights(8, odd=True) == Grid.for_weights(8)
-    assert Grid.for_weights("ternary", odd=True) == Grid.for_weights("ternary")
+    assert UniformGrid.for_weights(7, odd=True) == UniformGrid(-127, 127, 2)
+    assert UniformGrid.for_weights(8, odd=True) == UniformGrid.for_weights(8)
+    assert UniformGrid.for_weights("ternary", odd=True) == UniformGrid.for_weights("ternary")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_dorefa_weights_are_the_papers(bits):
     weight = normal(4, 3, 3, 3)
-    quantizer = WeightQuantizer(4, bits, kind="dorefa")
+    quantizer = DoReFaWeights(4, bits)
     squashed = torch.tanh(weight)
     levels = 2**bits - 1
     unit = squashed / (2 * squashed.abs().max()) + 0.5
@@ -406,12 +408,12 @@ def test_dorefa_weights_are_the_papers(bits):
 
 def test_a_binary_dorefa_weight_is_the_mean_magnitude_of_the_layer():
     weight = normal(4, 50)
-    quantizer = WeightQuantizer(4, 1, kind="dorefa")
+    quantizer = DoReFaWeights(4, 1)
     torch.testing.assert_close(quantizer(weight).detach(), weight.sign() * weight.abs().mean())
 
 
 def test_dorefa_follows_its_weight():
-    quantizer = WeightQuantizer(4, 3, kind="dorefa")
+    quantizer = DoReFaWeights(4, 3)
     first, second = normal(4, 5), 2 * normal(4, 5, seed=1)
     quantizer(first)
     quantizer(second)
@@ -421,7 +423,7 @@ def test_dorefa_follows_its_weight():
 
 
 def test_fixed_steps_get_no_gradient():
-    weights, activations = WeightQuantizer(4, 3, kind="fixed"), ActivationQuantizer(3, "fixed")
+    weights, activations = FixedWeights(4, 3), FixedActivations(3)
     weight = normal(4, 5).requires_grad_()
     weights.calibrate(weight)
     activations.set_range(0.3, 2)
@@ -434,7 +436,7 @@ def test_fixed_steps_get_no_gradient():
 def test_pact_learns_from_what_is_clipped_alone():
     x = torch.tensor([[-1.0, 0.4, 1.6, 5.0, 9.0]])
     upstream = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10000.0]])
-    quantizer = ActivationQuantizer(2, "pact")
+    quantizer = PACTActivations(2)
     quantizer.set_range(1.0, 0)
     quantizer(x).backward(upstream)
     # The clipping point is 3 steps: its gradient, eq. 3, is the sum over what lies beyond; that of
@@ -446,7 +448,7 @@ def test_pact_learns_from_what_is_clipped_alone():
 def test_dorefa_weights_are_never_masked():
     weight = normal(4, 50).requires_grad_()
     for bits in (1, 2, 3):
-        quantizer = WeightQuantizer(4, bits, kind="dorefa")
+        quantizer = DoReFaWeights(4, bits)
         assert quantizer.residual(weight.detach())[1].all()
         (gradient,) = torch.autograd.grad(quantizer(weight).sum(), weight)
         # At one bit it is passed on as it is (eq. 7), else through the tanh.
@@ -456,7 +458,7 @@ def test_dorefa_weights_are_never_masked():
 
 def test_a_dorefa_layer_may_run_twice():
     weight = normal(4, 4).requires_grad_()
-    quantizer = WeightQuantizer(4, 2, kind="dorefa")
+    quantizer = DoReFaWeights(4, 2)
     quantizer(quantizer(weight)).sum().backward()
     assert weight.grad.isfinite().all()
 
@@ -464,8 +466,8 @@ def test_a_dorefa_layer_may_run_twice():
 # Codebooks
 
 
-def codebook(rows: int, bits=2) -> WeightQuantizer:
-    return WeightQuantizer(rows, bits, kind="codebook")
+def codebook(rows: int, bits=2) -> CodebookWeights:
+    return CodebookWeights(rows, bits)
 
 
 def test_a_codebook_rounds_to_the_nearest_code():
@@ -520,19 +522,19 @@ def test_only_a_codebook_whose_every_code_has_an_opposite_is_symmetric():
 
 def test_levels_that_move_change_no_places():
     quantizer, weight = codebook(2), 40 * normal(2, 50)
-    before = quantizer.places(weight)
+    before = quantizer.cells(weight)
     quantizer.levels.data += 1 / LARGEST_CODE
-    moved = quantizer.places(weight) != before
+    moved = quantizer.cells(weight) != before
     assert (quantizer.codes(weight)[~moved] != 0).any()
     assert moved.float().mean() < 0.1
 
 
-@pytest.mark.parametrize("bits", CODEBOOK_WIDTHS)
+@pytest.mark.parametrize("bits", [1, 2, 4, "ternary"])
 def test_a_calibrated_codebook_errs_less_than_a_grid(bits):
     weight = normal(6, 300).pow(3)  # heavy tails
     errors = []
-    for kind in ("lsq", "codebook"):
-        quantizer = WeightQuantizer(6, bits, kind=kind)
+    for kind in (LSQWeights, CodebookWeights):
+        quantizer = kind(6, bits)
         quantizer.calibrate(weight)
         errors.append((quantizer(weight) - weight).square().mean().item())
     assert errors[1] <= errors[0] * (1 + 1e-6) if bits == 1 else errors[1] < errors[0]
@@ -553,23 +555,26 @@ def test_gradients_of_a_codebook_by_hand():
 def test_a_codebook_of_the_grid_s_codes_learns_its_step_like_the_grid():
     weight, upstream = normal(3, 50), normal(3, 50, seed=1)
     gradients = []
-    for kind in ("lsq", "codebook"):
-        quantizer = WeightQuantizer(3, 2, kind=kind)
-        torch.nn.init.constant_(quantizer.log_scale, -math.log(quantizer.unit))
+    for kind in (LSQWeights, CodebookWeights):
+        quantizer = kind(3, 2)
+        unit = quantizer.unit if kind is CodebookWeights else 1
+        torch.nn.init.constant_(quantizer.log_scale, -math.log(unit))
         quantizer(weight).backward(upstream)
         gradients.append(quantizer.log_scale.grad)
     torch.testing.assert_close(*gradients)
 
 
 def test_a_codebook_at_8_bits_is_the_grid_and_has_no_3_bit_form():
-    assert codebook(2, 8).grid == Grid.for_weights(8)
-    with pytest.raises(ValueError, match="bits is 3; a codebook takes 1, 2, 4 or ternary"):
-        codebook(2, 3)
+    config, weight = QuantizerConfig("codebook"), normal(2, 9)
+    assert config.quantizer_for(weight, 8).grid == UniformGrid.for_weights(8)
+    sentence = "weight_quantizer codebook has no 3-bit form; give 1, 2, 4, 8 or ternary, or another"
+    with pytest.raises(ValueError, match=sentence):
+        config.quantizer_for(weight, 3)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 8])
-@pytest.mark.parametrize("kind", ["lsq", "dorefa"])
+@pytest.mark.parametrize("kind", [LSQWeights, DoReFaWeights])
 def test_what_a_layer_does_to_its_weight_is_known_without_rounding(kind, bits):
     own = nn.Sequential(nn.Identity(), nn.Identity())
-    assert WeightQuantizer(4, bits, own, kind).unrounded is own
-    assert isinstance(WeightQuantizer(4, bits, kind=kind).unrounded, nn.Identity)
+    assert kind(4, bits, own).layer_standardize is own
+    assert isinstance(kind(4, bits).layer_standardize, nn.Identity)

@@ -72,7 +72,7 @@ def learn(changes: dict[str, Any] | None = None, steps: int = STEPS) -> Learned:
     job = prepare(recipe, Session(CPU))
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
     batches = [images for images, _ in job.loader("fit", samples=192)]
-    model = convert(job.model, job.plan, recipe.quantization.kinds)
+    model = convert(job.model, job.plan, recipe.quantization.config)
     calibrate(model, batches)
     nearest = copy.deepcopy(model)
     norms = {layer.name: layer.norm for layer in job.plan.layers}
@@ -146,7 +146,7 @@ def test_every_latent_weight_becomes_one_of_the_two_levels_beside_it(learned: Le
             continue
         ratio = before.weight_quantizer.ratio(before.latent.detach())
         down, up = (
-            place.clamp(quantizer.fixed_grid.low, quantizer.fixed_grid.high)
+            place.clamp(quantizer.grid.low, quantizer.grid.high)
             for place in (ratio.floor(), ratio.floor() + 1)
         )
         chosen = codes(after).float()
@@ -315,7 +315,7 @@ def test_modes_and_what_is_trained_are_as_before() -> None:
     recipe = RECIPE
     job = prepare(recipe, Session(CPU))
     teacher = copy.deepcopy(job.model).train()
-    model = convert(job.model, job.plan, recipe.quantization.kinds).train()
+    model = convert(job.model, job.plan, recipe.quantization.config).train()
     batches = [images for images, _ in job.loader("fit", samples=64)]
     calibrate(model, batches)
     model.get_submodule("layer2").eval()

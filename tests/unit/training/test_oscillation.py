@@ -9,6 +9,7 @@ from torch import nn
 from ricciq.errors import RecipeError
 from ricciq.estimators import ricci
 from ricciq.estimators.apply import DiscreteWeight
+from ricciq.quant.codebook import CodebookWeights
 from ricciq.quant.weight import WeightQuantizer
 from ricciq.training.oscillation import MOMENTUM, Damping, Freezing
 
@@ -23,7 +24,7 @@ def discrete(weight, bits=3, scale=1.0):
 
 def test_a_moving_codebook_cannot_be_frozen():
     weight = torch.randn(2, 8)
-    item = DiscreteWeight("layer", weight, WeightQuantizer(2, 2, kind="codebook"))
+    item = DiscreteWeight("layer", weight, CodebookWeights(2, 2))
     with pytest.raises(RecipeError, match="weights of layer, whose codebook moves; take damping"):
         Freezing([item], 0.02)
 

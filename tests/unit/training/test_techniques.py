@@ -71,7 +71,7 @@ class Run:
         self.model = self.job.model
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         bits = self.recipe.quantization
-        convert(self.model, self.job.plan, bits.kinds)
+        convert(self.model, self.job.plan, bits.config)
         calibrate(self.model, self.images(), bits.scale_search)
 
     def images(self) -> list[Tensor]:

@@ -22,8 +22,7 @@ from ricciq.convert.allocation import Overhead, allocate, average_bits
 from ricciq.convert.sensitivity import WIDTHS, Sensitivity, measure_sensitivity
 from ricciq.deploy.inspection import inspect_onnx
 from ricciq.errors import RecipeError, UsageError
-from ricciq.quant.quantizer import WeightKind
-from ricciq.quant.weight import WeightQuantizer
+from ricciq.quant.config import QuantizerConfig
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
@@ -250,12 +249,12 @@ def batches(job: Job) -> list[Tensor]:
 def measured(job: Job, batches: list[Tensor]) -> list[Sensitivity]:
     names = [layer.name for layer in job.plan.layers[1:-1]]
     return measure_sensitivity(
-        job.model, job.plan, names, job.recipe.quantization.kinds, batches, Journal()
+        job.model, job.plan, names, job.recipe.quantization.config, batches, Journal()
     )
 
 
 @torch.no_grad()
-def by_hand(job: Job, name: str, bits: int, kind: WeightKind, batches: list[Tensor]) -> float:
+def by_hand(job: Job, name: str, bits: int, kind: str, batches: list[Tensor]) -> float:
     """The mean divergence of the predictions if only the weight of one layer is rounded."""
     plain, rounded = copy.deepcopy(job.model).eval(), copy.deepcopy(job.model).eval()
     norm = next(layer.norm for layer in job.plan.layers if layer.name == name)
@@ -263,8 +262,7 @@ def by_hand(job: Job, name: str, bits: int, kind: WeightKind, batches: list[Tens
     # Conversion turns rows around whose BatchNorm weight is negative, before they are rounded.
     sign = torch.where(rounded.get_submodule(norm).weight < 0, -1.0, 1.0).view(-1, 1, 1, 1)
     weight = rounded.get_submodule(name).weight
-    quantizer = WeightQuantizer(len(weight), bits, kind=kind)
-    quantizer.calibrate(weight * sign)
+    quantizer = QuantizerConfig(kind).quantizer_for(weight * sign, bits)
     weight.copy_(quantizer(weight * sign) * sign)
     lost = 0.0
     for images in batches:
@@ -294,9 +292,7 @@ def test_more_bits_never_lose_more_and_eight_lose_next_to_nothing(
         assert abs(lost[-1]) < 1e-5
 
 
-def check_against_hand(
-    job: Job, found: Sensitivity, kind: WeightKind, batches: list[Tensor]
-) -> None:
+def check_against_hand(job: Job, found: Sensitivity, kind: str, batches: list[Tensor]) -> None:
     least = float("inf")
     for bits, lost in found.divergence.items():
         least = min(least, by_hand(job, found.name, bits, kind, batches))
@@ -315,10 +311,10 @@ def test_what_is_measured_is_what_rounding_that_layer_alone_loses(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["odd", "dorefa", "codebook"])
 def test_other_quantizers_are_measured_as_they_round(
-    job: Job, batches: list[Tensor], kind: WeightKind
+    job: Job, batches: list[Tensor], kind: str
 ) -> None:
-    kinds = replace(job.recipe.quantization.kinds, weights=kind)
-    found = measure_sensitivity(job.model, job.plan, MEASURED, kinds, batches, Journal())
+    config = replace(job.recipe.quantization.config, weights=kind)
+    found = measure_sensitivity(job.model, job.plan, MEASURED, config, batches, Journal())
     for layer in found:
         assert list(layer.divergence) == ([1, 2, 4, 8] if kind == "codebook" else list(WIDTHS))
         check_against_hand(job, layer, kind, batches)
@@ -331,9 +327,9 @@ def test_measuring_leaves_the_float_model_as_it_is(batches: list[Tensor]) -> Non
     job.model.get_submodule("layer2").eval()
     frozen = next(job.model.parameters()).requires_grad_(False)
     before = copy.deepcopy(job.model)
-    kinds = job.recipe.quantization.kinds
-    first = measure_sensitivity(job.model, job.plan, MEASURED[:1], kinds, batches, Journal())
-    again = measure_sensitivity(job.model, job.plan, MEASURED[:1], kinds, batches, Journal())
+    config = job.recipe.quantization.config
+    first = measure_sensitivity(job.model, job.plan, MEASURED[:1], config, batches, Journal())
+    again = measure_sensitivity(job.model, job.plan, MEASURED[:1], config, batches, Journal())
     assert first == again
     assert str(job.model) == str(before)
     state = job.model.state_dict()
