@@ -123,7 +123,7 @@ def evaluate_target(
         _check_classes(other, reference, data)
         if other.preprocessing != target.preprocessing:
             raise ModelError(
-                f"{reference} prepares its pictures unlike {path}; compare targets of one model"
+                f"{reference} prepares its images unlike {path}; compare targets of one model"
             )
         predictors["reference"] = other.predict
     loading = partial(
