@@ -147,8 +147,8 @@ def evaluate_with_predictions(
         for name, rows in logits.items():
             if not rows.isfinite().all():
                 raise DivergedError(
-                    f"the {name} model returns NaN or infinity; check its weights, or lower --lr "
-                    "if they were just trained"
+                    f"the {name} model returns NaN or infinite logits; check its weights, or "
+                    "lower --lr if they were just trained"
                 )
         samples += len(targets)
         for name, tally in tallies.items():
