@@ -25,9 +25,13 @@ OUTPUT_BITS = 8
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to convert: its dotted name, its widths and the BatchNorm that it takes in.
+    """One layer to convert.
 
     Attributes:
+        name: its dotted name in the model.
+        weight_bits: 1 to 8 or ternary.
+        act_bits: 1 to 8, or 32 for float activations.
+        norm: the dotted name of the BatchNorm that it takes in, if any.
         parent: the module that uses the layer's weight directly instead of calling the layer.
     """
 
@@ -41,7 +45,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Kept:
-    """Something that stays float, and why."""
+    """Something that stays float.
+
+    Attributes:
+        name: its dotted name in the model, or the function it is.
+        kind: of module or function.
+        why: the reason, for people.
+    """
 
     name: str
     kind: str

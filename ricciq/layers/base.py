@@ -235,6 +235,11 @@ class QuantLayer(nn.Module):
 
 
 def names_of(module: nn.Module, model: nn.Module) -> list[str]:
-    """Every dotted name of a module in a model; one that two parents share has two."""
+    """Every dotted name of a module in a model.
+
+    Args:
+        module: one that two parents share has two names.
+        model: where it is looked for.
+    """
     named = model.named_modules(remove_duplicate=False)
     return [name for name, other in named if other is module]

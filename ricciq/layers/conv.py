@@ -31,6 +31,9 @@ class Window:
     """How a convolution's kernel moves over its input; pairs are (vertical, horizontal).
 
     Attributes:
+        kernel_size: the size of the kernel, one entry for each axis.
+        stride: outputs are this far apart in the input, one entry for each axis.
+        dilation: weights are this far apart in the input, one entry for each axis.
         padding: zeros before and after each axis, last axis first: left, right, above, below.
         same: whether the padding depends on the input's size instead, as in TensorFlow's "SAME".
     """
@@ -64,7 +67,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Convolution:
-    """The function of a convolution, a `Function`."""
+    """The function of a convolution, a `Function`.
+
+    Attributes:
+        window: how the kernel moves.
+        groups: as in `torch.nn.Conv2d`.
+    """
 
     window: Window
     groups: int

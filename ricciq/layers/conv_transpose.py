@@ -38,6 +38,12 @@ class TransposedConvolution:
     """The function of a transposed convolution, a `Function`. Pairs are (vertical, horizontal).
 
     Attributes:
+        kernel_size: as in `torch.nn.ConvTranspose2d`, and so are the next five.
+        stride: outputs that one step in the input moves by.
+        padding: outputs cut off at each side.
+        output_padding: outputs added at the end of each axis.
+        dilation: weights are this far apart in the output.
+        groups: of channels that are convolved separately.
         swapped: whether the weight is as PyTorch and ONNX store it; else it is (rows, ...).
     """
 

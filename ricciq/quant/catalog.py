@@ -44,7 +44,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightEntry(Entry):
-    """A quantizer of weights."""
+    """A quantizer of weights.
+
+    Attributes:
+        widths: as in `Entry`; weights may be ternary, too.
+    """
 
     widths: tuple[Bits, ...] = (*range(1, 9), "ternary")
 

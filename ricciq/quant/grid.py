@@ -88,6 +88,11 @@ class UniformGrid(Grid):
 
     With step 1 a number goes to the nearest integer (half to even, as ONNX rounds); with step 2 the
     codes are odd, zero is a decision threshold and belongs to the cell above it.
+
+    Attributes:
+        low: the lowest code.
+        high: the highest code.
+        step: distance between two codes, 1 or 2.
     """
 
     low: int

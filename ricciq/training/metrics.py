@@ -110,7 +110,12 @@ class Codes(nn.Module):
 
 @dataclass
 class History:
-    """The rows of summary.csv (one per epoch) and geometry.csv (one per epoch and layer)."""
+    """The rows of the tables that training writes.
+
+    Attributes:
+        summary: of summary.csv, one for each epoch.
+        geometry: of geometry.csv, one for each epoch and layer.
+    """
 
     summary: list[dict[str, Any]] = field(default_factory=list)
     geometry: list[dict[str, Any]] = field(default_factory=list)
