@@ -126,8 +126,8 @@ def test_processes_share_each_step_of_one():
     )
 
 
-def test_too_few_pictures_for_all_processes_are_refused():
-    with pytest.raises(UsageError, match=r"not 30 for each of 100 .*; lower"):
+def test_too_few_images_for_all_processes_are_refused():
+    with pytest.raises(UsageError, match=r"fewer than 30 for each of 100 .*; lower"):
         batches(World(0, 100))
 
 
