@@ -52,6 +52,7 @@ def test_a_recipe_is_what_its_name_says(name):
     check_training(recipe.training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(name for name in IMAGENET if name.endswith("w2a2")))
 def test_a_dry_run_shows_the_plan(imagenet, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

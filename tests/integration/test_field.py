@@ -77,19 +77,23 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, done.stderr, json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_quiet_is_quiet(run: Run) -> None:
     assert run.err == ""
 
 
+@pytest.mark.slow
 def test_images_of_every_format_are_used(run: Run, data: Path) -> None:
     assert run.report["float"]["samples"] == len([p for p in data.glob("val/*/*") if p.is_file()])
 
 
+@pytest.mark.slow
 def test_a_class_name_that_is_no_utf_8_is_written_with_escapes(run: Run, data: Path) -> None:
     assert open_data(str(data), None).class_names == ["cat", "dog", "stra\\udcdfe"]
     assert (run.folder / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_an_onnx_file_may_be_called_in_capitals(run: Run, data: Path) -> None:
     file = Path(shutil.copy(run.folder / "model.onnx", run.folder.parent / "MODEL.ONNX"))
     answer = ricciq("eval", file, "--data", data, "--json")
@@ -97,6 +101,7 @@ def test_an_onnx_file_may_be_called_in_capitals(run: Run, data: Path) -> None:
     assert json.loads(answer.out)["top1"] == pytest.approx(run.report["onnx"]["top1"])
 
 
+@pytest.mark.slow
 def test_a_model_goes_before_a_folder_of_its_name(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

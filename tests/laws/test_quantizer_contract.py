@@ -396,7 +396,7 @@ def test_a_recipe_has_stages_where_the_width_can_change(key, name):
     if QUANTIZERS[key][name].can_change_width:
         Recipe.from_values(values)
         return
-    with pytest.raises(RecipeError, match=f"widths, which {key} {name} cannot; take lsq"):
+    with pytest.raises(RecipeError, match=f"bits, which {key} {name} does not support; use lsq"):
         Recipe.from_values(values)
 
 

@@ -313,6 +313,7 @@ def test_a_file_has_the_metadata_that_a_deployer_needs(finished_run: Path) -> No
     assert "accuracy" not in of_float  # onnxruntime has not measured it
 
 
+@pytest.mark.slow
 def test_export_carries_the_accuracy_along(
     ricciq: Callable[..., Answer], finished_run: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,8 +35,14 @@ EVERY = [*WIDTHS, (2, 1), (4, 32)]
 CODES_A_BYTE = {1: [8], 2: [4], 3: [4, 8], 4: [2], 5: [2, 8], 6: [2, 4], 7: [2, 4, 8], 8: [1]}
 CODES_A_BYTE["ternary"] = [5]
 
-each_width = pytest.mark.parametrize(("weight_bits", "act_bits"), WIDTHS)
-each_export = pytest.mark.parametrize(("weight_bits", "act_bits"), [*EVERY, (32, 32)])
+
+def of_exports(widths: Sequence[tuple[Any, int]]) -> pytest.MarkDecorator:
+    """Parametrize by widths; an export takes seconds, so the quick tests have one of them."""
+    marked = [pytest.param(*w, marks=[pytest.mark.slow] * (w != (2, 2))) for w in widths]
+    return pytest.mark.parametrize(("weight_bits", "act_bits"), marked)
+
+
+each_width, each_export = of_exports(WIDTHS), of_exports([*EVERY, (32, 32)])
 
 
 def names(made) -> list[str]:
@@ -119,7 +126,7 @@ def test_every_layer_runs_in_integers(exported, weight_bits, act_bits):
     assert "Gemm" not in found.runtime_operators
 
 
-@pytest.mark.parametrize(("weight_bits", "act_bits"), EVERY)
+@of_exports(EVERY)
 def test_an_inspection_tells_the_widths_of_the_plan(exported, weight_bits, act_bits):
     made = exported(weight_bits, act_bits)
     rows = {row.name: (row.weight_bits, row.act_bits) for row in made.inspection.layers}
@@ -386,16 +393,17 @@ def test_an_export_replaces_an_older_file(linear_export, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_resnet18_at_two_bits_is_small_and_fused_throughout(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("resnet18").eval()
     preprocessing = Preprocessing((3, 64, 64), (0.0,) * 3, (1.0,) * 3)
     pictures = torch.randn(2, 3, 64, 64)
-    as_float = export.export_onnx(model, tmp_path / "float.onnx", preprocessing)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     quantize(model, pictures, 2, 2)
     calibrate(model, [pictures])
     low = export.export_onnx(model, tmp_path / "low.onnx", preprocessing)  # deploys by itself
-    assert low.stat().st_size <= 0.08 * as_float.stat().st_size
+    assert low.stat().st_size <= 0.08 * 4 * parameters
     inspection = inspect_onnx(low)
     assert len(inspection.layers) == 21
     assert all(layer.fused for layer in inspection.layers)

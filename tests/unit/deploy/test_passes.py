@@ -129,6 +129,7 @@ def test_a_layer_that_two_parents_share_goes_by_one_name(preprocessing, tmp_path
     assert names == ["0.proj", "0.proj/Conv.2", "3"]
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_one_file_keeps_its_tensors_beside_it(
     awkward, pictures, preprocessing, tmp_path, monkeypatch
 ):

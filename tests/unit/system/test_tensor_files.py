@@ -296,6 +296,7 @@ except RicciqError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_both_states(tmp_path):
     command = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -617,6 +617,7 @@ def test_a_row_of_zeros_keeps_its_norm_and_has_finite_gradients():
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_model_with_norms_kept_is_rebuilt_and_exported(tmp_path):
     run = Run(tmp_path, {"quantization.weight_norm": True, "training.lr": 0.02})
     run.train()

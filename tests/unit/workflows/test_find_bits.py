@@ -622,6 +622,7 @@ def test_what_was_weighed_beforehand_is_what_the_file_takes(sized: Sized) -> Non
     assert sized.tried[-1] <= LARGEST
 
 
+@pytest.mark.slow
 def test_a_choice_whose_file_is_too_large_is_made_again_with_less(
     sized: Sized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -640,6 +641,7 @@ def test_a_choice_whose_file_is_too_large_is_made_again_with_less(
     assert smaller < first - 8 * 1500  # the first choice had a little to spare
 
 
+@pytest.mark.slow
 def test_where_no_choice_fits_but_the_smallest_that_is_taken(
     sized: Sized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,6 +653,7 @@ def test_where_no_choice_fits_but_the_smallest_that_is_taken(
     assert next(sizes, None) is None
 
 
+@pytest.mark.slow
 def test_a_budget_between_the_smallest_file_and_one_bit_for_all_is_enough() -> None:
     """For few weights, 8 bits take fewer bytes than 1 bit, since they need no lookup table."""
     changes = {"model.name": "fashion_mobilenet", "model.pretrained": False}
