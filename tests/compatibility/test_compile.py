@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
+from torch import nn
 
-import ricciq.models.factory  # noqa: F401  registers the nets with timm
 from ricciq.convert.plan import plan_conversion
 from ricciq.convert.rewrite import convert
 from ricciq.estimators.apply import ActivationCorrection, Correction, override_forward
@@ -20,9 +19,27 @@ pytestmark = pytest.mark.slow
 BACKEND = "aot_eager"
 
 
+class Net(nn.Module):
+    """A layer of each kind, an addition, and a first and a last layer with more bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8))
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.along = nn.Conv1d(4, 4, 3)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.relu(self.body(x) + x)
+        x = torch.relu(self.up(x)).flatten(2)
+        return self.head(torch.relu(self.along(x)).mean(2))
+
+
 def discrete_model(weight_bits, act_bits, config, method):
     torch.manual_seed(0)
-    model = timm.create_model("digits_resnet8", num_classes=10)
+    model = Net()
     images = torch.randn(8, 1, 8, 8)
     convert(model, plan_conversion(model.eval(), images[:2], weight_bits, act_bits), config)
     calibrate(model, [images])
