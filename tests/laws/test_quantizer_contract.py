@@ -277,6 +277,11 @@ def test_freezing_takes_what_can_be_frozen(made, weight):
     freezing(1.0)
     torch.testing.assert_close(items[0].weight, made(weight).detach())
     assert torch.equal(made.codes(items[0].weight), made.codes(weight))
+    levels = made.grid.codes
+    for parameter in made.parameters():
+        if parameter is not made.log_scale:
+            parameter.data += 0.1
+    assert torch.equal(made.grid.codes, levels)  # no training moves them
 
 
 @weights
