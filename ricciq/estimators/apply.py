@@ -195,7 +195,7 @@ class Attachment:
             average: a copy of the model that only runs forward.
         """
         networks = [model] if average is None or average is model else [model, average]
-        self._displaced = [
+        self._perturbed = [
             module for network in networks for module in override_forward(network, correction)
         ]
         self.activations: ActivationCorrection | None = None
@@ -204,7 +204,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Restore the quantizers. Calling it again does nothing."""
-        for module in self._displaced:
+        for module in self._perturbed:
             vars(module).pop("perturbation", None)  # the class has None
         if self.activations is not None:
             self.activations.detach()

@@ -21,7 +21,7 @@ from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.system.journal import Journal
 
-PICTURES = 256
+IMAGES = 256
 """How many images are enough; a layer's inputs for all of them are in memory at once."""
 BATCH = 32
 LEARNING_RATE = 1e-2
@@ -50,7 +50,7 @@ def reconstruct(
         model: converted and calibrated; its latent weights become levels.
         teacher: the float model that it was made of.
         names: the discrete layers, in the order they run.
-        batches: (B, C, H, W) images on the model's device; `PICTURES` in all are enough.
+        batches: (B, C, H, W) images on the model's device; `IMAGES` in all are enough.
         steps: optimizer steps for each layer.
         journal: shows progress.
     """

@@ -181,10 +181,10 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
     inspection = inspect_onnx(folder.onnx)
     report = _report(job, trained, folder, in_float, metrics, latency, inspection)
     if job.plan.layers:
-        picture = partial(job.data.image, "val", mode=job.preprocessing.mode)
+        image_at = partial(job.data.image, "val", mode=job.preprocessing.mode)
         labels, names = job.data.labels("val"), job.data.class_names
         different = find_disagreements(
-            reference.predictions, predictions["onnx"], labels, names, picture
+            reference.predictions, predictions["onnx"], labels, names, image_at
         )
         different.save(folder.disagreements)
         report.onnx.float_agreement = 100 * (1 - different.count / in_float.samples)

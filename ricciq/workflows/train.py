@@ -15,7 +15,7 @@ from ricciq.quant.grid import FLOAT_BITS
 from ricciq.report.plots import draw_geometry, write_png
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
-from ricciq.training.adaround import PICTURES, reconstruct
+from ricciq.training.adaround import IMAGES, reconstruct
 from ricciq.training.loop import finetune
 from ricciq.training.memory import LARGEST_BATCH
 from ricciq.training.state import TrainingState, last_state
@@ -68,7 +68,7 @@ def train(job: Job, session: Session) -> Trained:
             model,
             teacher,
             [layer.name for layer in job.plan.layers],
-            images(PICTURES),
+            images(IMAGES),
             recipe.quantization.reconstruction,
             journal,
         )
