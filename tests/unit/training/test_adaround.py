@@ -379,7 +379,7 @@ def test_training_starts_from_the_nearest_levels(
 @pytest.mark.slow
 def test_labels_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few pictures are chosen so that each class is among them: all leave nothing to choose.
-    monkeypatch.setattr(training, "PICTURES", 10_000)
+    monkeypatch.setattr(training, "IMAGES", 10_000)
     changes = {"data.calibration_batches": 30, "quantization.reconstruction": 5}
     models = []
     for name in ("right", "wrong"):
