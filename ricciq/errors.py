@@ -97,3 +97,9 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str, most: int = 3
     """
     near = difflib.get_close_matches(given.lower(), list(known), most, cutoff=0.5)
     return f"did you mean {' or '.join(near)}" if near else otherwise
+
+
+def listed(values: Iterable[object]) -> str:
+    """Values as a sentence lists what can be given."""
+    *rest, last = map(str, values)
+    return f"{', '.join(rest)} or {last}" if rest else last

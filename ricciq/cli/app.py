@@ -301,7 +301,7 @@ def compare(
 
     Example: ricciq compare digits_resnet8 --data digits --methods ste,ricci --seeds 5
 
-    Example: ricciq compare digits_resnet8 --data digits --methods ricci,ricci:block=9 --seeds 3
+    Example: ricciq compare digits_resnet8 --data digits --methods ricci,ricci:trust=0.1 --seeds 3
 
     Example: ricciq compare resnet18 --data ./images --methods ste,lne --seeds 3 --dry-run
     """

@@ -41,7 +41,7 @@ Method = Annotated[
 Methods = Annotated[
     str,
     typer.Option(
-        help=f"Two or more of {METHODS}; with settings, as in ricci:block=9:time=0.05.",
+        help=f"Two or more of {METHODS}; with settings, as in ricci:time=0.5:trust=0.1.",
         autocompletion=completion.some_of(completion.method_names),
     ),
 ]

@@ -16,7 +16,7 @@ from ricciq.quant.config import LSQ, QuantizerConfig
 from ricciq.quant.grid import Bits
 
 
-def _check_plan(plan: Plan, model: nn.Module) -> None:
+def _check_plan(plan: Plan, model: nn.Module, config: QuantizerConfig) -> None:
     """Refuse a plan, which may be read from a file, that does not fit the model."""
     modules = dict(model.named_modules())
     layers = {layer.name for layer in plan.layers}
@@ -30,6 +30,7 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
             raise ValueError(f"its plan has {layer.name!r}, which is no layer that it can quantize")
         if layer.norm is not None and not isinstance(modules.get(layer.norm), kind.norms):
             raise ValueError(f"its plan has {layer.norm!r}, which is no BatchNorm of {layer.name}")
+        config.check(layer.weight_bits, layer.act_bits)
     if len(layers) < len(plan.layers):
         raise ValueError("its plan has a layer twice")
 
@@ -48,7 +49,7 @@ def convert(model: nn.Module, plan: Plan, config: QuantizerConfig = LSQ) -> nn.M
     Raises:
         ValueError: the plan is of another model, or has a width that a quantizer does not have.
     """
-    _check_plan(plan, model)
+    _check_plan(plan, model, config)
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for layer in plan.layers:
         module = model.get_submodule(layer.name)

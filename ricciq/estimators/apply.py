@@ -51,11 +51,20 @@ class Correction:
         estimator: corrects the gradients.
         target: whose gradients are corrected. For those of activations, see `Attachment`.
         step_bound: bounds the optimizer step.
+
+    Raises:
+        TypeError: the estimator is none; for a `RicciFlow`, use its ``as_correction``.
     """
 
     estimator: Estimator
     target: Target = "weights"
     step_bound: StepBound = field(default_factory=StepBound)
+
+    def __post_init__(self) -> None:
+        """Check the estimator."""
+        if not isinstance(self.estimator, Estimator):
+            kind = type(self.estimator).__name__
+            raise TypeError(f"{kind} is no Estimator; for a RicciFlow, use its as_correction()")
 
     @torch.no_grad()
     def __call__(self, weights: Iterable[DiscreteWeight], progress: float = 0.0) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ricciq.estimators.catalog import Coordinate
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Corrects gradients; `ricciq.estimators.metric_flow.MetricFlow` is an example."""
 

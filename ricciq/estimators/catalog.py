@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_type
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from ricciq.errors import listed
+
 Target = Literal["weights", "activations", "both"]
 Coordinate = Literal["residual", "weight"]
 Block = Literal["row", "kernel"] | int
@@ -83,7 +85,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_allowed(each) for each in schema["anyOf"] if each != {"type": "null"})
     if "enum" in schema:
-        return " or ".join(schema["enum"])
+        return listed(schema["enum"])
     bounds = [
         f"{word} {schema[key]:g}"
         for key, word in [
@@ -262,5 +264,4 @@ def all_settings() -> dict[str, tuple[Any, str]]:
 
 def named() -> str:
     """All names, as listed in a sentence: "a, b or c"."""
-    *names, last = CATALOG
-    return f"{', '.join(names)} or {last}"
+    return listed(CATALOG)

@@ -37,7 +37,7 @@ def named_correction(
         raise RecipeError(f"method {name} is invalid: {error}") from None
     target = target or entry.target
     if isinstance(made, RicciFlow):
-        return Correction(made.estimator, target, made.step_bound)
+        return made.as_correction(target)
     return Correction(cast(Estimator, made), target)
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ricciq.estimators.catalog import FlowSettings
+from ricciq.estimators.apply import Correction
+from ricciq.estimators.catalog import FlowSettings, Target
 from ricciq.estimators.metric_flow import MetricFlow
 from ricciq.estimators.projection import Projection
 from ricciq.estimators.staircase import StaircaseFlow
@@ -65,10 +66,15 @@ class RicciFlow(FlowSettings):
             tau_max=self.tau_max,
         )
 
-    @property
-    def step_bound(self) -> StepBound:
-        """The bound on optimizer steps, in half cells: `trust`."""
-        return StepBound(self.trust)
+    def as_correction(self, target: Target | None = None) -> Correction:
+        """What `finetune` does in training: correct with `estimator`, bound steps by `trust`.
+
+        Args:
+            target: whose gradients are corrected; by default those of activations for the
+                correction "staircase", else those of weights.
+        """
+        usual: Target = "activations" if self.correction == "staircase" else "weights"
+        return Correction(self.estimator, target or usual, StepBound(self.trust))
 
     def correct(
         self,

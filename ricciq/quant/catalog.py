@@ -7,10 +7,12 @@ entries; `tests/laws/test_quantizer_contract.py` runs over all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
+
+from ricciq.errors import listed
 
 if TYPE_CHECKING:
     from ricciq.quant.grid import Bits
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A quantizer of activations.
+    """A quantizer.
 
     What it can do beyond this is asked of its class.
 
@@ -110,11 +112,6 @@ def check_width(key: str, name: str, bits: Bits) -> None:
     widths = QUANTIZERS[key][name].widths
     if bits not in widths:
         raise ValueError(
-            f"{key} {name} has no {bits}-bit form; give {listed(widths)}, or another {key}"
+            f"{key} {name} does not support a width of {bits}; give {listed(widths)}, or another "
+            f"{key}"
         )
-
-
-def listed(values: Iterable[object]) -> str:
-    """Values as a sentence lists what can be given."""
-    *rest, last = map(str, values)
-    return f"{', '.join(rest)} or {last}" if rest else last

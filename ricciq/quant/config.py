@@ -15,7 +15,7 @@ from ricciq.quant.catalog import (
     WEIGHTS,
     check_width,
 )
-from ricciq.quant.grid import Bits
+from ricciq.quant.grid import FLOAT_BITS, Bits
 from ricciq.quant.weight import WeightQuantizer
 
 
@@ -39,6 +39,20 @@ class QuantizerConfig:
     def weight_widths(self) -> tuple[Bits, ...]:
         """The widths that weights can have."""
         return WEIGHTS[self.weights].widths
+
+    def check(self, weight_bits: Bits, act_bits: int) -> None:
+        """Refuse widths that the quantizers do not have.
+
+        Args:
+            weight_bits: of weights.
+            act_bits: of activations, or 32 for float.
+
+        Raises:
+            ValueError: one sentence says which width to give.
+        """
+        check_width("weight_quantizer", self.weights, weight_bits)
+        if act_bits != FLOAT_BITS:
+            check_width("act_quantizer", self.activations, act_bits)
 
     def quantizer_for(
         self, weight: Tensor, bits: Bits, standardize: nn.Module | None = None

@@ -194,4 +194,5 @@ def _sentence(error: ValidationError, source: str) -> str:
     if first["type"] == "literal_error":
         names = re.findall(r"'(.*?)'", first["ctx"]["expected"])
         reason = did_you_mean(value, names, reason)
-    return f"{source} is invalid at {where or 'its top'} = {value}: {reason}"
+    at = f" at {where} = {value}" if where else ""  # without a key, the value is the whole recipe
+    return f"{source} is invalid{at}: {reason}"

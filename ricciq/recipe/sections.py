@@ -166,7 +166,7 @@ class _MethodSection(Section):
     """The gradient estimator, and settings that differ from its defaults.
 
     The settings of all estimators are added from `ricciq.estimators.catalog`;
-    `ricciq.estimators.registry.named_estimator` checks whether the named one has them.
+    `ricciq.estimators.registry.named_correction` checks whether the named one has them.
     """
 
     name: str = DEFAULT

@@ -365,5 +365,5 @@ def recompute_activations(model: nn.Module, wanted: bool) -> None:
     except (AttributeError, AssertionError):
         raise RecipeError(
             "training.grad_checkpointing = true: this timm model does not support gradient "
-            "checkpointing; remove it and lower --batch-size"
+            "checkpointing; set it to false and lower --batch-size"
         ) from None

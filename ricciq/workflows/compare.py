@@ -81,7 +81,7 @@ class Trial(NamedTuple):
                 part[key if key != "name" else "name="] = parse_yaml(value)
             except ValueError:
                 raise RecipeError(
-                    f"--methods {self.method} has no valid value in {change!r}; write it as block=9"
+                    f"--methods {self.method} has no valid value in {change!r}; write time=0.5"
                 ) from None
         if name == base.method.name:
             shared = base.method.model_dump(exclude_none=True)
@@ -114,7 +114,7 @@ def compare(
     Args:
         recipe: everything but method and seed; its seed is the first one.
         methods: names of `ricciq.estimators.catalog.CATALOG`, each with changes of its settings,
-            such as ``"ricci:block=9:time=0.05"``, or of other keys of the recipe, such as
+            such as ``"ricci:time=0.5:trust=0.1"``, or of other keys of the recipe, such as
             ``"ricci:training.ema=0.99"``; differences are taken to the first method.
         seeds: number of seeds, at least 2.
         output: the study's folder; by default a new one under ``runs``.

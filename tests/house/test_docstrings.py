@@ -1,15 +1,16 @@
 """Docstrings name what a caller must know: arguments, fields of a dataclass, and errors.
 
-- A public function or method with two or more arguments names each in `Args:`.
+- A public function or method with two or more arguments names each in `Args:`, and nothing else; a
+  class names those of its `__init__` in its own docstring.
 - A public dataclass names each field in `Attributes:`, or each field has a description of its own:
   a docstring below it, or a text in its annotation.
 - A public function or method that raises an error names it, or a base of it, in `Raises:`. An error
   that the function itself catches does not count, nor does one that is raised again, nor the
   NotImplementedError of an abstract method.
 
-An override may leave these sections to the method of the package that it overrides, and so may a
-method of a protocol's. A command of typer may leave them out: its options have help texts, and its
-docstring is what `--help` prints.
+An override may leave these sections to the method of the package that it overrides, and so may the
+methods of a class that has all those of a protocol. A command of typer may leave them out: its
+options have help texts, and its docstring is what `--help` prints.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ class Unit(NamedTuple):
         name: of it, with that of its class.
         line: where it begins.
         docstrings: its own, and those of the methods it overrides.
-        names: its arguments, or its fields without a description of their own.
+        arguments: what it takes.
+        names: what must be named: its arguments if there are two or more, or its fields without a
+            description of their own.
         errors: what it raises.
     """
 
     name: str
     line: int
     docstrings: list[str]
+    arguments: list[str]
     names: list[str]
     errors: list[str]
 
@@ -71,6 +75,8 @@ class Package:
             place = f"{module}:{unit.line} {unit.name}"
             known = _entries(unit.docstrings, "Args") | _entries(unit.docstrings, "Attributes")
             found += [f"{place} lacks {name}" for name in unit.names if name not in known]
+            stale = _entries(unit.docstrings[:1], "Args") - set(unit.arguments)
+            found += [f"{place} has no {name}" for name in sorted(stale)]
             known = _entries(unit.docstrings, "Raises")
             found += [f"{place} raises {e}" for e in unit.errors if not self._bases(e) & known]
         return found
@@ -82,22 +88,25 @@ class Package:
             elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 if any("dataclass" in ast.unparse(one) for one in node.decorator_list):
                     docstring = ast.get_docstring(node) or ""
-                    yield Unit(node.name, node.lineno, [docstring], _bare_fields(node), [])
+                    yield Unit(node.name, node.lineno, [docstring], [], _bare_fields(node), [])
                 for method in node.body:
                     if isinstance(method, Function):
                         docstrings = list(self._docstrings(node, method.name))
+                        if method.name == "__init__":
+                            docstrings.insert(0, ast.get_docstring(node) or "")
                         yield from self._function(method, f"{node.name}.{method.name}", docstrings)
 
     def _function(self, node: Function, name: str, docstrings: list[str]) -> Iterator[Unit]:
         decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
         is_command = any(re.search(r"\.(command|callback)\(", one) for one in decorators)
-        if node.name.startswith("_") or is_command:
+        if (node.name.startswith("_") and node.name != "__init__") or is_command:
             return
         arguments = _arguments(node)
         if "." in name and "staticmethod" not in decorators:
             arguments = arguments[1:]
         names = arguments if len(arguments) > 1 else []
-        yield Unit(name, node.lineno, docstrings, names, sorted(set(self._raised(node.body))))
+        errors = sorted(set(self._raised(node.body)))
+        yield Unit(name, node.lineno, docstrings, arguments, names, errors)
 
     def _docstrings(self, owner: ast.ClassDef, method: str) -> Iterator[str]:
         """The docstrings of a method, of all bases in the package and of its protocols."""
@@ -105,7 +114,8 @@ class Package:
             if isinstance(node, Function) and node.name == method:
                 yield ast.get_docstring(node) or ""
         bases = [self.classes[base] for base in _base_names(owner) if base in self.classes]
-        for base in bases or ([] if owner in self.protocols else self.protocols):
+        kept = [p for p in self.protocols if p is not owner and _methods(p) <= _methods(owner)]
+        for base in bases or kept:
             yield from self._docstrings(base, method)
 
     def _raised(self, body: list[ast.stmt]) -> Iterator[str]:
@@ -135,6 +145,10 @@ class Package:
 
 def _holds_statements(node: ast.AST) -> bool:
     return isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case)
+
+
+def _methods(node: ast.ClassDef) -> set[str]:
+    return {n.name for n in node.body if isinstance(n, Function) and not n.decorator_list}
 
 
 def _base_names(node: ast.ClassDef) -> list[str]:

@@ -390,7 +390,9 @@ def test_a_recipe_names_it_and_takes_its_widths_alone(key, name):
             quantization = Recipe.from_values(values).quantization
             assert name in (quantization.config.weights, quantization.config.activations)
             continue
-        with pytest.raises(RecipeError, match=f"{key} {name} has no {bits}-bit form; give 1") as e:
+        with pytest.raises(
+            RecipeError, match=f"{key} {name} does not support a width of {bits}; give 1"
+        ) as e:
             Recipe.from_values(values)
         assert "\n" not in str(e.value)
 

@@ -67,7 +67,9 @@ class Process:
     def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """Wait for the end, and return what was printed to stdout and stderr."""
         self._process.join(timeout)
-        assert self._process.exitcode is not None, f"still running after {timeout} s"
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError(f"still running after {timeout} s")
         out, err = (Path(self._streams.name, name).read_text() for name in ("out", "err"))
         return out, err
 

@@ -7,7 +7,10 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 
 def collect_once() -> None:
-    """Let every export of this process start from a copy of the first one's operators."""
+    """Let every export of this process start from a copy of the first one's operators.
+
+    The benchmarks and the main job of `.ci/run` export without it.
+    """
     collect = cache(ONNXRegistry.from_torchlib)
 
     def from_torchlib(opset_version: int) -> ONNXRegistry:

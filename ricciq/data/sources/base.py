@@ -144,8 +144,9 @@ class EncodedImages(ABC):
 class ImageFiles(EncodedImages):
     """Images in files.
 
-    Attributes:
+    Args:
         paths: one file for each image.
+        targets: the class of each image.
     """
 
     def __init__(self, paths: Sequence[str], targets: Sequence[int]) -> None:

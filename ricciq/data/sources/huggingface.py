@@ -16,7 +16,14 @@ VALIDATION_NAMES = ("validation", "val", "valid", "test")
 
 
 class HubImages(EncodedImages):
-    """The images in a column of a Hugging Face data set, which uses memory-mapped files."""
+    """The images in a column of a Hugging Face data set, which uses memory-mapped files.
+
+    Args:
+        rows: a split of the data set.
+        column: name of the column of images.
+        where: the split and the data set, for errors.
+        targets: the class of each image.
+    """
 
     def __init__(self, rows: Any, column: str, where: str, targets: Indices) -> None:
         super().__init__(targets)

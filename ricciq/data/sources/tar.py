@@ -58,7 +58,12 @@ class Member(NamedTuple):
 
 
 class ImagesInTars(EncodedImages):
-    """Images inside tars."""
+    """Images inside tars.
+
+    Args:
+        members: where each image is.
+        targets: the class of each image.
+    """
 
     def __init__(self, members: Sequence[Member], targets: Sequence[int]) -> None:
         super().__init__(targets)

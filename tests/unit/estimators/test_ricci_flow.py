@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from ricciq.estimators.apply import Correction
 from ricciq.estimators.metric_flow import MetricFlow
 from ricciq.estimators.projection import Projection
+from ricciq.estimators.registry import named_correction
 from ricciq.estimators.ricci_flow import RicciFlow
 from ricciq.estimators.staircase import StaircaseFlow
 from ricciq.estimators.step_bound import StepBound
@@ -22,7 +24,7 @@ def test_a_rule_of_metrics_makes_a_metric_flow(rule):
 
 def test_by_default_it_is_the_pullback_on_rows():
     assert RicciFlow().estimator == MetricFlow()
-    assert RicciFlow().step_bound == StepBound()
+    assert RicciFlow().as_correction() == Correction(MetricFlow(), "weights", StepBound())
 
 
 def test_staircase_makes_the_flow_of_single_numbers():
@@ -36,7 +38,14 @@ def test_project_makes_a_projection():
 
 
 def test_trust_makes_a_bound_on_steps():
-    assert RicciFlow(trust=0.2).step_bound == StepBound(0.2)
+    assert RicciFlow(trust=0.2).as_correction("both").step_bound == StepBound(0.2)
+
+
+def test_a_flow_goes_into_training_as_its_method_does():
+    flow = RicciFlow(correction="staircase", trust=0.2, time=0.25, schedule="constant")
+    assert flow.as_correction() == named_correction("ricci", {})
+    with pytest.raises(TypeError, match="as_correction"):
+        Correction(flow, "weights")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("correction", ["natural", "project", "staircase"])

@@ -567,7 +567,7 @@ def test_a_codebook_of_the_grid_s_codes_learns_its_step_like_the_grid():
 def test_a_codebook_at_8_bits_is_the_grid_and_has_no_3_bit_form():
     config, weight = QuantizerConfig("codebook"), normal(2, 9)
     assert config.quantizer_for(weight, 8).grid == UniformGrid.for_weights(8)
-    sentence = "weight_quantizer codebook has no 3-bit form; give 1, 2, 4, 8 or ternary, or another"
+    sentence = "weight_quantizer codebook does not support a width of 3; give 1, 2, 4, 8 or ternary"
     with pytest.raises(ValueError, match=sentence):
         config.quantizer_for(weight, 3)
 
