@@ -12,7 +12,7 @@ import torch
 from networks import CPU, DEVICE, TINY, Training, without_tf32
 
 from ricciq.estimators.registry import METHODS
-from ricciq.quant import activation, fake_quantize, quantizer, weight
+from ricciq.quant import fake_quantize, quantizer
 
 TOLERANCE = 1e-2
 QUANTIZERS = [
@@ -45,7 +45,7 @@ def in_float32(monkeypatch):
     def positive(log_scale):
         return own(log_scale.cpu()).to(log_scale.device)
 
-    for module in (fake_quantize, activation, weight, quantizer):
+    for module in (fake_quantize, quantizer):
         monkeypatch.setattr(module, "positive", positive)
 
 

@@ -226,7 +226,7 @@ def test_a_method_that_does_not_hold_is_refused_before_anything_runs(tmp_path, m
         (METHODS, 1, [1.0], "--seeds 1"),
         (METHODS, 2, [1.0, 0.0], "--lr-scales"),
         (METHODS, 2, [math.inf], "--lr-scales"),
-        (METHODS, 2, [1, 1.0000001], "--lr-scales 1,1 are no different"),
+        (METHODS, 2, [1, 1.0000001], "--lr-scales 1,1 are not different"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, methods, seeds, scales, words):

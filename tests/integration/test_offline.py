@@ -77,7 +77,7 @@ def test_what_would_be_downloaded_is_refused_at_once(
     tmp_path: Path, finished_run: Path, line: str
 ) -> None:
     """In a process of its own, since the libraries look at the switch when they are imported."""
-    words = [*line.format(here=finished_run).split(), "--offline"]
+    words = [word.format(here=finished_run) for word in line.split()] + ["--offline"]
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     environment |= {"HF_HOME": str(tmp_path / "cache"), "TORCH_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
