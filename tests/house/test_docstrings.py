@@ -114,9 +114,14 @@ class Package:
             if isinstance(node, Function) and node.name == method:
                 yield ast.get_docstring(node) or ""
         bases = [self.classes[base] for base in _base_names(owner) if base in self.classes]
-        kept = [p for p in self.protocols if p is not owner and _methods(p) <= _methods(owner)]
-        for base in bases or kept:
+        kept = [p for p in self.protocols if p is not owner and _methods(p) <= self._methods(owner)]
+        for base in [*bases, *kept]:
             yield from self._docstrings(base, method)
+
+    def _methods(self, owner: ast.ClassDef) -> set[str]:
+        """The methods of a class and of its bases in the package."""
+        bases = [self.classes[base] for base in _base_names(owner) if base in self.classes]
+        return _methods(owner).union(*map(self._methods, bases))
 
     def _raised(self, body: list[ast.stmt]) -> Iterator[str]:
         """The errors that leave a body, by name; `raise error` and `raise make()` are left out."""
@@ -148,7 +153,8 @@ def _holds_statements(node: ast.AST) -> bool:
 
 
 def _methods(node: ast.ClassDef) -> set[str]:
-    return {n.name for n in node.body if isinstance(n, Function) and not n.decorator_list}
+    methods = [n for n in node.body if isinstance(n, Function)]
+    return {n.name for n in methods if "property" not in map(ast.unparse, n.decorator_list)}
 
 
 def _base_names(node: ast.ClassDef) -> list[str]:

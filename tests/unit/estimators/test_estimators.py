@@ -209,7 +209,7 @@ def test_many_weights_are_corrected_in_groups(draw, monkeypatch):
     estimator = METHODS["ricci"]
 
     class Watched:
-        coordinate = estimator.coordinate
+        coordinate, slope = estimator.coordinate, estimator.slope
 
         def correct(self, gradient, *rest):
             seen.append(len(gradient))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ricciq.estimators.apply import Correction
+from ricciq.estimators.catalog import CATALOG
 from ricciq.estimators.metric_flow import MetricFlow
 from ricciq.estimators.projection import Projection
 from ricciq.estimators.registry import named_correction
@@ -42,7 +43,7 @@ def test_trust_makes_a_bound_on_steps():
 
 
 def test_a_flow_goes_into_training_as_its_method_does():
-    flow = RicciFlow(correction="staircase", trust=0.2, time=0.25, schedule="constant")
+    flow = RicciFlow(**CATALOG["ricci"].defaults)
     assert flow.as_correction() == named_correction("ricci", {})
     with pytest.raises(TypeError, match="as_correction"):
         Correction(flow, "weights")  # type: ignore[arg-type]
