@@ -19,7 +19,7 @@ from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import read_model_file
 from ricciq.deploy.passes import tidy
 from ricciq.deploy.session import METADATA_KEY
-from ricciq.errors import RicciqError
+from ricciq.errors import ModelError, RicciqError
 from ricciq.layers.base import QuantLayer
 from ricciq.layers.operators import OPSET
 from ricciq.system.files import replacing
@@ -44,6 +44,22 @@ def add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
     entry.value = json.dumps(json.loads(entry.value) | metadata)
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
+
+
+def is_exported(path: Path, metadata: Mapping[str, Any]) -> bool:
+    """Whether `export_onnx` has written a file with this metadata, and perhaps more.
+
+    Args:
+        path: the ONNX file, which need not exist.
+        metadata: JSON values by key.
+    """
+    try:
+        entries = read_model_file(path).metadata_props
+        stored = [json.loads(entry.value) for entry in entries if entry.key == METADATA_KEY]
+    except (ModelError, ValueError):
+        return False
+    wanted = json.loads(json.dumps(metadata))
+    return len(stored) == 1 and isinstance(stored[0], dict) and stored[0] | wanted == stored[0]
 
 
 @contextmanager

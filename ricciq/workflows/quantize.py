@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ricciq._version import __version__
-from ricciq.deploy.export import add_metadata, export_onnx
+from ricciq.deploy.export import add_metadata, export_onnx, is_exported
 from ricciq.deploy.inspection import Inspection, inspect_onnx
 from ricciq.deploy.latency import Latency, measure_latency
 from ricciq.deploy.modules import deploy
@@ -136,13 +136,15 @@ def evaluate_float(job: Job, session: Session) -> Reference:
 
 @in_first_process
 def export_float(job: Job, session: Session) -> None:
-    """Write float.onnx.
+    """Write float.onnx, unless a resumed run has written it before it was stopped.
 
     Args:
         job: from `prepare`, not converted yet.
         session: of the run.
     """
     stored = job.metadata.for_onnx(is_float=True)
+    if session.resume and is_exported(session.folder.float_onnx, stored):
+        return
     model = copy.deepcopy(job.model).cpu()
     export_onnx(model, session.folder.float_onnx, job.preprocessing, stored)
 

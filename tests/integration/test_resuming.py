@@ -85,7 +85,8 @@ def assert_same(output: Path, undisturbed: Path) -> None:
             sections["data"].pop("workers", None)
         assert about == same
     if (output / "recipe.yaml").read_text() == (undisturbed / "recipe.yaml").read_text():
-        assert (output / "model.onnx").read_bytes() == (undisturbed / "model.onnx").read_bytes()
+        for name in ("model.onnx", "float.onnx"):
+            assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
     assert read_csv(output / "geometry.csv") == read_csv(undisturbed / "geometry.csv")
     rows, expected_rows = (read_csv(folder / "summary.csv") for folder in (output, undisturbed))
     for row in (*rows, *expected_rows):

@@ -355,6 +355,18 @@ def linear_export(tiny_preprocessing) -> Callable:
     return run
 
 
+def test_a_file_is_exported_if_it_is_whole_and_has_the_metadata(linear_export, tmp_path):
+    path = tmp_path / "model.onnx"
+    assert not export.is_exported(path, {})
+    linear_export(path)
+    stored = session_metadata(open_session(path), path)
+    assert export.is_exported(path, stored)
+    assert export.is_exported(path, {})
+    assert not export.is_exported(path, {**stored, "bits": "others"})
+    path.write_bytes(path.read_bytes()[:-9])
+    assert not export.is_exported(path, stored)
+
+
 def test_a_missing_folder_gets_no_file(linear_export, tmp_path):
     with pytest.raises(RicciqError, match="cannot write"):
         linear_export(tmp_path / "missing" / "model.onnx")
