@@ -190,6 +190,16 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="session")
+def digits_run(run_once: Callable[..., Path]) -> Callable[..., Path]:
+    """Makes the folder of a finished run on digits with the given flags, for reading only."""
+
+    def run(*flags: str) -> Path:
+        return run_once(" ".join(flags), "quantize", "digits_resnet8", "--data", "digits", *flags)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def finished_run(run_once: Callable[..., Path]) -> Path:
     """The folder of a finished run with two bits, for tests that only read one."""
     return run_once("finished", *MAIN_JOB, "--epochs", "2")

@@ -187,30 +187,30 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_file(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--bits", "1"],
-        ["--bits", "ternary", "--method", "ste"],
+        ["--bits", "1", "--epochs", "1"],
+        ["--bits", "ternary", "--method", "ste", "--epochs", "1"],
         ["--bits", "8", "--epochs", "0"],
-        ["--weight-bits", "3", "--act-bits", "32"],
-        ["--bits", "32"],
+        ["--weight-bits", "3", "--act-bits", "32", "--epochs", "1"],
+        ["--bits", "32", "--epochs", "1"],
     ],
     ids=" ".join,
 )
-def test_other_widths(tmp_path: Path, flags: list[str]) -> None:
-    command = ["quantize", "digits_resnet8", "--data", "digits", "--epochs", "1", *flags]
-    report = ricciq(*command, "--output", tmp_path / "run")
+def test_other_widths(digits_run: Callable[..., Path], flags: list[str]) -> None:
+    folder = digits_run(*flags)
+    report = json.loads((folder / "report.json").read_text())
     assert report["onnx"]["agreement_unoptimized"] >= 99.7
     assert report["onnx"]["top1"] > 60
     if "0" in flags:
         kind = "quantized" if saturates() else "onnx"
         assert report[kind]["top1"] >= report["float"]["top1"] - 1
         assert report["training"]["steps"] == 0
-    onnx.checker.check_model(onnx.load(tmp_path / "run" / "model.onnx"), full_check=True)
+    onnx.checker.check_model(onnx.load(folder / "model.onnx"), full_check=True)
 
 
-def test_a_float_run_is_a_model_to_quantize(tmp_path: Path) -> None:
-    base = tmp_path / "float run"
-    ricciq("quantize", "digits_resnet8", "--data", "digits", "--bits", "32", "--epochs", "1",
-           "--output", base)  # fmt: skip
+def test_a_float_run_is_a_model_to_quantize(
+    digits_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = digits_run("--bits", "32", "--epochs", "1")
     report = ricciq("quantize", base, "--data", "digits", "--bits", "4", "--epochs", "0",
                     "--output", tmp_path / "low")  # fmt: skip
     assert report["model"] == "digits_resnet8"

@@ -213,14 +213,14 @@ def test_what_is_no_finished_run_has_no_page(copied: RunFolder, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "more", [["--bits", "32", "--epochs", "1"], ["--bits", "3", "--epochs", "0"]]
+    "flags", [["--bits", "32", "--epochs", "1"], ["--bits", "8", "--epochs", "0"]]
 )
-def test_runs_without_layers_or_training_have_pages(tmp_path: Path, more: list[str]) -> None:
-    line = ["quantize", "digits_resnet8", "--data", "digits", *more, "--output", tmp_path / "run"]
-    assert ricciq(*line).code == 0
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert ("<p>None: the model was only calibrated.</p>" in page) == ("3" in more)
-    assert ("<p>No layer is discrete.</p>" in page) == ("32" in more)
+def test_runs_without_layers_or_training_have_pages(
+    digits_run: Callable[..., Path], flags: list[str]
+) -> None:
+    page = (digits_run(*flags) / "report.html").read_text()
+    assert ("<p>None: the model was only calibrated.</p>" in page) == ("0" in flags)
+    assert ("<p>No layer is discrete.</p>" in page) == ("32" in flags)
     assert "None %" not in page
 
 

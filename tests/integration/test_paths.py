@@ -15,9 +15,10 @@ from ricciq.models.bundled import BUNDLED
 pytestmark = pytest.mark.slow
 
 STRANGE = ["with spaces", "ünï çødé 日本", "new\nline", "-- [bold]{quoted} 'x' %s", "a" * 200]
+ALL_AT_ONCE = " ".join([STRANGE[3], *STRANGE[:3], "a" * 150])
 
 
-@pytest.fixture(params=STRANGE, ids=ascii)
+@pytest.fixture
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder of such a name with a data set, weights and a recipe."""
     folder = tmp_path / request.param
@@ -38,6 +39,7 @@ def run(*words: str | Path) -> Answer:
     return answer
 
 
+@pytest.mark.parametrize("folder", [ALL_AT_ONCE], ids=ascii, indirect=True)
 def test_every_command_takes_any_path(folder: Path) -> None:
     output, data = folder / "the run", folder / "the data"
     given = ["--data", data, "--recipe", folder / "the recipe.yaml", "--output", output]
@@ -57,6 +59,7 @@ def test_every_command_takes_any_path(folder: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("folder", [*STRANGE, ALL_AT_ONCE], ids=ascii, indirect=True)
 def test_a_refusal_names_any_path_on_a_line(folder: Path) -> None:
     for line in (
         ["eval", folder / "nothing.onnx", "--data", "digits"],

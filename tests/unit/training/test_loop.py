@@ -508,7 +508,8 @@ def test_a_model_without_gradient_checkpointing_is_refused_at_once():
         "training.grad_checkpointing": True,
     }
     with pytest.raises(
-        RecipeError, match=r"grad_checkpointing = true: this timm model does not .*; remove"
+        RecipeError,
+        match=r"grad_checkpointing = true: this timm model does not .*; set it to false",
     ):
         prepare(RECIPE.override(changes), Session(CPU))
 

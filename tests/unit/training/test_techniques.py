@@ -451,7 +451,7 @@ def test_invalid_stages_are_refused(change, sentence):
     with pytest.raises(RecipeError, match=sentence) as caught:
         RECIPE.override(STAGES | change)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("the command line is invalid at ")
+    assert str(caught.value).startswith("the command line is invalid")
 
 
 # The learning rate of scales
