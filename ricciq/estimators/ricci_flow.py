@@ -10,12 +10,13 @@ from ricciq.estimators.apply import Correction
 from ricciq.estimators.catalog import FlowSettings, Target
 from ricciq.estimators.metric_flow import MetricFlow
 from ricciq.estimators.projection import Projection
+from ricciq.estimators.rowwise import Rowwise
 from ricciq.estimators.staircase import StaircaseFlow
 from ricciq.estimators.step_bound import StepBound
 
 
 @dataclass(frozen=True)
-class RicciFlow(FlowSettings):
+class RicciFlow(FlowSettings, Rowwise):
     """Gradients corrected under Ricci flow, by the settings that ``method:`` of a recipe has.
 
     `correction` chooses the estimator: "staircase" is the flow of single numbers, "project" a plain
@@ -76,28 +77,6 @@ class RicciFlow(FlowSettings):
         usual: Target = "activations" if self.correction == "staircase" else "weights"
         return Correction(self.estimator, target or usual, StepBound(self.trust))
 
-    def correct(
-        self,
-        gradient: Tensor,
-        xi: Tensor,
-        kernel: int = 1,
-        mask: Tensor | None = None,
-        progress: float = 0.0,
-    ) -> Tensor:
-        """Correct a gradient that was taken at discrete values, with `estimator`.
-
-        Args:
-            gradient: (rows, n); of weights, a row per output channel.
-            xi: coordinate, (rows, n), 0 where the gradient is masked.
-            kernel: the block size that "kernel" means.
-            mask: bool, (rows, n), True where the gradient is active; other entries take no part and
-                are returned unchanged.
-            progress: share of training that is done, from 0 to 1, for the schedule.
-
-        Returns:
-            (rows, n) in the gradient's dtype, computed in float32, or float64 if either input is.
-
-        Raises:
-            ValueError: shapes differ or are not (rows, n), or kernel is not positive.
-        """
-        return self.estimator.correct(gradient, xi, kernel, mask, progress)
+    def correct_rows(self, gradient: Tensor, xi: Tensor, kernel: int, progress: float) -> Tensor:
+        """See `Rowwise.correct_rows`; it is that of `estimator`."""
+        return self.estimator.correct_rows(gradient, xi, kernel, progress)

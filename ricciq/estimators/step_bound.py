@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ricciq.quant.weight import WeightQuantizer
 
@@ -35,7 +35,7 @@ class StepBound:
         Args:
             weights: name, weight (rows, ...) and quantizer of each discrete weight.
         """
-        bounded = [(weight, quantizer) for _, weight, quantizer in weights if _has_cells(quantizer)]
+        bounded = [(weight, quantizer) for _, weight, quantizer in weights if quantizer.has_cells]
         if self.half_cells is None or not bounded:
             yield
             return
@@ -45,7 +45,3 @@ class StepBound:
         with torch.no_grad():
             for (weight, _), start, reach in zip(bounded, before, reaches, strict=True):
                 weight.clamp_(start - reach, start + reach)
-
-
-def _has_cells(quantizer: WeightQuantizer) -> bool:
-    return isinstance(quantizer.standardize, nn.Identity) and quantizer.bits != 8

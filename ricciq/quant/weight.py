@@ -62,7 +62,12 @@ class WeightQuantizer(Quantizer):
         Codes must be integers next to each other, and the stored weight what is rounded. At 8 bits
         there is nothing to gain.
         """
-        return self._rounds_stored_weight and self.grid.is_consecutive and self.bits != 8
+        return self.has_cells and self.grid.is_consecutive
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether the stored weight is what is rounded, to levels that are far enough apart."""
+        return self._rounds_stored_weight and self.bits != 8
 
     @property
     def why_not_frozen(self) -> str | None:

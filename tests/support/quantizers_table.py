@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from methods_table import README, with_table
 
-from ricciq.quant.catalog import QUANTIZERS, Entry, listed
+from ricciq.errors import listed
+from ricciq.quant.catalog import QUANTIZERS, Entry
 
 HEAD = "| key under `quantization:` | value | how numbers are quantized |"
 
