@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ricciq.data.preprocessing import Preprocessing
+from ricciq.deploy.expressions import replace_placeholders
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import read_model_file
 from ricciq.deploy.passes import tidy
@@ -63,16 +64,25 @@ def is_exported(path: Path, metadata: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """Switch off timm's fused attention: torch's exporter supports it for 4-D tensors only."""
-    fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
-    for module in fused:
-        module.fused_attn = False  # type: ignore[assignment]
+def _plain_operators(model: nn.Module) -> Iterator[None]:
+    """Switch off what torch's exporter supports badly.
+
+    These are timm's fused attention, which it takes for 4-D tensors only, and activations in place,
+    which it traces an order of magnitude longer, to the same graph.
+    """
+    switches = [
+        (module, name)
+        for module in model.modules()
+        for name in ("fused_attn", "inplace")
+        if getattr(module, name, False) is True
+    ]
+    for module, name in switches:
+        setattr(module, name, False)
     try:
         yield
     finally:
-        for module in fused:
-            module.fused_attn = True  # type: ignore[assignment]
+        for module, name in switches:
+            setattr(module, name, True)
 
 
 def export_onnx(
@@ -104,7 +114,7 @@ def export_onnx(
         model = copy.deepcopy(model).cpu()  # torch's exporter makes ONNX operators for the CPU
     example = torch.zeros(2, *preprocessing.input_size)
     try:
-        with torch.no_grad(), _plain_attention(model), warnings.catch_warnings():
+        with torch.no_grad(), _plain_operators(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about the exporter's internals
             program = torch.onnx.export(
                 model.eval(),
@@ -127,6 +137,7 @@ def export_onnx(
             "export another model, or report this"
         ) from error
     assert program is not None
+    replace_placeholders(program.model.graph, model)
     first_names = {module: name for name, module in model.named_modules()}
     every_name = model.named_modules(remove_duplicate=False)
     graph_model = tidy(program.model, {name: first_names[module] for name, module in every_name})

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ricciq.deploy.expressions import Expression, Operators
 from ricciq.deploy.packing import Plane, pack, unpack
 from ricciq.layers.base import IntegerWeights, QuantLayer, names_of
 from ricciq.layers.hooks import quantize_output
@@ -65,7 +66,25 @@ class DeployedActivation(nn.Module):
         return onnx_operator("DequantizeLinear", [codes, *quantized], torch.float32, x.shape)
 
 
-class DeployedWeight(nn.Module):
+class Constant(nn.Module):
+    """A tensor that is stored in the file as it is.
+
+    Args:
+        value: the tensor.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        """The tensor."""
+        return self.value
+
+
+class DeployedWeight(Expression):
     """Packed codes -> table lookup -> reshape -> DequantizeLinear for each output channel.
 
     onnxruntime computes all but the last operator once, when it loads the file.
@@ -88,13 +107,13 @@ class DeployedWeight(nn.Module):
         axis: int = 0,
         zero_points: bool = False,
     ) -> None:
-        super().__init__()
         codes, flip = weights.codes, weights.flip.view(-1, *[1] * (weights.codes.dim() - 1))
         grid, bits = quantizer.grid, quantizer.bits
         if grid.symmetric:  # rows with a negative BatchNorm weight change their sign
             codes, flip = torch.where(flip, -codes, codes), torch.zeros_like(flip)
         if axis == 1:
             codes, flip = codes.transpose(0, 1).contiguous(), flip.transpose(0, 1)
+        super().__init__(codes.shape)
         self.axis, self.shape = axis, list(codes.shape)
         self.register_buffer("scale", weights.scale)
         zeros = torch.zeros_like(weights.scale, dtype=torch.int8) if zero_points else None
@@ -112,14 +131,8 @@ class DeployedWeight(nn.Module):
         if self.planes == 1 and self.sign is None:
             self.register_buffer("table0", self.get_buffer("table0").to(torch.int8))
 
-    def forward(self) -> Tensor:
+    def value(self) -> Tensor:
         """The dequantized weight."""
-        if torch.onnx.is_in_onnx_export():
-            operands = [self._unpacking_nodes(), self.scale]
-            if self.zero_point is not None:
-                operands.append(self.zero_point)
-            axis = {"axis": self.axis}
-            return onnx_operator("DequantizeLinear", operands, torch.float32, self.shape, axis)
         behind = len(self.shape) - 1 - self.axis
         return self.integer_codes() * self.scale.view(-1, *[1] * behind)
 
@@ -136,32 +149,67 @@ class DeployedWeight(nn.Module):
             for i in range(self.planes)
         ]
 
-    def _unpacking_nodes(self) -> Tensor:
+    def write(self, operators: Operators) -> ir.Value:
+        """See `Expression.write`."""
+        operands = [self._write_codes(operators), operators.buffer("scale")]
+        if self.zero_point is not None:
+            operands.append(operators.buffer("zero_point"))
+        return operators.add("DequantizeLinear", operands, axis=self.axis)
+
+    def _write_codes(self, operators: Operators) -> ir.Value:
+        """Unpack the codes to int8."""
         if not self.planes:
-            return self.get_buffer("codes")
-        count = _count(self.shape)
-        total: Tensor | None = None
-        for plane in self._plane_list():
-            kind, per_byte = plane.table.dtype, plane.table.shape[1]
-            size = [len(plane.data), per_byte]
-            int32 = {"to": ir.DataType.INT32.value}
-            index = onnx_operator("Cast", [plane.data], torch.int32, plane.data.shape, int32)
-            part = onnx_operator("Gather", [plane.table, index], kind, size, {"axis": 0})
-            if size[0] * per_byte != count:  # the last byte is not full
-                flat = torch.tensor([-1])
-                part = onnx_operator("Reshape", [part, flat], kind, [size[0] * per_byte])
-                ends = [torch.tensor([0]), torch.tensor([count])]
-                part = onnx_operator("Slice", [part, *ends], kind, [count])
-            part = onnx_operator("Reshape", [part, torch.tensor(self.shape)], kind, self.shape)
-            total = part if total is None else onnx_operator("Add", [total, part], kind, self.shape)
-        assert total is not None
+            return operators.buffer("codes")
+        parts, count = [], _count(self.shape)
+        for i, plane in enumerate(self._plane_list()):
+            to = ir.DataType.INT32
+            index = operators.add("Cast", [operators.buffer(f"packed{i}")], to=to)
+            part = operators.add("Gather", [operators.buffer(f"table{i}"), index], axis=0)
+            if plane.data.numel() * plane.table.shape[1] != count:  # the last byte is not full
+                part = operators.add("Reshape", [part, operators.integers(-1)])
+                ends = operators.integers(0), operators.integers(count)
+                part = operators.add("Slice", [part, *ends])
+            parts.append(operators.add("Reshape", [part, operators.integers(*self.shape)]))
+        total = parts[0]
+        for part in parts[1:]:
+            total = operators.add("Add", [total, part])
         if self.sign is not None:
-            total = onnx_operator("Mul", [total, self.sign], torch.int32, self.shape)
-        if total.dtype == torch.int8:
+            total = operators.add("Mul", [total, operators.buffer("sign")])
+        if self.get_buffer("table0").dtype == torch.int8:
             return total
-        return onnx_operator(
-            "Cast", [total], torch.int8, self.shape, {"to": ir.DataType.INT8.value}
-        )
+        return operators.add("Cast", [total], to=ir.DataType.INT8)
+
+
+class DeployedBias(Expression):
+    """An int32 bias -> DequantizeLinear with the product of the scales of input and weight.
+
+    onnxruntime multiplies the scales once, when it loads the file, which is smaller this way.
+
+    Args:
+        codes: (rows,) int32.
+        input_scale: one number.
+        weight_scale: (rows,).
+    """
+
+    codes: Tensor
+    input_scale: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, codes: Tensor, input_scale: Tensor, weight_scale: Tensor) -> None:
+        super().__init__(codes.shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("weight_scale", weight_scale)
+
+    def value(self) -> Tensor:
+        """The dequantized bias, (rows,)."""
+        return self.codes * (self.input_scale * self.weight_scale)
+
+    def write(self, operators: Operators) -> ir.Value:
+        """See `Expression.write`."""
+        scales = [operators.buffer(name) for name in ("input_scale", "weight_scale")]
+        operands = [operators.buffer("codes"), operators.add("Mul", scales)]
+        return operators.add("DequantizeLinear", operands, axis=0)
 
 
 def _count(shape: list[int]) -> int:
@@ -171,8 +219,6 @@ def _count(shape: list[int]) -> int:
 class DeployedLayer(nn.Module):
     """A layer of any kind: quantized input, packed weight, integer bias, BatchNorm folded in."""
 
-    bias: Tensor
-
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
         self.axis = layer.weight_axis
@@ -180,12 +226,15 @@ class DeployedLayer(nn.Module):
         for name in layer.seen:
             setattr(self, name, getattr(layer, name))
         weights = layer.integer_weights()
-        quantizer = layer.input_quantizer
-        self.input_quantizer = None if quantizer is None else DeployedActivation(quantizer)
         self.weight_quantizer: nn.Module = DeployedWeight(
             weights, layer.weight_quantizer, layer.weight_axis, layer.zero_points
         )
-        self.register_buffer("bias", weights.bias)
+        self.input_quantizer: nn.Module | None = None
+        self.bias_quantizer: nn.Module = Constant(weights.bias)
+        if layer.input_quantizer is not None:
+            self.input_quantizer = DeployedActivation(layer.input_quantizer)
+            scales = self.input_quantizer.scale, weights.scale
+            self.bias_quantizer = DeployedBias(weights.bias, *scales)
 
     @property
     def weight(self) -> Tensor:
@@ -193,28 +242,18 @@ class DeployedLayer(nn.Module):
         weight: Tensor = self.weight_quantizer()
         return weight.transpose(0, 1) if self.axis == 1 else weight
 
+    @property
+    def bias(self) -> Tensor:
+        """The dequantized bias, (rows,)."""
+        bias: Tensor = self.bias_quantizer()
+        return bias
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's function of the quantized input and weight."""
         assert self.function is not None, "a parent uses the weight"
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return self.function(x, self.weight_quantizer(), self.float_bias())
-
-    def float_bias(self) -> Tensor:
-        """(rows,) float32: the integer bias times the scales of input and weight."""
-        bias = self.bias
-        if bias.is_floating_point():
-            return bias
-        assert isinstance(self.input_quantizer, DeployedActivation)
-        assert isinstance(self.weight_quantizer, DeployedWeight)
-        scales = [self.input_quantizer.scale, self.weight_quantizer.scale]
-        if not torch.onnx.is_in_onnx_export():
-            return bias * (scales[0] * scales[1])
-        # onnxruntime multiplies the scales once, when it loads the file, which is smaller this way.
-        scale = onnx_operator("Mul", scales, torch.float32, bias.shape)
-        return onnx_operator(
-            "DequantizeLinear", [bias, scale], torch.float32, bias.shape, {"axis": 0}
-        )
+        return self.function(x, self.weight_quantizer(), self.bias_quantizer())
 
 
 def deploy(model: nn.Module) -> nn.Module:

@@ -13,12 +13,15 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 from onnxscript.rewriter.rules.common import successive_clip_relu_rule, successive_clip_rule
 
+from ricciq.deploy.expressions import SCOPES
+
 IR_VERSION = 10
 """The newest version that onnxruntime 1.20 reads."""
 
 _UNPACKING = {"Cast", "Gather", "Reshape", "Slice", "Add", "Mul", "DequantizeLinear"}
-_LARGEST_TABLE = 256 * 8
+_LARGEST_SHARED = 2**16
 _WEIGHT = ".weight_quantizer"
+_CONSTANTS = (_WEIGHT, ".bias_quantizer")
 
 
 def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
@@ -39,7 +42,7 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
     )
     _rules.apply_to_model(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.DeduplicateInitializersPass(size_limit=_LARGEST_TABLE)(model)
+    passes.DeduplicateInitializersPass(size_limit=_LARGEST_SHARED)(model)
     passes.RemoveUnusedNodesPass()(model)
     used: dict[str, int] = {}
     scopes = {node: _scope(node) for node in model.graph}
@@ -47,7 +50,7 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
         scope = _lender(node, scopes) or scopes[node]
         name = f"{names.get(scope, scope)}/{node.op_type}"
         used[name] = used.get(name, 0) + 1
-        unpacks = _WEIGHT in scope and node.op_type != "DequantizeLinear"
+        unpacks = scope.endswith(_CONSTANTS) and node.op_type != "DequantizeLinear"
         node.name = None if unpacks else name if used[name] == 1 else f"{name}.{used[name]}"
         node.metadata_props.clear()  # torch's metadata of nodes can be larger than the network
     # The same holds for names and shapes of values; runtimes infer the shapes.
@@ -69,7 +72,7 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
 
 def _scope(node: ir.Node) -> str:
     """Name of the module that a node comes from, by torch's metadata."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['', '']"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -63,25 +64,39 @@ def test_what_comes_along_needs_no_network(
     assert no_socket == []
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "quantize test_resnet.r160_in1k --data digits",
-        f"quantize {BY_ADDRESS} --data digits",
-        "quantize digits_resnet8 --data hfds/ricciq/no-such-set",
-        "compare test_resnet.r160_in1k --data digits --methods ste,ricci --seeds 2",
-        "eval {here} --data hfds/ricciq/no-such-set",
-    ],
-)
-def test_what_would_be_downloaded_is_refused_at_once(
-    tmp_path: Path, finished_run: Path, line: str
-) -> None:
-    """In a process of its own, since the libraries look at the switch when they are imported."""
-    words = [word.format(here=finished_run) for word in line.split()] + ["--offline"]
+LINES = [
+    "quantize test_resnet.r160_in1k --data digits",
+    f"quantize {BY_ADDRESS} --data digits",
+    "quantize digits_resnet8 --data hfds/ricciq/no-such-set",
+    "compare test_resnet.r160_in1k --data digits --methods ste,ricci --seeds 2",
+    "eval {here} --data hfds/ricciq/no-such-set",
+]
+GUARDED = """
+import os, shlex, socket, sys
+import sklearn.datasets, torchvision  # whatever does not import huggingface_hub
+
+def refuse(*arguments, **_):
+    print("asked for", arguments)
+    sys.exit("the network was asked for")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+from ricciq.cli import main
+
+for line in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        main(shlex.split(line))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_what_would_be_downloaded_is_refused_at_once(tmp_path: Path, finished_run: Path) -> None:
+    """In processes of their own, since libraries look at the switch when they are imported."""
+    lines = [line.format(here=shlex.quote(str(finished_run))) + " --offline" for line in LINES]
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     environment |= {"HF_HOME": str(tmp_path / "cache"), "TORCH_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", GUARDED, *words],
+        [sys.executable, "-c", GUARDED, *lines],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -89,22 +104,12 @@ def test_what_would_be_downloaded_is_refused_at_once(
         timeout=120,
         check=False,
     )
-    sentence = done.stderr.splitlines()[-1]
-    assert done.returncode == 3, done.stderr
-    assert sentence.startswith("ricciq: ")
-    assert "would be downloaded" in sentence
-    assert "--offline" in sentence
-
-
-GUARDED = """
-import socket, sys
-def refuse(*arguments, **_):
-    print("asked for", arguments)
-    sys.exit("the network was asked for")
-socket.socket.connect = socket.getaddrinfo = refuse
-from ricciq.cli import main
-main()
-"""
+    assert done.stdout.splitlines() == ["3"] * len(lines), done.stderr
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("ricciq: ")]
+    assert len(sentences) == len(lines)
+    for sentence in sentences:
+        assert "would be downloaded" in sentence
+        assert "--offline" in sentence
 
 
 def test_weights_by_address_are_taken_from_the_cache(

@@ -237,7 +237,7 @@ def same_weights(graph: Any, tensors: Tensors, model: nn.Module) -> None:
         node = nodes[f"{name}.weight_quantizer/DequantizeLinear"]
         codes = (weights.codes * signs * weights.stretch).movedim(0, node.attribute[0].i)
         expected = codes.to(torch.int8), weights.scale, weights.bias, weights.bias_scale
-        entries = [*node.input[:2], *nodes[f"{name}/DequantizeLinear"].input]
+        entries = [*node.input[:2], *nodes[f"{name}.bias_quantizer/DequantizeLinear"].input]
         for entry, values in zip(entries, expected, strict=True):
             assert tensors[entry].dtype == values.numpy().dtype
             assert np.array_equal(tensors[entry], values.numpy())

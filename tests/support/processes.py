@@ -1,4 +1,4 @@
-"""Commands in processes of their own, forked from one that has imported everything.
+"""Commands in processes of their own, forked from one that has done what is slow the first time.
 
 An import of torch takes longer than most of what tests want of a process. What concerns imports or
 environment variables that are read by them needs `subprocess`.
@@ -12,11 +12,14 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
-IMPORTED = ["ricciq.workflows.quantize", "ricciq.cli.app", "torch.onnx", "onnxscript", "timm"]
+import pytest
+
 forking = multiprocessing.get_context("forkserver")
-forking.set_forkserver_preload(IMPORTED)
+forking.set_forkserver_preload(["warm"])
 
 
 def start(
@@ -46,6 +49,7 @@ class Process:
         self._streams = tempfile.TemporaryDirectory()
         streams = [str(Path(self._streams.name, name)) for name in ("out", "err")]
         job = (arguments, code, cwd, dict(environment), streams)
+        _start_server()
         self._process = forking.Process(target=_run, args=job)
         self._process.start()
         assert self._process.pid is not None
@@ -74,6 +78,14 @@ class Process:
         return out, err
 
 
+@cache
+def _start_server() -> None:
+    """Start the process that is forked; it finds `warm` by the environment variable only."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
 def _run(
     arguments: list[str],
     code: str,
@@ -87,13 +99,8 @@ def _run(
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ |= {"OMP_NUM_THREADS": "1", **environment}
     os.chdir(cwd)
-    import torch
-    from torchlib import collect_once
-
     from ricciq.cli import main
 
-    torch.set_num_threads(1)
-    collect_once()
     sys.argv = ["ricciq", *arguments]
     exec(code, {})
     main(arguments)

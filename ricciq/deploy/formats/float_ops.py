@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ricciq.deploy.modules import DeployedActivation, DeployedLayer, in_float
+from ricciq.deploy.modules import Constant, DeployedActivation, DeployedLayer, in_float
 from ricciq.layers.base import names_of
 
 
@@ -26,20 +26,6 @@ class _FloatActivation(nn.Module):
         return in_float(x, self.scale, self.zero_point, self.lowest, self.highest)
 
 
-class _Constant(nn.Module):
-    """A module that returns a constant tensor."""
-
-    value: Tensor
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value)
-
-    def forward(self) -> Tensor:
-        """Return the tensor."""
-        return self.value
-
-
 def apply(deployed: nn.Module) -> nn.Module:
     """Change a deployed model, in place, to export float weights and float arithmetic.
 
@@ -51,9 +37,9 @@ def apply(deployed: nn.Module) -> nn.Module:
     """
     modules = list(deployed.modules())
     for module in modules:
-        if isinstance(module, DeployedLayer):  # its bias depends on the input quantizer: first
-            module.bias = module.float_bias()
-            module.weight_quantizer = _Constant(module.weight_quantizer())
+        if isinstance(module, DeployedLayer):
+            module.weight_quantizer = Constant(module.weight_quantizer())
+            module.bias_quantizer = Constant(module.bias_quantizer())
     for module in modules:
         if isinstance(module, DeployedActivation):
             changed = _FloatActivation(module)
