@@ -155,19 +155,23 @@ def exported(
 
 
 @pytest.fixture(scope="session")
-def run_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, the same in each of its processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def run_once(shared_folder: Path) -> Iterator[Callable[..., Path]]:
     """Makes the run of a command line once a session, in whichever of its processes needs it first.
 
     The folder is for reading only, which is checked at the end: to change something, copy it. What
     the command printed with --json is in `printed.json` beside it.
     """
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
     made: dict[Path, dict[str, tuple[int, int]]] = {}
 
     def run(name: str, *line: str | Path) -> Path:
-        place = shared / f"run once {name}"
+        place = shared_folder / f"run once {name}"
         place.mkdir(exist_ok=True)
         folder, printed = place / "run", place / "printed.json"
         with FileLock(place / "lock"):

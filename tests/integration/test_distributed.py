@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,20 +50,16 @@ def launch(processes: int, *arguments: str | Path, expect: int = 0) -> tuple[str
     return out, err
 
 
-def train(folder: Path, processes: int, batch_size: int, accumulated: int = 1) -> Path:
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(
-        RECIPE.format(batch_size=batch_size, accumulated=accumulated)
-    )
-    flags = ["--recipe", folder / "recipe.yaml", "--output", folder / "run", "--json"]
-    printed, _ = launch(processes, "quantize", "digits_resnet8", *flags)
-    assert len(printed.splitlines()) == 1, "the first process alone speaks"
-    return folder / "run"
+def write_recipe(folder: Path, batch_size: int, accumulated: int = 1) -> Path:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(batch_size=batch_size, accumulated=accumulated))
+    return recipe
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("alone") / "one", 1, batch_size=40)
+@pytest.fixture(scope="session")
+def alone(run_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = write_recipe(tmp_path_factory.mktemp("alone"), batch_size=40)
+    return run_once("alone", "quantize", "digits_resnet8", "--recipe", recipe)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +70,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_batch_in_parts_gives_the_losses_of_the_whole(
     alone, tmp_path, processes, batch_size, accumulated
 ):
-    parted = train(tmp_path / "parted", processes, batch_size, accumulated)
+    recipe, parted = write_recipe(tmp_path, batch_size, accumulated), tmp_path / "run"
+    flags = ["--recipe", recipe, "--output", parted, "--json"]
+    printed, _ = launch(processes, "quantize", "digits_resnet8", *flags)
+    assert len(printed.splitlines()) == 1, "the first process alone speaks"
     rows, expected = (read_csv(folder / "summary.csv") for folder in (parted, alone))
     assert len(rows) == 2
     for row, same in zip(rows, expected, strict=True):

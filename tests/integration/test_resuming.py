@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ training: {epochs: 2, lr: 0.004, grad_accum_steps: 2, save_minutes: 0}
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that saves its state after every step."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
@@ -64,11 +65,9 @@ def steps(output: Path) -> int:
     return progress(output)["steps"] if (output / "state.json").is_file() else 0
 
 
-@pytest.fixture(scope="module")
-def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start(recipe, output))
-    return output
+@pytest.fixture(scope="session")
+def undisturbed(recipe: Path, run_once: Callable[..., Path]) -> Path:
+    return run_once("undisturbed", "quantize", "digits_resnet8", "--recipe", recipe)
 
 
 def assert_same(output: Path, undisturbed: Path) -> None:

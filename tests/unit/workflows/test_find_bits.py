@@ -585,24 +585,23 @@ class Sized(NamedTuple):
     tried: list[int]
 
 
-@pytest.fixture(scope="module")
-def sized(tmp_path_factory: pytest.TempPathFactory) -> Sized:
-    place = tmp_path_factory.mktemp("sized")
-    recipe = place / "short.yaml"
+@pytest.fixture(scope="session")
+def sized(run_once: Callable[..., Path], shared_folder: Path) -> Sized:
+    recipe, sizes = shared_folder / "short.yaml", shared_folder / "sizes.json"
     recipe.write_text("data: {train_samples: 256, calibration_batches: 2}\n")
-    tried: list[int] = []
     weigh: Callable[[Job, nn.Module], int] = autobits._size
+    tried: list[int] = []
 
     def note(job: Job, deployed: nn.Module) -> int:
         tried.append(weigh(job, deployed))
+        sizes.write_text(json.dumps(tried))
         return tried[-1]
 
     flags = ["--max-bytes", "44kB", "--recipe", recipe, "--epochs", "1"]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(autobits, "_size", note)
-        answer = ricciq(*QUANTIZE, *flags, "--output", place / "run")
-    assert answer.code == 0, answer.err
-    return Sized(place / "run", tried)
+        folder = run_once("sized", *QUANTIZE, *flags)
+    return Sized(folder, json.loads(sizes.read_text()))
 
 
 @pytest.mark.slow
