@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import traceback
@@ -14,15 +13,13 @@ from rich.console import Group
 from rich.text import Text
 
 from ricciq._version import __version__
-from ricciq.cli import options, recipes
+from ricciq.cli import finished, options, recipes
 from ricciq.cli.request import requested_recipe
 from ricciq.cli.start import begin, is_first
-from ricciq.deploy.formats.catalog import DEFAULT, find_format
 from ricciq.errors import InterruptedRunError, RicciqError, UsageError, on_one_line
 from ricciq.report.terminal import (
     comparison_table,
     doctor_tables,
-    inspection_tables,
     plan_table,
     printable,
     shortened,
@@ -38,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(finished.app)
 app.add_typer(recipes.app, name="recipes")
 
 # Newer versions of Typer include their own click; this is the base of its errors in all versions.
@@ -143,125 +141,6 @@ def quantize(
         shown = Group(report.to_table(), Text(written, overflow="fold"))
         values = {**report.to_dict(), "run_folder": str(folder)}
         show(values, as_json, lambda _: shown, quiet)
-
-
-@app.command("eval")
-def evaluate(
-    target: Annotated[Path, typer.Argument(help=".onnx file, run folder or checkpoint.")],
-    data: options.Data,
-    data_dir: options.DataDir = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="Measure agreement with this .onnx file, run or checkpoint.")
-    ] = None,
-    min_top1: Annotated[
-        float | None, typer.Option(help="Exit with 4 below this top-1, percent.")
-    ] = None,
-    min_agreement: Annotated[
-        float | None, typer.Option(help="Exit with 4 below this agreement, percent.")
-    ] = None,
-    batch_size: options.BatchSize = None,
-    workers: options.Workers = None,
-    offline: options.Offline = False,
-    as_json: options.Json = False,
-) -> None:
-    """Measure TARGET on the validation data: top-1, top-5, loss, latency, agreement.
-
-    Example: ricciq eval model.onnx --data digits --min-top1 95
-
-    Example: ricciq eval model.onnx --data digits --reference float.onnx --min-agreement 97
-    """
-    if offline:
-        forbid_network()
-    for flag, gate in (("--min-top1", min_top1), ("--min-agreement", min_agreement)):
-        if gate is not None and not math.isfinite(gate):  # no accuracy is below NaN
-            raise UsageError(f"{flag} {gate} is not a percentage; give one, such as 70")
-    if min_agreement is not None and reference is None:
-        raise UsageError(
-            f"--min-agreement {min_agreement} needs a file or run to compare with; give --reference"
-        )
-    from ricciq.workflows.evaluate import check_gates, evaluate_target
-
-    result = evaluate_target(
-        target, data, data_dir, reference, batch_size=batch_size or 64, workers=workers or 0
-    )
-    show(result, as_json)
-    check_gates(target, result, min_top1, min_agreement)
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="Run folder, or a run's best.safetensors.")],
-    output: Annotated[Path | None, typer.Option(help="File to write.")] = None,
-    format_: options.Format = DEFAULT.name,
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-) -> None:
-    """Write the ONNX file of RUN again.
-
-    Example: ricciq export runs/my-run --output model.onnx
-
-    Example: ricciq export runs/my-run --format float --dry-run
-    """
-    find_format(format_)
-    from ricciq.workflows.export import export_run
-
-    path = export_run(run, output, format_=format_, dry_run=dry_run)
-    file = {"path": str(path), "format": format_}
-    if dry_run:
-        show({**file, "dry_run": True, "replaces": path.exists()}, as_json)
-    else:
-        show({**file, "bytes": path.stat().st_size}, as_json)
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-) -> None:
-    """Write report.md and report.html of RUN again.
-
-    Example: ricciq report runs/my-run
-
-    Example: ricciq report runs/my-run --dry-run
-    """
-    from ricciq.report.page import render_run
-
-    pages = {"pages": [str(path) for path in render_run(run, dry_run=dry_run)]}
-    show({**pages, "dry_run": True} if dry_run else pages, as_json)
-
-
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="ONNX file.")],
-    as_json: options.Json = False,
-) -> None:
-    """Show layers, bytes, fused operators, accuracy and preprocessing of an ONNX FILE.
-
-    Example: ricciq inspect model.onnx --json
-    """
-    from ricciq.deploy.inspection import inspect_onnx
-
-    show(inspect_onnx(file).to_dict(), as_json, inspection_tables)
-
-
-@app.command()
-def bench(
-    file: Annotated[Path, typer.Argument(help="ONNX file.")],
-    against: Annotated[Path | None, typer.Option(help="Compare with this ONNX file.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a call.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime.")] = 1,
-    as_json: options.Json = False,
-) -> None:
-    """Measure the latency of an ONNX FILE, alone or interleaved with another one.
-
-    Example: ricciq bench model.onnx --against float.onnx
-
-    Example: ricciq bench model.onnx --batch 8 --threads 4
-    """
-    from ricciq.deploy.latency import bench_files
-
-    show(bench_files(file, against, batch=batch, threads=threads), as_json)
 
 
 @app.command()

@@ -6,11 +6,12 @@ another one, which changes accuracies silently; here such an image ends the run.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ricciq.data.dataset import HOLDOUT_SHARE, ImageData
 from ricciq.data.sources.base import Parts
-from ricciq.data.sources.catalog import find_source, forms
+from ricciq.data.sources.catalog import SOURCES, find_source, forms
 from ricciq.errors import DataError, UsageError
 
 
@@ -38,6 +39,39 @@ def open_data(name: str, root: Path | None = None, holdout: float = HOLDOUT_SHAR
         ) from error
     data.hold_out(holdout)
     return data
+
+
+def find_again(name: str, root: Path | None, near: Path) -> tuple[str, Path | None]:
+    """Find the data that a model was made with, perhaps from another working directory.
+
+    A relative path is tried from the working directory, then from the folder of the model's file,
+    its parent and its grandparent, which is where a run in ``runs/NAME`` was started.
+
+    Args:
+        name: the value of --data that the model was made with.
+        root: the value of --data-dir.
+        near: file or folder of the model.
+
+    Returns:
+        The values to give to `open_data`.
+
+    Raises:
+        DataError: the data are not where they were.
+    """
+    prefix = "hfds/" if name.startswith("hfds/.") else ""
+    written = Path(name.removeprefix(prefix)) if root is None else root
+    if root is None and not prefix and any(s.takes(name) for s in SOURCES if not s.is_path):
+        return name, None
+    here = near.resolve()
+    folders = [here, *here.parents] if here.is_dir() else list(here.parents)
+    for base in (Path(), *folders[:3]):
+        found = base / written  # base has no effect on an absolute path
+        if os.path.exists(found):
+            at = found if found == written else found.resolve()
+            return (f"{prefix}{at}", None) if root is None else (name, at)
+    raise DataError(
+        f"the data {written} that {near} was made with are no longer there; give --data"
+    )
 
 
 def _open(name: str, root: Path | None) -> Parts:

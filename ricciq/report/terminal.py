@@ -141,6 +141,19 @@ def inspection_tables(values: dict[str, Any]) -> Group:
     return Group(layers, value_table(values["totals"]), value_table(about))
 
 
+def prediction_table(values: dict[str, Any]) -> Table:
+    """The most likely classes of images, a row for each image."""
+    table = FittingTable()
+    table.add_column("image")
+    most = max((len(row["classes"]) for row in values["images"]), default=0)
+    for rank in range(1, most + 1):
+        table.add_column(f"top {rank}")
+    for row in values["images"]:
+        cells = (f"{shown(c['class'])} {100 * c['probability']:.1f} %" for c in row["classes"])
+        table.add_row(shown(row["image"]), *cells)
+    return table
+
+
 def recipes_table(values: dict[str, Any]) -> Table:
     """The shipped recipes."""
     table = FittingTable()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ricciq.data.dataset import ImageData
-from ricciq.data.open import open_data
+from ricciq.data.open import find_again, open_data
 from ricciq.deploy.latency import interleave
 from ricciq.errors import (
     DataError,
@@ -90,8 +90,8 @@ def _check_classes(target: Target, path: Path, data: ImageData) -> None:
 
 def evaluate_target(
     path: Path,
-    data_name: str,
-    data_dir: Path | None,
+    data_name: str | None = None,
+    data_dir: Path | None = None,
     reference: Path | None = None,
     *,
     batch_size: int = 64,
@@ -101,18 +101,24 @@ def evaluate_target(
 
     Args:
         path: an ONNX file, a run folder, or a checkpoint that a run wrote.
-        data_name: as for --data.
+        data_name: as for --data; by default the data that the target was made with.
         data_dir: as for --data-dir.
         reference: another target, to measure agreement with.
         batch_size: images in a call.
         workers: processes that load images.
 
     Raises:
-        UsageError: the data have no labels, and there is no reference.
+        UsageError: the data have no labels and there is no reference, or no data are named and
+            the target does not name those it was made with.
         ModelError: a target cannot be evaluated, or the two need different preprocessing.
         InputError: a target or the data is missing or damaged, or they do not fit each other.
     """
     target = open_target(path)
+    if data_name is None:
+        if target.data is None:
+            raise UsageError(f"{path} does not name the data it was made with; give --data")
+        made_with, root = target.data
+        data_name, data_dir = find_again(made_with, data_dir or root, path)
     data = open_data(data_name, data_dir)
     if not data.labelled:
         if reference is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,12 +99,14 @@ class Target(NamedTuple):
         preprocessing: of its input.
         class_names: in the order of the logits.
         labelled: whether the class names come from data; otherwise they are numbers.
+        data: the values of --data and --data-dir that it was made with, if they are known.
     """
 
     predict: Predict
     preprocessing: Preprocessing
     class_names: list[str]
     labelled: bool
+    data: tuple[str, Path | None] | None
 
 
 def open_target(path: Path) -> Target:
@@ -117,7 +120,8 @@ def open_target(path: Path) -> Target:
         raise ModelError(f"{path} does not exist; give an .onnx file, a run folder or a checkpoint")
     if path.is_dir() or path.suffix.lower() != ".onnx":
         trained = rebuild(path)
-        return Target(deploy(trained.model), *_described(trained.metadata))
+        data = _data_of(trained.metadata.to_dict())
+        return Target(deploy(trained.model), *_described(trained.metadata), data)
     session = open_session(path)
     stored = session_metadata(session, path)
     predict = session_predictor(session, path)
@@ -136,7 +140,19 @@ def open_target(path: Path) -> Target:
             f"{path} has the metadata of another model, with images of {expected} "
             f"and {classes} classes; export it again with `ricciq export`"
         )
-    return Target(predict, *_described(metadata))
+    return Target(predict, *_described(metadata), _data_of(stored))
+
+
+def _data_of(stored: Mapping[str, Any]) -> tuple[str, Path | None] | None:
+    """The data in stored metadata, which may be of any form: an export need not name its data."""
+    recipe = stored.get("recipe")
+    section = recipe.get("data") if isinstance(recipe, dict) else None
+    if not isinstance(section, dict):
+        return None
+    name, root = section.get("name"), section.get("dir")
+    if not (name and isinstance(name, str)):
+        return None
+    return name, Path(root) if root and isinstance(root, str) else None
 
 
 def _described(metadata: ModelMetadata) -> tuple[Preprocessing, list[str], bool]:

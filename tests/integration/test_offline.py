@@ -70,6 +70,7 @@ LINES = [
     "quantize digits_resnet8 --data hfds/ricciq/no-such-set",
     "compare test_resnet.r160_in1k --data digits --methods ste,ricci --seeds 2",
     "eval {here} --data hfds/ricciq/no-such-set",
+    "predict test_resnet.r160_in1k image.png",
 ]
 GUARDED = """
 import os, shlex, socket, sys

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.slow
 KILLS = 20
 RECIPE = """
 model: {name: digits_resnet8}
-data: {name: digits, batch_size: 16, augmentation: {pad_crop: 1, hflip: 0.0}}
+data:
+  {name: digits, batch_size: 16, train_samples: 768, augmentation: {pad_crop: 1, hflip: 0.0}}
 quantization: {weight_bits: 2, act_bits: 2}
 training: {epochs: 2, lr: 0.004, grad_accum_steps: 2, save_minutes: 0}
 """
@@ -189,11 +190,11 @@ def test_a_signal_saves_the_step_it_came_in(undisturbed, tmp_path, number, flags
     hourly = tmp_path / "recipe.yaml"
     hourly.write_text(RECIPE.replace("save_minutes: 0", "save_minutes: 60"))
     output = tmp_path / "run"
-    process = start(hourly, output, *flags, code=SLOWLY)  # the first epoch takes four seconds
+    process = start(hourly, output, *flags, code=SLOWLY)  # the first epoch takes over two seconds
     log = output / "log.txt"
     while process.poll() is None and not (log.is_file() and "converted" in log.read_text()):
         time.sleep(0.005)
-    time.sleep(1.5)  # calibration, and some steps
+    time.sleep(1.2)  # calibration, and some steps
     os.killpg(process.pid, number)
     err = finish(process, expect=130)
     assert err.splitlines()[-1] == (

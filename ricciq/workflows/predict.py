@@ -1,0 +1,144 @@
+"""Classify images with a file, a run, or a model of timm."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm import is_model
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor
+
+from ricciq.data.sources.base import IMAGE_SUFFIXES, ImageFiles, natural_order
+from ricciq.errors import DataError, ModelError
+from ricciq.models.factory import load_model
+from ricciq.workflows.saved import Target, open_target
+
+BATCH = 32
+"""Images in a call."""
+_GLOB = re.compile(r"[*?\[]")
+_WORDNET = re.compile(r"n\d{8}")
+
+
+def predict(target: str, images: Sequence[str], top: int = 5) -> dict[str, Any]:
+    """Find the most likely classes of images.
+
+    Args:
+        target: an ONNX file, a run's folder or checkpoint, or the name of a timm model, whose
+            pretrained weights are used.
+        images: files, folders with images at any depth, or patterns of files, as in ``*.jpg``.
+        top: number of classes for each image; at most as many as there are.
+
+    Returns:
+        Plain values. ``images`` has for each image its path and its classes, the most likely one
+        first, each with its name, its index and its probability from 0 to 1; ``failed`` has the
+        path of each image that cannot be read, and why.
+
+    Raises:
+        ModelError: the target does not exist, cannot be used, or gives NaN or infinite logits.
+        CheckpointError: the checkpoint of a run is damaged.
+        DataError: there is no image.
+    """
+    opened = _open(target)
+    files = ImageFiles(paths := list(_found(images)), [0] * len(paths))
+    names = _readable(opened.class_names)
+    transform = opened.preprocessing.evaluation_transform()
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    for start in range(0, len(paths), BATCH):
+        read: dict[str, Tensor] = {}
+        for index in range(start, min(start + BATCH, len(paths))):
+            try:
+                read[paths[index]] = transform(files.open(index, opened.preprocessing.mode))
+            except DataError as error:
+                failed.append({"image": paths[index], "why": str(error)})
+        if not read:
+            continue
+        with torch.inference_mode():
+            logits = opened.predict(torch.stack(list(read.values())))
+        if not logits.isfinite().all():
+            raise ModelError(f"{target} gives NaN or infinite logits; give a trained model")
+        likely, indices = logits.double().softmax(1).topk(min(top, logits.shape[1]))
+        for path, probabilities, classes in zip(
+            read, likely.tolist(), indices.tolist(), strict=True
+        ):
+            pairs = zip(classes, probabilities, strict=True)
+            found = [{"class": names[i], "index": i, "probability": p} for i, p in pairs]
+            rows.append({"image": path, "classes": found})
+    return {"target": target, "images": rows, "failed": failed}
+
+
+def as_rows(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Predictions as rows of a CSV file, one for each image.
+
+    Args:
+        images: of `predict`.
+    """
+    rows = []
+    for image in images:
+        # A file's name may be invalid UTF-8.
+        row = {"image": image["image"].encode(errors="backslashreplace").decode()}
+        for rank, found in enumerate(image["classes"], start=1):
+            row |= {f"class{rank}": found["class"], f"probability{rank}": found["probability"]}
+        rows.append(row)
+    return rows
+
+
+def _open(target: str) -> Target:
+    """A file or run of this path, or else timm's model of this name."""
+    if os.path.exists(target):
+        return open_target(Path(target))
+    if os.sep in target or not is_model(target.partition(".")[0]):
+        raise ModelError(
+            f"{target} does not exist; give an .onnx file, a run folder, a checkpoint, or the name "
+            "of a timm model"
+        )
+    model, preprocessing, _ = load_model(target)
+    with torch.inference_mode():
+        classes = model(torch.zeros(1, *preprocessing.input_size)).shape[1]
+    return Target(model, preprocessing, [str(i) for i in range(classes)], False, None)
+
+
+def _readable(names: list[str]) -> list[str]:
+    """timm's names in place of numbers or WordNet's, where the classes are ImageNet's."""
+    subset = infer_imagenet_subset({"num_classes": len(names)})
+    if subset is None:
+        return names
+    info = ImageNetInfo(subset)
+    if names == [str(i) for i in range(len(names))]:
+        return [info.index_to_description(i) for i in range(len(names))]
+    if all(_WORDNET.fullmatch(name) for name in names):
+        return [info.label_name_to_description(name) for name in names]
+    return names
+
+
+def _found(images: Sequence[str]) -> Iterator[str]:
+    """The files that were named, in natural order within a folder or a pattern."""
+    for name in images:
+        if os.path.isdir(name):
+            inside = sorted(_images_below(name), key=natural_order)
+            if not inside:
+                raise DataError(f"folder {name} has no images ({', '.join(IMAGE_SUFFIXES)})")
+            yield from inside
+        elif os.path.exists(name):
+            yield name
+        elif _GLOB.search(name):
+            matching = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+            if not matching:
+                raise DataError(f"no file matches {name}; give another pattern")
+            yield from sorted(matching, key=natural_order)
+        else:
+            raise DataError(f"image {name} does not exist; give a file, a folder or a pattern")
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                yield os.path.join(place, name)
