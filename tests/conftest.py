@@ -13,6 +13,7 @@ import pytest
 import torch
 from command import MAIN_JOB, ricciq
 from filelock import FileLock
+from garbage import collect_garbage_rarely
 from torch import Tensor, nn
 from torchlib import collect_once
 
@@ -27,6 +28,7 @@ from ricciq.quant.calibration import calibrate
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 collect_once()
+collect_garbage_rarely()
 pytest.register_assert_rewrite("hostility")  # a helper that asserts, too
 
 WIDTH = 9  # odd, so that packed rows do not fill their last byte

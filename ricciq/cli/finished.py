@@ -91,7 +91,7 @@ def evaluate(
     from ricciq.workflows.evaluate import check_gates, evaluate_target
 
     result = evaluate_target(
-        target, data, data_dir, reference, batch_size=batch_size or 64, workers=workers or 0
+        target, data, data_dir, reference, batch_size=batch_size or 64, workers=workers
     )
     show(result, as_json)
     check_gates(target, result, min_top1, min_agreement)

@@ -133,12 +133,13 @@ class ImageData:
         preprocessing: Preprocessing,
         *,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: int | None = 0,
         training: bool = False,
         seed: int = 0,
         augmentation: Augmentation | None = None,
         train_samples: int | None = None,
         pin_memory: bool = False,
+        persistent_workers: bool = False,
         world: World | None = None,
     ) -> DataLoader[Batch]:
         """Batches of one split: images (B, C, H, W) float32 and targets (B,) int64.
@@ -153,12 +154,14 @@ class ImageData:
             split: "fit" and "holdout" are the training images, "val" the validation images.
             preprocessing: size and normalization of the tensors.
             batch_size: images in a batch.
-            workers: processes that decode images; 0 decodes in this process.
+            workers: processes that decode images; 0 decodes in this process, and None chooses
+                by the machine and the number of batches.
             training: shuffle and augment.
             seed: of the order and the augmentation.
             augmentation: applied in training; None applies none.
             train_samples: use only this many images of "fit", a fixed stratified subset.
             pin_memory: as in torch's DataLoader.
+            persistent_workers: as in torch's DataLoader; `ricciq.data.loader.close` ends them.
             world: the processes that share the images; each gets its own batch in every step.
 
         Returns:
@@ -189,6 +192,7 @@ class ImageData:
             seed=seed,
             augmentation=augmentation,
             pin_memory=pin_memory,
+            persistent_workers=persistent_workers,
             world=world or World(),
         )
 

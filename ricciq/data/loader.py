@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import random
+import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +29,13 @@ if TYPE_CHECKING:
     from ricciq.data.preprocessing import Transform
 
 Batch = tuple[Tensor, Tensor]
+_FORKS = sys.platform == "linux"
+"""Whether processes can be forked: elsewhere, libraries of the system may not survive it."""
+MOST_WORKERS = 16
+LEAST_BATCHES = 8
+"""A loader with fewer batches starts no processes by default: that would take longer."""
+BATCHES_AHEAD = 3
+"""Two that a worker prefetches, and the one that was taken."""
 SECONDS_TO_CLOSE = 30
 """Time between SIGTERM and SIGKILL, as in torchrun."""
 
@@ -36,11 +47,12 @@ def image_loader(
     *,
     num_classes: int,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     training: bool,
     seed: int,
     augmentation: Augmentation | None,
     pin_memory: bool,
+    persistent_workers: bool,
     world: World,
 ) -> DataLoader[Batch]:
     """Batches of chosen images; see `ricciq.data.dataset.ImageData.loader`.
@@ -51,11 +63,12 @@ def image_loader(
         preprocessing: size and normalization of the tensors.
         num_classes: number of classes, for targets of mixed images.
         batch_size: images in a batch.
-        workers: processes that decode images; 0 decodes in this process.
+        workers: processes that decode images; 0 decodes in this process, None chooses.
         training: shuffle and augment.
         seed: of the order and the augmentation.
         augmentation: applied in training; None applies none.
         pin_memory: as in torch's DataLoader.
+        persistent_workers: as in torch's DataLoader.
         world: the processes that share the images.
 
     Returns:
@@ -77,6 +90,12 @@ def image_loader(
     if training and augmentation:
         vary, mix = augmentation.transform(preprocessing), augmentation.mixing(num_classes)
     samples = _Samples(images, indices, preprocessing, vary, mix, seed)
+    if workers is None:
+        in_memory = isinstance(images, ImageArrays)
+        few = in_memory or len(samples) < LEAST_BATCHES * batch_size
+        batch_bytes = 4 * batch_size * math.prod(preprocessing.input_size)
+        workers = 0 if few else usable_workers(world, batch_bytes)
+    workers = min(workers, os.cpu_count() or 1)
     return _ImageLoader(
         samples,
         batch_size=batch_size,
@@ -84,11 +103,52 @@ def image_loader(
         drop_last=training and len(samples) >= batch_size,
         worker_init_fn=_leave_stopping_to_the_parent,
         num_workers=workers,
+        persistent_workers=persistent_workers and workers > 0,
+        # Where workers are not forked, each would import torch again.
+        multiprocessing_context="fork" if workers and _FORKS else None,
         pin_memory=pin_memory,
         collate_fn=_as_is,
         # A generator of its own, so that an epoch draws nothing from the global one.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def usable_workers(world: World, batch_bytes: int = 0) -> int:
+    """How many processes decode images by default, where they can be forked.
+
+    Args:
+        world: the processes that share the machine's cores and its shared memory.
+        batch_bytes: size of a batch; of these each worker has up to `BATCHES_AHEAD` in shared
+            memory, of which containers may have 64 MB.
+    """
+    if not _FORKS:  # a script of the user's would be imported in each, and might run again
+        return 0
+    try:
+        room = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return 0
+    fitting = room // (BATCHES_AHEAD * batch_bytes) if batch_bytes else MOST_WORKERS
+    return min(len(os.sched_getaffinity(0)) // world.size, fitting // world.size, MOST_WORKERS)
+
+
+def decodes(loader: DataLoader[Batch]) -> bool:
+    """Whether a loader opens files, instead of taking images from memory.
+
+    Args:
+        loader: from `ImageData.loader`.
+    """
+    return isinstance(loader.dataset, _Samples) and not isinstance(
+        loader.dataset.images, ImageArrays
+    )
+
+
+def close(loader: DataLoader[Batch]) -> None:
+    """End the persistent workers of a loader.
+
+    Args:
+        loader: from `ImageData.loader`.
+    """
+    loader._iterator = None  # its destructor ends them
 
 
 def set_epoch(loader: DataLoader[Batch], epoch: int, skip_batches: int = 0) -> None:
@@ -105,7 +165,7 @@ def set_epoch(loader: DataLoader[Batch], epoch: int, skip_batches: int = 0) -> N
     samples, sampler = loader.dataset, loader.sampler
     if not (isinstance(samples, _Samples) and isinstance(sampler, _EpochSampler)):
         raise TypeError("set_epoch needs a training loader made by ImageData.loader")
-    samples.epoch = sampler.epoch = epoch
+    sampler.epoch = epoch
     sampler.skip = skip_batches
 
 
@@ -137,8 +197,14 @@ class _Samples(Dataset[Batch]):
         return len(self.indices)
 
     def __getitems__(self, positions: list[int]) -> Batch | DataError:
-        """A batch; an error is returned as a value, since torch rewrites errors of workers."""
-        chosen = self.indices[positions]
+        """A batch; an error is returned as a value, since torch rewrites errors of workers.
+
+        Args:
+            positions: epoch times number of samples, plus the position of the sample. So workers
+                that live across epochs learn which one it is.
+        """
+        self.epoch = positions[0] // len(self)
+        chosen = self.indices[np.asarray(positions) % len(self)]
         targets = torch.from_numpy(self.images.targets[chosen])
         try:
             inputs = self._inputs(chosen)
@@ -201,7 +267,7 @@ class _EpochSampler(Sampler[int]):
             together = self.batch_size * self.world.size
             whole = order[: self.count // together * together]
             order = whole.view(-1, self.world.size, self.batch_size)[:, self.world.rank].flatten()
-        yield from order[self.skip * self.batch_size :].tolist()
+        yield from (order[self.skip * self.batch_size :] + self.epoch * self.count).tolist()
 
 
 class _ImageLoader(DataLoader[Batch]):

@@ -58,17 +58,19 @@ def find_again(name: str, root: Path | None, near: Path) -> tuple[str, Path | No
     Raises:
         DataError: the data are not where they were.
     """
+    source = next((s for s in SOURCES if not s.is_path and s.takes(name)), None)
+    files = root if source is not None and source.needs_root else None
     prefix = "hfds/" if name.startswith("hfds/.") else ""
-    written = Path(name.removeprefix(prefix)) if root is None else root
-    if root is None and not prefix and any(s.takes(name) for s in SOURCES if not s.is_path):
-        return name, None
+    if source is not None and files is None and not prefix:
+        return name, root  # it is not found by a path
+    written = files or Path(name.removeprefix(prefix))
     here = near.resolve()
     folders = [here, *here.parents] if here.is_dir() else list(here.parents)
     for base in (Path(), *folders[:3]):
         found = base / written  # base has no effect on an absolute path
         if os.path.exists(found):
             at = found if found == written else found.resolve()
-            return (f"{prefix}{at}", None) if root is None else (name, at)
+            return (name, at) if files else (f"{prefix}{at}", root)
     raise DataError(
         f"the data {written} that {near} was made with are no longer there; give --data"
     )

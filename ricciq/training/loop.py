@@ -17,7 +17,7 @@ from torch import nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
-from ricciq.data.loader import Batch, set_epoch
+from ricciq.data.loader import Batch, close, decodes, set_epoch, usable_workers
 from ricciq.errors import DivergedError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import named_correction
@@ -42,6 +42,8 @@ from ricciq.training.metrics import History, Tally
 from ricciq.training.state import TrainingState, last_state
 from ricciq.training.step import CalibrationImages, Trainer
 
+LARGEST_WAIT = 0.2
+"""Share of an epoch's time spent waiting for images above which a remedy is named."""
 MAX_BAD_STEPS = 20
 """Training ends after so many steps in a row without finite gradients."""
 T = TypeVar("T")
@@ -160,10 +162,13 @@ def finetune(
                     held = evaluate({"holdout": trainer.predict}, batches)["holdout"]
                     running.end_epoch(pooled(world.gather(held)))
                     journal.say(running.history.describe(recipe.training.epochs))
+                    running.advise(fit, journal)
                     stopping.check()
             except Stopped:
                 running.save()
                 raise
+            finally:
+                close(fit)
     return running.state
 
 
@@ -183,6 +188,7 @@ class _Running:
         self.state = TrainingState(batch_size=batch_size, processes=self.world.size)
         self.tally, self.history = Tally(), History()
         self.saved_at = time.monotonic()
+        self.advised = False
 
     def restore(self, saved: State | None) -> None:
         """Resume from a state; do nothing without one.
@@ -229,6 +235,7 @@ class _Running:
         grouped = closing(_grouped(fit, self.settings.grad_accum_steps))
         with grouped as groups, journal.bar(title, steps) as advance:
             for number, batches in enumerate(stopping.watch(groups), start=1):
+                tally.waiting += time.perf_counter() - started
                 finite = self._step(batches, measure=number == steps)
                 state.steps += 1
                 state.batch += len(batches)
@@ -298,6 +305,17 @@ class _Running:
                 save_tensors(self.folder.best, self.trainer.outcome.state_dict(), chosen)
             self.history.write(self.folder)
         self.save()
+
+    def advise(self, fit: DataLoader[Batch], journal: Journal) -> None:
+        """Say what helps against waiting for images, once."""
+        share = self.history.summary[-1]["waiting_share"]
+        if self.advised or share <= LARGEST_WAIT or not decodes(fit):
+            return
+        self.advised, cores = True, usable_workers(self.world)
+        remedy = f"give --workers {cores}"
+        if fit.num_workers >= cores:
+            remedy = "store smaller images, or use more cores"
+        journal.say(f"{100 * share:.0f} % of the time was spent waiting for images; {remedy}")
 
     def save(self) -> None:
         """Save the state for a resumed run, and keep the previous one."""

@@ -27,6 +27,7 @@ class Tally:
         images: images in steps with finite gradients.
         bad: steps without finite gradients, which were skipped.
         seconds: time spent on steps, before and after interruptions.
+        waiting: the part of it in which the next images were not there yet.
     """
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -34,6 +35,7 @@ class Tally:
     images: int = 0
     bad: int = 0
     seconds: float = 0.0
+    waiting: float = 0.0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Tally:
@@ -50,7 +52,7 @@ class Tally:
         sums = torch.stack([self.loss.cpu(), self.hits.cpu()])
         loss, hits = world.total(sums)
         images = int(world.total(torch.tensor(self.images)))
-        return Tally(loss, hits, images, self.bad, self.seconds)
+        return Tally(loss, hits, images, self.bad, self.seconds, self.waiting)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Count a batch of a step with finite gradients.
@@ -76,6 +78,11 @@ class Tally:
     def rate(self) -> float:
         """Images per second."""
         return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the time that was spent waiting for images."""
+        return self.waiting / self.seconds if self.seconds else 0.0
 
     @property
     def means(self) -> tuple[float, float]:
@@ -135,7 +142,11 @@ class History:
         def rows(path: Path) -> list[dict[str, Any]]:
             return [row for row in read_csv(path, {"epoch": int}) if row["epoch"] <= epochs]
 
-        return cls(rows(folder.summary), rows(folder.geometry))
+        # An older version did not measure it.
+        summary = [
+            {**row, "waiting_share": row.get("waiting_share", "")} for row in rows(folder.summary)
+        ]
+        return cls(summary, rows(folder.geometry))
 
     def add(
         self,
@@ -167,6 +178,7 @@ class History:
                 "lr": lr,
                 "images_per_second": tally.rate,
                 "skipped_steps": tally.bad,
+                "waiting_share": tally.waiting_share,
             }
         )
         for name, measured in geometry.items():
@@ -182,8 +194,9 @@ class History:
         """The last epoch in one line; ``epochs`` is how many there will be."""
         row = self.summary[-1]
         skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+        waiting = f", waiting for images {row['waiting_share']:.0%}".replace("%", " %")
         return (
             f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  "
             f"train top-1 {row['train_top1']:.1f} %  hold-out top-1 {row['holdout_top1']:.1f} %  "
-            f"{row['images_per_second']:.0f} images/s{skipped}"
+            f"{row['images_per_second']:.0f} images/s{waiting}{skipped}"
         )

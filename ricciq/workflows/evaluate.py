@@ -95,7 +95,7 @@ def evaluate_target(
     reference: Path | None = None,
     *,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Metrics of a target on the validation images, as plain values.
 
@@ -105,7 +105,7 @@ def evaluate_target(
         data_dir: as for --data-dir.
         reference: another target, to measure agreement with.
         batch_size: images in a call.
-        workers: processes that load images.
+        workers: processes that load images; None chooses by the machine.
 
     Raises:
         UsageError: the data have no labels and there is no reference, or no data are named and

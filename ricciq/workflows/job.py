@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -76,12 +75,13 @@ class Job(NamedTuple):
             split,
             self.preprocessing,
             batch_size=batch_size or settings.known_batch_size,
-            workers=min(settings.workers, os.cpu_count() or 1),
+            workers=settings.workers,
             training=training,
             seed=self.recipe.seed,
             augmentation=settings.augmentation if training else None,
             train_samples=samples,
             pin_memory=self.device.type == "cuda",
+            persistent_workers=training,
             world=world,
         )
 

@@ -138,10 +138,14 @@ def evaluate_float(job: Job, session: Session) -> Reference:
 def export_float(job: Job, session: Session) -> None:
     """Write float.onnx, unless a resumed run has written it before it was stopped.
 
+    A float run writes it at its end: the trained model is its float model.
+
     Args:
         job: from `prepare`, not converted yet.
         session: of the run.
     """
+    if not job.plan.layers:
+        return
     stored = job.metadata.for_onnx(is_float=True)
     if session.resume and is_exported(session.folder.float_onnx, stored):
         return
@@ -164,7 +168,7 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
     deployed = deploy(trained.model).cpu()
     stored = job.metadata.for_onnx()
     export_onnx(deployed, folder.onnx, job.preprocessing, stored)
-    if not job.plan.layers:  # a float run: the trained model is the float model
+    if not job.plan.layers:
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
     predictors: dict[str, Predict] = {

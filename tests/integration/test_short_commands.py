@@ -111,6 +111,7 @@ def test_data_are_found_from_the_folder_of_the_run(
     assert find_again("torch/mnist", Path("images"), run) == ("torch/mnist", Path(there))
     assert find_again("digits", None, run) == ("digits", None)
     assert find_again("hfds/user/set", None, run) == ("hfds/user/set", None)
+    assert find_again("hfds/user/set", Path("cache"), run) == ("hfds/user/set", Path("cache"))
     for name, root in (("gone", None), ("torch/mnist", Path("gone")), ("/gone", None)):
         with pytest.raises(DataError, match=r"gone that .* was made with are no longer there"):
             find_again(name, root, run)

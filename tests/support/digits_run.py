@@ -49,7 +49,7 @@ class Run:
         convert(self.model, self.job.plan)
         calibrate(self.model, [images for images, _ in islice(self.job.loader("fit"), 2)])
 
-    def train(self, resume: bool = False) -> TrainingState:
+    def train(self, resume: bool = False, journal: Journal | None = None) -> TrainingState:
         return finetune(
             self.model,
             self.job.loader("fit", training=True),
@@ -60,7 +60,7 @@ class Run:
             folder=self.folder,
             teacher=self.teacher,
             metadata=self.job.metadata,
-            journal=Journal(),
+            journal=journal,
             resume=resume,
         )
 

@@ -6,6 +6,7 @@ import sklearn.datasets
 import sklearn.model_selection  # noqa: F401
 import timm  # noqa: F401
 import torch
+from garbage import collect_garbage_rarely
 from torch import nn
 from torchlib import collect_once
 
@@ -23,3 +24,4 @@ torch.onnx.export(
     opset_version=OPSET,
     verbose=False,
 )
+collect_garbage_rarely()

@@ -1,9 +1,11 @@
 """Every form of --data: what is read, what is refused, and what is deterministic."""
 
+import multiprocessing
 import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ from sklearn.datasets import load_digits
 
 from ricciq.data.augmentation import Augmentation
 from ricciq.data.dataset import ImageData
-from ricciq.data.loader import set_epoch
+from ricciq.data.loader import MOST_WORKERS, close, set_epoch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError, UsageError
+from ricciq.system.distributed import World
 
 TINY = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3)
 GREY = Preprocessing((1, 8, 8), (0.25,), (0.5,))
@@ -407,6 +410,55 @@ def test_workers_do_not_change_what_training_sees(folder, workers):
     assert not torch.equal(runs[0][0], runs[1][0])
 
 
+def test_workers_live_across_epochs_until_the_loader_is_closed(folder):
+    before = set(multiprocessing.active_children())  # of other tests
+    loader = batches(
+        open_data(str(folder), None), training=True, workers=1, persistent_workers=True
+    )
+    alive = []
+    for epoch in (0, 1):
+        set_epoch(loader, epoch)
+        drain(loader)
+        alive.append(set(multiprocessing.active_children()) - before)
+    assert alive[0] == alive[1]
+    assert len(alive[0]) == 1
+    close(loader)
+    assert not alive[0] & set(multiprocessing.active_children())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "cores", "processes", "expected"),
+    [(1, 6, 1, 6), (1, 6, 4, 1), (1, 60, 1, MOST_WORKERS), (8, 6, 1, 0)],
+    ids=["all cores", "shared cores", "at most", "few batches"],
+)
+def test_by_default_there_are_as_many_workers_as_cores(
+    folder, monkeypatch, batch_size, cores, processes, expected
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    loader = batches(
+        open_data(str(folder), None),
+        workers=None,
+        training=True,
+        batch_size=batch_size,
+        world=World(rank=0, size=processes),
+    )
+    assert loader.num_workers == expected
+
+
+@pytest.mark.parametrize(("room", "expected"), [(10**9, 6), (3072 * 3 * 2, 2), (9000, 0)])
+def test_workers_leave_room_in_shared_memory(folder, monkeypatch, room, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room))
+    loader = batches(open_data(str(folder), None), workers=None, batch_size=1)
+    assert loader.num_workers == expected
+
+
+def test_images_in_memory_need_no_workers():
+    assert batches(open_data("digits", None), preprocessing=GREY, workers=None).num_workers == 0
+
+
 def test_a_seed_and_an_epoch_can_be_repeated(folder):
     data = open_data(str(folder), None)
 
@@ -437,7 +489,7 @@ def test_order_and_augmentation_each_depend_on_what_they_should(folder):
     def order(seed, epoch):
         loader = batches(data, preprocessing=GREY, training=True, seed=seed)
         set_epoch(loader, epoch)
-        return list(loader.sampler)
+        return [position % len(loader.dataset) for position in loader.sampler]
 
     assert order(1, 1) == order(1, 1)
     assert order(1, 1) != order(1, 2)
@@ -450,8 +502,8 @@ def test_order_and_augmentation_each_depend_on_what_they_should(folder):
 
     def varied(seed, epoch):
         loader = batches(data, training=True, augmentation=VARIED, seed=seed)
-        set_epoch(loader, epoch)
-        return loader.dataset.__getitems__([0, 1])[0]
+        start = epoch * len(loader.dataset)
+        return loader.dataset.__getitems__([start, start + 1])[0]
 
     assert torch.equal(varied(1, 1), varied(1, 1))
     assert not torch.equal(varied(1, 1), varied(1, 2))
@@ -512,8 +564,9 @@ def test_set_epoch_refuses_an_evaluation_loader():
 def is_varied(data, preprocessing, augmentation):
     loader = batches(data, "fit", preprocessing, training=True, augmentation=augmentation)
     samples = loader.dataset
-    (first, _), _ = samples.__getitems__([0, 1]), setattr(samples, "epoch", 1)
-    return not torch.equal(first, samples.__getitems__([0, 1])[0])
+    count = len(samples)
+    first, second = samples.__getitems__([0, 1])[0], samples.__getitems__([count, count + 1])[0]
+    return not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
@@ -546,8 +599,7 @@ def test_pad_crop_shifts_and_flips_at_native_size():
     candidates = windows + [window.flip(-1) for window in windows]
     seen = set()
     for epoch in range(100):
-        samples.epoch = epoch
-        image, _ = samples.__getitems__([0])
+        image, _ = samples.__getitems__([epoch * len(samples)])
         matches = [n for n, c in enumerate(candidates) if torch.allclose(image[0, 0], c)]
         assert matches
         seen.add(matches[0])

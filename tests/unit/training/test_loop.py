@@ -1,21 +1,27 @@
 """The fine-tuning loop: loss, files, resuming, and steps without finite gradients."""
 
 import copy
+import io
 import json
 import math
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
 from digits_run import CPU, RECIPE, STEPS, Run
+from PIL import Image
+from rich.console import Console
 
 from ricciq.convert.rewrite import quantized_layers
+from ricciq.data.sources.base import ImageFiles
 from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import METHODS
 from ricciq.recipe import TrainingSection
 from ricciq.runs.metadata import RunMetadata
+from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv
 from ricciq.system.tensor_files import load_tensors, save_tensors
 from ricciq.training import loop as train
@@ -37,6 +43,7 @@ SUMMARY = [
     "lr",
     "images_per_second",
     "skipped_steps",
+    "waiting_share",
 ]
 
 
@@ -220,7 +227,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(finished, tmp_path, met
     assert {**vars(done), "seconds": 0} == {**vars(whole.done), "seconds": 0}
     rows, others = read_csv(resumed.folder.summary), read_csv(whole.folder.summary)
     for row in (*rows, *others):
-        del row["images_per_second"]
+        del row["images_per_second"], row["waiting_share"]
     assert rows == others
     assert read_csv(resumed.folder.geometry) == read_csv(whole.folder.geometry)
 
@@ -521,3 +528,32 @@ def test_frozen_batchnorms_keep_their_averages(tmp_path):
     after = dict(run.model.named_buffers())
     assert len(before) > 10
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_waiting_for_images_is_measured_and_a_remedy_named(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    for split, count in (("train", 12), ("val", 1)):
+        for label in "ab":
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8)).save(folder / split / label / f"{number}.png")
+    opened = ImageFiles.open
+
+    def slowly(images: ImageFiles, index: int, mode: str) -> Image.Image:
+        time.sleep(0.1)
+        return opened(images, index, mode)
+
+    monkeypatch.setattr(ImageFiles, "open", slowly)
+    monkeypatch.setattr("ricciq.training.loop.usable_workers", lambda _: 3)
+    journal = Journal(Console(file=(said := io.StringIO()), width=200))
+    values = {"data.name": str(folder), "data.batch_size": 8, "data.workers": 0}
+    values |= {"data.train_samples": None, "training.epochs": 2}
+    run = Run(tmp_path / "run", RECIPE.replace(values, "the test"))
+    run.train(journal=journal)
+    rows = read_csv(run.folder.summary)
+    shares = [float(row["waiting_share"]) for row in rows]
+    assert all(0.5 < share < 1 for share in shares)
+    lines = said.getvalue().splitlines()
+    assert sum("waiting for images" in line and "epoch " in line for line in lines) == len(rows)
+    (advice,) = [line for line in lines if line.endswith("give --workers 3")]
+    assert "% of the time was spent waiting for images" in advice
