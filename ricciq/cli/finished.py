@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from ricciq.cli import options
 from ricciq.deploy.formats.catalog import DEFAULT, find_format
@@ -40,7 +41,7 @@ def _newest() -> RunFolder:
 
 
 def _onnx_file(path: Path | None) -> Path:
-    return _newest().onnx if path is None else onnx_file_of(path)
+    return onnx_file_of(_newest().path if path is None else path)
 
 
 @app.command("eval")
@@ -87,11 +88,18 @@ def evaluate(
         raise UsageError(
             f"--min-agreement {min_agreement} needs a file or run to compare with; give --reference"
         )
-    target = target or _newest().onnx
+    target = target or onnx_file_of(_newest().path)
+    from ricciq.system.journal import Journal
     from ricciq.workflows.evaluate import check_gates, evaluate_target
 
     result = evaluate_target(
-        target, data, data_dir, reference, batch_size=batch_size or 64, workers=workers
+        target,
+        data,
+        data_dir,
+        reference,
+        batch_size=batch_size or 64,
+        workers=workers,
+        journal=Journal(Console(stderr=True)),
     )
     show(result, as_json)
     check_gates(target, result, min_top1, min_agreement)
@@ -120,11 +128,15 @@ def predict(
     """
     if offline:
         forbid_network()
+    if csv is not None and not csv.parent.is_dir():
+        raise UsageError(f"there is no folder {csv.parent}; create it, or give another --csv")
+    if csv is not None and csv.exists() and csv.suffix.lower() != ".csv":  # it may be an image
+        raise UsageError(f"--csv {csv} exists and is no .csv file; give another name")
     from ricciq.workflows.predict import as_rows
     from ricciq.workflows.predict import predict as predict_images
 
     found = predict_images(target, images, top)
-    if csv is not None:
+    if csv is not None and found["images"]:
         write_csv(csv, as_rows(found["images"]))
     show(found, as_json, prediction_table)
     failed = found["failed"]

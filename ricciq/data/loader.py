@@ -22,7 +22,7 @@ from torchvision.transforms.functional import normalize
 from ricciq.data.augmentation import Augmentation
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.data.sources.base import ImageArrays, Images, Indices
-from ricciq.errors import DataError, UsageError
+from ricciq.errors import DataError, RicciqError, UsageError, on_one_line
 from ricciq.system.distributed import World
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ _FORKS = sys.platform == "linux"
 MOST_WORKERS = 16
 LEAST_BATCHES = 8
 """A loader with fewer batches starts no processes by default: that would take longer."""
-BATCHES_AHEAD = 3
-"""Two that a worker prefetches, and the one that was taken."""
+BATCHES_EACH = 8
+"""Batches in shared memory for each worker: two that it prefetches, and those of a step."""
 SECONDS_TO_CLOSE = 30
 """Time between SIGTERM and SIGKILL, as in torchrun."""
 
@@ -93,8 +93,7 @@ def image_loader(
     if workers is None:
         in_memory = isinstance(images, ImageArrays)
         few = in_memory or len(samples) < LEAST_BATCHES * batch_size
-        batch_bytes = 4 * batch_size * math.prod(preprocessing.input_size)
-        workers = 0 if few else usable_workers(world, batch_bytes)
+        workers = 0 if few else usable_workers(world, samples.bytes_of(batch_size))
     workers = min(workers, os.cpu_count() or 1)
     return _ImageLoader(
         samples,
@@ -113,12 +112,12 @@ def image_loader(
     )
 
 
-def usable_workers(world: World, batch_bytes: int = 0) -> int:
+def usable_workers(world: World, batch_bytes: int) -> int:
     """How many processes decode images by default, where they can be forked.
 
     Args:
         world: the processes that share the machine's cores and its shared memory.
-        batch_bytes: size of a batch; of these each worker has up to `BATCHES_AHEAD` in shared
+        batch_bytes: size of a batch; `BATCHES_EACH` of them for each worker must fit into shared
             memory, of which containers may have 64 MB.
     """
     if not _FORKS:  # a script of the user's would be imported in each, and might run again
@@ -127,19 +126,24 @@ def usable_workers(world: World, batch_bytes: int = 0) -> int:
         room = shutil.disk_usage("/dev/shm").free
     except OSError:
         return 0
-    fitting = room // (BATCHES_AHEAD * batch_bytes) if batch_bytes else MOST_WORKERS
+    fitting = room // (BATCHES_EACH * batch_bytes)
     return min(len(os.sched_getaffinity(0)) // world.size, fitting // world.size, MOST_WORKERS)
 
 
-def decodes(loader: DataLoader[Batch]) -> bool:
-    """Whether a loader opens files, instead of taking images from memory.
+def against_waiting(loader: DataLoader[Batch], world: World) -> str | None:
+    """What helps where training waits for images; None if they are in memory already.
 
     Args:
         loader: from `ImageData.loader`.
+        world: the processes that share the machine.
     """
-    return isinstance(loader.dataset, _Samples) and not isinstance(
-        loader.dataset.images, ImageArrays
-    )
+    samples = loader.dataset
+    if not isinstance(samples, _Samples) or isinstance(samples.images, ImageArrays):
+        return None
+    usable = usable_workers(world, samples.bytes_of(loader.batch_size or 1))
+    if usable > loader.num_workers:
+        return f"give --workers {usable}"
+    return "store smaller images, or use more cores and shared memory"
 
 
 def close(loader: DataLoader[Batch]) -> None:
@@ -195,6 +199,10 @@ class _Samples(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def bytes_of(self, batch_size: int) -> int:
+        """Bytes of the images of a batch."""
+        return 4 * batch_size * math.prod(self.preprocessing.input_size)
 
     def __getitems__(self, positions: list[int]) -> Batch | DataError:
         """A batch; an error is returned as a value, since torch rewrites errors of workers.
@@ -274,10 +282,17 @@ class _ImageLoader(DataLoader[Batch]):
     """A DataLoader that raises the errors that its workers return."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RicciqError(
+                f"a process that decodes images ended ({on_one_line(error, 160)}); give --workers 0"
+            ) from error
 
 
 def _leave_stopping_to_the_parent(worker: int) -> None:  # noqa: ARG001

@@ -44,8 +44,8 @@ def open_data(name: str, root: Path | None = None, holdout: float = HOLDOUT_SHAR
 def find_again(name: str, root: Path | None, near: Path) -> tuple[str, Path | None]:
     """Find the data that a model was made with, perhaps from another working directory.
 
-    A relative path is tried from the working directory, then from the folder of the model's file,
-    its parent and its grandparent, which is where a run in ``runs/NAME`` was started.
+    A relative path is tried from the folder of the model's file, its parent and its grandparent,
+    which is where a run in ``runs/NAME`` was started, and then from the working directory.
 
     Args:
         name: the value of --data that the model was made with.
@@ -66,9 +66,9 @@ def find_again(name: str, root: Path | None, near: Path) -> tuple[str, Path | No
     written = files or Path(name.removeprefix(prefix))
     here = near.resolve()
     folders = [here, *here.parents] if here.is_dir() else list(here.parents)
-    for base in (Path(), *folders[:3]):
+    for base in (*folders[:3], Path()):
         found = base / written  # base has no effect on an absolute path
-        if os.path.exists(found):
+        if os.path.isdir(found):
             at = found if found == written else found.resolve()
             return (name, at) if files else (f"{prefix}{at}", root)
     raise DataError(

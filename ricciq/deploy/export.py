@@ -64,25 +64,48 @@ def is_exported(path: Path, metadata: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _plain_operators(model: nn.Module) -> Iterator[None]:
-    """Switch off what torch's exporter supports badly.
+def _plain_operators(model: nn.Module, size: tuple[int, int, int]) -> Iterator[None]:
+    """Switch off what torch's exporter supports badly, for the duration of a block.
 
-    These are timm's fused attention, which it takes for 4-D tensors only, and activations in place,
-    which it traces an order of magnitude longer, to the same graph.
+    These are timm's fused attention, which it takes for 4-D tensors only, and activations in place:
+    a Hardswish then takes ten times as long to trace. They stay in place where that matters to the
+    output, as where the result of the call is not used.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        size: of its images.
     """
-    switches = [
-        (module, name)
-        for module in model.modules()
-        for name in ("fused_attn", "inplace")
-        if getattr(module, name, False) is True
-    ]
-    for module, name in switches:
+    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    with _switched_off(model, "fused_attn"):
+        before = _output(model, images)
+        with _switched_off(model, "inplace"):
+            after = _output(model, images)
+            if before is not None and after is not None and torch.equal(before, after):
+                yield
+                return
+        yield
+
+
+@contextmanager
+def _switched_off(model: nn.Module, name: str) -> Iterator[None]:
+    """Set an attribute to False in the modules where it is True, for the duration of a block."""
+    modules = [module for module in model.modules() if getattr(module, name, False) is True]
+    for module in modules:
         setattr(module, name, False)
     try:
         yield
     finally:
-        for module, name in switches:
+        for module in modules:
             setattr(module, name, True)
+
+
+def _output(model: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
+    """The model's output; None if it is no tensor, or it fails, which the exporter reports."""
+    try:
+        output = model(images.clone())
+    except Exception:  # a model may raise anything
+        return None
+    return output if isinstance(output, torch.Tensor) else None
 
 
 def export_onnx(
@@ -114,10 +137,14 @@ def export_onnx(
         model = copy.deepcopy(model).cpu()  # torch's exporter makes ONNX operators for the CPU
     example = torch.zeros(2, *preprocessing.input_size)
     try:
-        with torch.no_grad(), _plain_operators(model), warnings.catch_warnings():
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            _plain_operators(model.eval(), preprocessing.input_size),
+        ):
             warnings.simplefilter("ignore")  # they are about the exporter's internals
             program = torch.onnx.export(
-                model.eval(),
+                model,
                 (example,),
                 dynamo=True,
                 opset_version=OPSET,

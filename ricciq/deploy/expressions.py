@@ -105,8 +105,10 @@ def replace_placeholders(graph: ir.Graph, model: nn.Module) -> None:
         model: what was exported.
     """
     for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Expression):
+            continue
         placeholder = graph.initializers.pop(f"{name}.placeholder", None)
-        if isinstance(module, Expression) and placeholder is not None:
+        if placeholder is not None:
             result = module.write(Operators(graph, name, module))
             result.type, result.shape = placeholder.type, placeholder.shape
             ir.convenience.replace_all_uses_with(placeholder, result)

@@ -106,6 +106,17 @@ class Recipe(Section):
             raise RecipeError(f"recipe {path} has no sections; write model:, data: and so on")
         return cls.from_values(values, f"recipe {path}")
 
+    def gives_the_run_of(self, other: Recipe) -> bool:
+        """Whether both describe the same run: the number of workers does not change its results.
+
+        Args:
+            other: the recipe to compare with.
+        """
+        one, two = self.model_dump(), other.model_dump()
+        for values in (one, two):
+            del values["data"]["workers"]
+        return one == two
+
     def override(self, flags: Mapping[str, Any]) -> Recipe:
         """A recipe with dotted keys replaced, as in ``{"training.lr": 1e-3}``; None is left out.
 

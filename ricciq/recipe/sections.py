@@ -81,11 +81,7 @@ class DataSection(Section):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     """Images in a batch of each process; auto takes the largest that fits in memory, up to 256."""
     workers: Count | None = None
-    """Processes that decode images, 0 for none; without a value, what the machine has, at most 16.
-
-    These are the usable cores, shared by the processes that train together. Images in memory need
-    no such processes, nor do a few batches.
-    """
+    """Processes that decode images; without a value, as many as cores, or 0 if images are few."""
     input_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
     """Height and width of the input in pixels; without a value, the model's own."""
     train_samples: Annotated[int, Field(ge=1)] | None = None

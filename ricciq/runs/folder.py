@@ -229,7 +229,11 @@ def _newest_unfinished(recipe: Recipe, kind: type[RunFolder]) -> Path:
     folders = [kind(path) for path in sorted(RUNS.glob("*"), reverse=True)]
     for folder in folders:
         with suppress(RecipeError):  # a damaged recipe differs from this one
-            if folder.is_ours and not folder.is_finished and folder.load_recipe() == recipe:
+            if (
+                folder.is_ours
+                and not folder.is_finished
+                and (folder.load_recipe().gives_the_run_of(recipe))
+            ):
                 return folder.path
     raise UsageError(
         f"there is no unfinished run of this recipe in {RUNS}; start one without --resume"
@@ -241,7 +245,7 @@ def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
         raise UsageError(f"{folder.path} has no run to resume; start one without --resume")
     if folder.is_finished:
         raise UsageError(f"the run in {folder.path} is finished; start another run")
-    if folder.load_recipe() != recipe:
+    if not folder.load_recipe().gives_the_run_of(recipe):
         raise UsageError(
             f"the run in {folder.path} was started with another recipe; give the same flags or "
             "choose another --output"

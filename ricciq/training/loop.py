@@ -17,7 +17,7 @@ from torch import nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
-from ricciq.data.loader import Batch, close, decodes, set_epoch, usable_workers
+from ricciq.data.loader import Batch, against_waiting, close, set_epoch
 from ricciq.errors import DivergedError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import named_correction
@@ -232,10 +232,9 @@ class _Running:
         title = f"epoch {state.epoch + 1}/{self.settings.epochs}"
         started = time.perf_counter()
         # Closed, so that worker processes end before this one, however the loop ends.
-        grouped = closing(_grouped(fit, self.settings.grad_accum_steps))
+        grouped = closing(_grouped(fit, self.settings.grad_accum_steps, tally))
         with grouped as groups, journal.bar(title, steps) as advance:
             for number, batches in enumerate(stopping.watch(groups), start=1):
-                tally.waiting += time.perf_counter() - started
                 finite = self._step(batches, measure=number == steps)
                 state.steps += 1
                 state.batch += len(batches)
@@ -309,12 +308,10 @@ class _Running:
     def advise(self, fit: DataLoader[Batch], journal: Journal) -> None:
         """Say what helps against waiting for images, once."""
         share = self.history.summary[-1]["waiting_share"]
-        if self.advised or share <= LARGEST_WAIT or not decodes(fit):
+        remedy = against_waiting(fit, self.world)
+        if self.advised or share <= LARGEST_WAIT or remedy is None:
             return
-        self.advised, cores = True, usable_workers(self.world)
-        remedy = f"give --workers {cores}"
-        if fit.num_workers >= cores:
-            remedy = "store smaller images, or use more cores"
+        self.advised = True
         journal.say(f"{100 * share:.0f} % of the time was spent waiting for images; {remedy}")
 
     def save(self) -> None:
@@ -330,12 +327,14 @@ class _Running:
         write_atomically(folder.state, json.dumps(vars(state), indent=1) + "\n")
 
 
-def _grouped(items: Iterable[T], size: int) -> Generator[list[T]]:
-    """Lists of ``size`` items; the last may be shorter."""
+def _grouped(items: Iterable[T], size: int, tally: Tally) -> Generator[list[T]]:
+    """Lists of ``size`` items; the last may be shorter. The time they take goes to the tally."""
     rest = iter(items)
     while True:
+        started = time.perf_counter()
         with record_function("data"):
             group = list(islice(rest, size))
+        tally.waiting += time.perf_counter() - started
         if not group:
             return
         yield group

@@ -48,7 +48,7 @@ class Tally:
         return {**vars(self), "loss": float(self.loss), "hits": float(self.hits)}
 
     def over(self, world: World) -> Tally:
-        """Sums over all processes; time and bad steps are the same in each."""
+        """Sums over all processes; bad steps are the same in each, times are this one's."""
         sums = torch.stack([self.loss.cpu(), self.hits.cpu()])
         loss, hits = world.total(sums)
         images = int(world.total(torch.tensor(self.images)))

@@ -24,6 +24,7 @@ from ricciq.errors import (
 )
 from ricciq.evaluation import Metrics, Predict, evaluating
 from ricciq.evaluation import evaluate as compare_predictors
+from ricciq.system.journal import Journal
 from ricciq.workflows.saved import Target, onnx_predictor, open_target
 
 
@@ -96,6 +97,7 @@ def evaluate_target(
     *,
     batch_size: int = 64,
     workers: int | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Metrics of a target on the validation images, as plain values.
 
@@ -106,6 +108,7 @@ def evaluate_target(
         reference: another target, to measure agreement with.
         batch_size: images in a call.
         workers: processes that load images; None chooses by the machine.
+        journal: shows which data are taken if none are named.
 
     Raises:
         UsageError: the data have no labels and there is no reference, or no data are named and
@@ -119,6 +122,8 @@ def evaluate_target(
             raise UsageError(f"{path} does not name the data it was made with; give --data")
         made_with, root = target.data
         data_name, data_dir = find_again(made_with, data_dir or root, path)
+        if journal is not None:
+            journal.say(f"{data_name} is taken: the data that {path} was made with")
     data = open_data(data_name, data_dir)
     if not data.labelled:
         if reference is None:

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +47,26 @@ def predict(target: str, images: Sequence[str], top: int = 5) -> dict[str, Any]:
     """
     opened = _open(target)
     files = ImageFiles(paths := list(_found(images)), [0] * len(paths))
-    names = _readable(opened.class_names)
+    names = _readable(opened.class_names, opened.labelled)
     transform = opened.preprocessing.evaluation_transform()
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     for start in range(0, len(paths), BATCH):
-        read: dict[str, Tensor] = {}
+        read: list[tuple[str, Tensor]] = []
         for index in range(start, min(start + BATCH, len(paths))):
             try:
-                read[paths[index]] = transform(files.open(index, opened.preprocessing.mode))
+                image = files.open(index, opened.preprocessing.mode)
+                read.append((paths[index], transform(image)))
             except DataError as error:
                 failed.append({"image": paths[index], "why": str(error)})
         if not read:
             continue
         with torch.inference_mode():
-            logits = opened.predict(torch.stack(list(read.values())))
+            logits = opened.predict(torch.stack([tensor for _, tensor in read]))
         if not logits.isfinite().all():
             raise ModelError(f"{target} gives NaN or infinite logits; give a trained model")
         likely, indices = logits.double().softmax(1).topk(min(top, logits.shape[1]))
-        for path, probabilities, classes in zip(
+        for (path, _), probabilities, classes in zip(
             read, likely.tolist(), indices.tolist(), strict=True
         ):
             pairs = zip(classes, probabilities, strict=True)
@@ -95,8 +97,8 @@ def _open(target: str) -> Target:
         return open_target(Path(target))
     if os.sep in target or not is_model(target.partition(".")[0]):
         raise ModelError(
-            f"{target} does not exist; give an .onnx file, a run folder, a checkpoint, or the name "
-            "of a timm model"
+            f"{target!r} does not exist; give an .onnx file, a run folder, a checkpoint, or a name "
+            "of timm"
         )
     model, preprocessing, _ = load_model(target)
     with torch.inference_mode():
@@ -104,15 +106,17 @@ def _open(target: str) -> Target:
     return Target(model, preprocessing, [str(i) for i in range(classes)], False, None)
 
 
-def _readable(names: list[str]) -> list[str]:
-    """timm's names in place of numbers or WordNet's, where the classes are ImageNet's."""
+def _readable(names: list[str], labelled: bool) -> list[str]:
+    """timm's names in place of WordNet's or of numbers without labels, for ImageNet's classes."""
     subset = infer_imagenet_subset({"num_classes": len(names)})
     if subset is None:
         return names
     info = ImageNetInfo(subset)
-    if names == [str(i) for i in range(len(names))]:
+    if not labelled:
         return [info.index_to_description(i) for i in range(len(names))]
-    if all(_WORDNET.fullmatch(name) for name in names):
+    if not all(_WORDNET.fullmatch(name) for name in names):
+        return names
+    with suppress(KeyError):  # timm does not know all of WordNet's
         return [info.label_name_to_description(name) for name in names]
     return names
 
@@ -133,11 +137,16 @@ def _found(images: Sequence[str]) -> Iterator[str]:
                 raise DataError(f"no file matches {name}; give another pattern")
             yield from sorted(matching, key=natural_order)
         else:
-            raise DataError(f"image {name} does not exist; give a file, a folder or a pattern")
+            raise DataError(f"image {name!r} does not exist; give a file, a folder or a pattern")
 
 
 def _images_below(folder: str) -> Iterator[str]:
-    for place, folders, names in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"folder {error.filename} cannot be read ({error.strerror}); check its permissions"
+        )
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):

@@ -119,7 +119,7 @@ class Session:
             recipe: of the run, which is resumed if the folder has the same recipe.
             folder: of the run.
         """
-        resume = folder.is_ours and folder.load_recipe() == recipe
+        resume = folder.is_ours and folder.load_recipe().gives_the_run_of(recipe)
         session = Session(self.device, journal=self.journal, folder=folder, resume=resume)
         with random_state(self.device, recipe.seed), session._held:
             yield session

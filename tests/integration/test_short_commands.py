@@ -14,6 +14,7 @@ import torch
 from command import json_of, ricciq
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data import ImageNetInfo
 
 from ricciq.convert.rewrite import quantize
 from ricciq.data.open import find_again
@@ -22,7 +23,7 @@ from ricciq.deploy.export import export_onnx
 from ricciq.errors import DataError, ModelError
 from ricciq.models.factory import load_model
 from ricciq.quant.calibration import calibrate
-from ricciq.workflows.predict import predict
+from ricciq.workflows.predict import _readable, predict
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,10 @@ def test_eval_finds_the_file_and_its_data(runs: Path) -> None:
     top1 = json.loads((runs / "report.json").read_text())["onnx"]["top1"]
     answer = ricciq("eval", "--json")
     assert answer.code == 0, answer.err
-    assert answer.err == f"{runs} is taken: the newest finished run\n"
+    assert answer.err.splitlines() == [
+        f"{runs} is taken: the newest finished run",
+        f"digits is taken: the data that {runs / 'model.onnx'} was made with",
+    ]
     values = json.loads(answer.out)
     assert values["target"] == str(runs / "model.onnx")
     assert (values["data"], values["top1"]) == ("digits", top1)
@@ -103,7 +107,8 @@ def test_data_are_found_from_the_folder_of_the_run(
         folder.mkdir(parents=True)
     there = str((tmp_path / "images").resolve())
     monkeypatch.chdir(tmp_path)
-    assert find_again("images", None, run) == ("images", None)
+    assert find_again("images", None, run) == (there, None)
+    assert find_again("images", None, Path("/")) == ("images", None)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert find_again("images", None, run) == (there, None)
     assert find_again("./images", None, run / "model.onnx") == (there, None)
@@ -166,6 +171,9 @@ def test_images_are_files_folders_and_patterns(
 ) -> None:
     monkeypatch.chdir(digits)
     first = sorted(Path("3").iterdir())[0]
+    many = predict(str(finished_run), [str(first)] * 40, top=99)["images"]
+    assert [row["image"] for row in many] == [str(first)] * 40
+    assert all(len(row["classes"]) == 10 for row in many)
     table = tmp_path / "classes.csv"
     answer = ricciq("predict", finished_run, first, "4", "5/*.png", "--top", "1", "--csv", table)
     assert answer.code == 0, answer.err
@@ -176,6 +184,18 @@ def test_images_are_files_folders_and_patterns(
     assert all(0 < float(row["probability1"]) <= 1 for row in rows)
     for row in rows:
         assert row["image"] in answer.out
+
+
+def test_a_table_does_not_replace_an_image(digits: Path, tmp_path: Path) -> None:
+    image = Path(shutil.copy(next(digits.glob("3/*")), tmp_path))
+    before = image.read_bytes()
+    for table in (image, tmp_path / "missing" / "classes.csv"):
+        answer = ricciq("predict", "model.onnx", image, "--csv", table)
+        assert answer.code == 2
+        assert answer.err.startswith("ricciq: ")
+        assert "--csv" in answer.err
+    assert image.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [image]
 
 
 def test_a_broken_image_is_named_and_the_others_are_answered(
@@ -199,7 +219,7 @@ def test_a_broken_image_is_named_and_the_others_are_answered(
 @pytest.mark.parametrize(
     ("image", "said"),
     [
-        ("missing.png", "image missing.png does not exist"),
+        ("missing.png", "image 'missing.png' does not exist"),
         ("*.bmp", r"no file matches \*\.bmp"),
         ("empty", "folder empty has no images"),
     ],
@@ -214,7 +234,7 @@ def test_no_image_is_refused(
 
 
 def test_a_target_that_is_nothing_is_refused(digits: Path) -> None:
-    with pytest.raises(ModelError, match="resnet_18 does not exist; give"):
+    with pytest.raises(ModelError, match="'resnet_18' does not exist; give"):
         predict("resnet_18", [str(digits)])
 
 
@@ -228,3 +248,14 @@ def test_a_model_of_timm_names_its_classes(digits: Path, monkeypatch: pytest.Mon
     assert len(names) == 1000
     assert names[0] == "tench, Tinca tinca"
     assert math.isclose(sum(c["probability"] for c in row["classes"]), 1)
+
+
+def test_only_the_classes_of_imagenet_get_its_names() -> None:
+    numbers = [str(i) for i in range(1000)]
+    assert _readable(numbers, labelled=False)[0] == "tench, Tinca tinca"
+    assert _readable(numbers, labelled=True) == numbers
+    wordnet = ImageNetInfo().label_names()
+    assert _readable(wordnet, labelled=True)[0] == "tench, Tinca tinca"
+    unknown = [f"n{i:08}" for i in range(1000)]
+    assert _readable(unknown, labelled=True) == unknown
+    assert _readable(["cat", "dog"], labelled=False) == ["cat", "dog"]

@@ -446,7 +446,7 @@ def test_by_default_there_are_as_many_workers_as_cores(
     assert loader.num_workers == expected
 
 
-@pytest.mark.parametrize(("room", "expected"), [(10**9, 6), (3072 * 3 * 2, 2), (9000, 0)])
+@pytest.mark.parametrize(("room", "expected"), [(10**9, 6), (3072 * 8 * 2, 2), (3072 * 7, 0)])
 def test_workers_leave_room_in_shared_memory(folder, monkeypatch, room, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6))
     monkeypatch.setattr("os.cpu_count", lambda: 6)

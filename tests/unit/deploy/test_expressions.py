@@ -95,3 +95,28 @@ def test_an_export_leaves_activations_in_place_as_they_were(
     else:
         export_onnx(model, tmp_path / "x.onnx", tiny_preprocessing)
     assert [model[2].inplace, model[3].inplace] == [True, False]
+
+
+class Unused(nn.Module):
+    """Changes its input in place, and ignores what the activation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+        self.placeholder = nn.Parameter(torch.ones(4))  # as the buffers of expressions are called
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.act(x)
+        return x.mean((2, 3)) + self.placeholder
+
+
+def test_an_activation_in_place_whose_result_is_unused_stays(
+    tiny_preprocessing, pictures, tmp_path
+):
+    torch.manual_seed(0)
+    model = Unused().eval()
+    path = export_onnx(model, tmp_path / "x.onnx", tiny_preprocessing)
+    (found,) = ort.InferenceSession(path).run(None, {"input": pictures.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(pictures))
+    assert model.act.inplace

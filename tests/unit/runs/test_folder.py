@@ -194,3 +194,11 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 def test_no_rows_and_no_file_are_no_rows(tmp_path):
     write_csv(tmp_path / "x.csv", [])
     assert read_csv(tmp_path / "x.csv") == read_csv(tmp_path / "none.csv") == []
+
+
+def test_a_run_is_resumed_with_any_number_of_workers(tmp_path):
+    make_run(tmp_path, RECIPE.override({"data.workers": 0}))  # as version 0.1.0 wrote it
+    assert choose(tmp_path, resume=True) == tmp_path
+    assert choose(tmp_path, recipe=RECIPE.override({"data.workers": 4}), resume=True) == tmp_path
+    with pytest.raises(UsageError, match="another recipe"):
+        choose(tmp_path, recipe=OTHER, resume=True)

@@ -544,7 +544,7 @@ def test_waiting_for_images_is_measured_and_a_remedy_named(tmp_path, monkeypatch
         return opened(images, index, mode)
 
     monkeypatch.setattr(ImageFiles, "open", slowly)
-    monkeypatch.setattr("ricciq.training.loop.usable_workers", lambda _: 3)
+    monkeypatch.setattr("ricciq.data.loader.usable_workers", lambda *_: 3)
     journal = Journal(Console(file=(said := io.StringIO()), width=200))
     values = {"data.name": str(folder), "data.batch_size": 8, "data.workers": 0}
     values |= {"data.train_samples": None, "training.epochs": 2}
