@@ -88,7 +88,7 @@ def evaluate(
         raise UsageError(
             f"--min-agreement {min_agreement} needs a file or run to compare with; give --reference"
         )
-    target = target or onnx_file_of(_newest().path)
+    target = target or _onnx_file(None)
     from ricciq.system.journal import Journal
     from ricciq.workflows.evaluate import check_gates, evaluate_target
 
