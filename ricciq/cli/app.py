@@ -75,6 +75,7 @@ def quantize(
     cutmix: options.CutMix = None,
     reprob: options.Reprob = None,
     epochs: options.Epochs = None,
+    float_epochs: options.FloatEpochs = None,
     batch_size: options.TrainingBatchSize = None,
     grad_accum_steps: options.AccumulatedBatches = None,
     grad_checkpointing: options.GradCheckpointing = None,
@@ -102,7 +103,7 @@ def quantize(
     """
     if offline:
         forbid_network()
-    merged, messages = requested_recipe(
+    merged, messages, data_set = requested_recipe(
         model,
         checkpoint,
         recipe,
@@ -118,6 +119,7 @@ def quantize(
             "data.augmentation.reprob": reprob,
             "method.name": method,
             "training.epochs": epochs,
+            "training.float_epochs": float_epochs,
             "training.grad_accum_steps": grad_accum_steps,
             "training.grad_checkpointing": grad_checkpointing,
             "training.lr": lr,
@@ -131,11 +133,13 @@ def quantize(
 
     journal = begin(messages, quiet)
     if dry_run:
-        plan = plan_run(merged, journal)
+        plan = plan_run(merged, journal, data_set)
         if is_first():
             show({**plan, "dry_run": True}, as_json, plan_table, quiet)
         return
-    report, folder = run(merged, output, resume=resume, overwrite=overwrite, journal=journal)
+    report, folder = run(
+        merged, output, resume=resume, overwrite=overwrite, journal=journal, data=data_set
+    )
     if is_first():
         written = f"{folder / 'report.html'} and {folder / 'model.onnx'} are written."
         shown = Group(report.to_table(), Text(written, overflow="fold"))
@@ -188,7 +192,7 @@ def compare(
         forbid_network()
     if split not in ("val", "holdout"):
         raise UsageError(f"--split {split} is unknown; give val or holdout")
-    merged, messages = requested_recipe(
+    merged, messages, _ = requested_recipe(
         model,
         checkpoint,
         recipe,

@@ -82,6 +82,9 @@ CutMix = Annotated[
 ]
 Reprob = Annotated[float | None, typer.Option(help="Probability of erasing a rectangle.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training; 0 for none.")]
+FloatEpochs = Annotated[
+    int | None, typer.Option(help="Epochs of the float model before that, if its head is new.")
+]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
 Device = Annotated[

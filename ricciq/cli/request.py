@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ricciq.cli import options
 from ricciq.data.sources.catalog import forms
 from ricciq.errors import UsageError
 
+PREFIXES = ("hf-hub:", "local-dir:")
+"""timm's prefixes of models that have their weights with them."""
+
 if TYPE_CHECKING:
+    from ricciq.data.dataset import ImageData
     from ricciq.recipe import Recipe
+
+
+class Request(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+        recipe: defaults, recipe and options, merged.
+        messages: for the user.
+        data: the data, if they were opened to choose the recipe.
+    """
+
+    recipe: Recipe
+    messages: list[str]
+    data: ImageData | None
 
 
 def requested_recipe(
@@ -20,13 +38,13 @@ def requested_recipe(
     name: str | None,
     widths: tuple[str | None, str | None, str | None, str | None],
     flags: dict[str, Any],
-) -> tuple[Recipe, list[str]]:
+) -> Request:
     """Merge the defaults, a recipe, and the options of a command line, which take precedence.
 
     Args:
         model: a timm name, or a run's folder or file.
         checkpoint: float weights; None if ``model`` has its own.
-        name: a shipped recipe or a file; None for the defaults.
+        name: a shipped recipe or a file; "none" for the plain defaults; None chooses what fits.
         widths: --bits, --weight-bits, --act-bits and --max-bytes as typed.
         flags: values by dotted key of a recipe; None if an option was not given.
 
@@ -37,27 +55,50 @@ def requested_recipe(
         UsageError: the options contradict each other, or no data were named.
         RecipeError: the recipe is invalid.
         CheckpointError: the run has no float model.
+        DataError: the data, which were opened to choose a recipe, cannot be used.
+        ModelError: timm knows no such model.
     """
-    from ricciq.recipe import Recipe
+    from ricciq.recipe import NONE, Recipe
 
     messages: list[str] = []
     source = _model_and_weights(model, checkpoint, messages)
-    loaded = Recipe.load(name) if name else Recipe()
     asked = options.widths(*widths, messages)
-    bits = {"quantization": loaded.quantization.model_dump() | asked} if asked else {}
-    method = flags.pop("method.name", None)
-    if method not in (None, loaded.method.name):  # settings of another method do not apply
-        flags["method"] = {"name": method}
-    merged = loaded.override({**source, **bits, **flags})
-    if not merged.data.name:
+
+    def merged(base: Recipe) -> Recipe:
+        bits = {"quantization": base.quantization.model_dump() | asked} if asked else {}
+        given = {key: value for key, value in flags.items() if key != "method.name"}
+        method = flags.get("method.name")
+        if method not in (None, base.method.name):  # settings of another method do not apply
+            given["method"] = {"name": method}
+        return base.override({**source, **bits, **given})
+
+    recipe = merged(Recipe() if name in (None, NONE) else Recipe.load(name))
+    if not recipe.data.name:
         raise UsageError(f"no data were named; give --data {forms()}")
-    return merged, messages
+    if name is not None:
+        return Request(recipe, messages, None)
+    from ricciq.workflows.choose_recipe import choose_recipe
+
+    choice = choose_recipe(recipe, {key for key, value in flags.items() if value is not None})
+    messages.append(choice.reason)
+    return Request(merged(choice.recipe), messages, choice.data)
 
 
 def _model_and_weights(model: str, checkpoint: Path | None, messages: list[str]) -> dict[str, Any]:
-    """The recipe keys that MODEL and --checkpoint set."""
+    """The recipe keys that MODEL and --checkpoint set.
+
+    Raises:
+        UsageError: both name weights.
+        CheckpointError: MODEL is in the form hf-hub:NAME or local-dir:FOLDER, and not there.
+    """
     path = Path(model)
     named = {"model.name": model, "model.checkpoint": checkpoint}
+    if model.startswith(PREFIXES):
+        from ricciq.models.pretrained import model_in
+
+        _only_one(model, checkpoint)
+        name, weights = model_in(model)
+        return {"model.name": name, "model.checkpoint": weights}
     if not os.path.exists(path):  # Path.exists raises where a name is too long
         return named
     if _is_model_name(model):
@@ -66,11 +107,20 @@ def _model_and_weights(model: str, checkpoint: Path | None, messages: list[str])
             f"./{model} to start from that"
         )
         return named
-    if checkpoint is not None:
-        raise UsageError(f"{model} has its own weights; give either it or --checkpoint")
+    _only_one(model, checkpoint)
     from ricciq.workflows.saved import float_source
 
     return float_source(path)
+
+
+def _only_one(model: str, checkpoint: Path | None) -> None:
+    """Check that MODEL, which has its own weights, is not given together with --checkpoint.
+
+    Raises:
+        UsageError: it is.
+    """
+    if checkpoint is not None:
+        raise UsageError(f"{model} has its own weights; give either it or --checkpoint")
 
 
 def _is_model_name(model: str) -> bool:

@@ -110,6 +110,14 @@ class ImageData:
         images, indices = self._splits[split]
         return images.open(int(indices[index]), mode)
 
+    def count(self, split: Split) -> int:
+        """The number of images of a split.
+
+        Args:
+            split: as in `loader`.
+        """
+        return len(self._splits[split][1])
+
     def labels(self, split: Split) -> list[str | None]:
         """The class name of each image of a split; None if there are no labels."""
         images, indices = self._splits[split]

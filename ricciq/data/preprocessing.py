@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,7 +18,8 @@ SMALL_INPUT = 64
 """Largest height or width, in pixels, of inputs that are not augmented by default."""
 LARGEST_SIDE = 8191
 """Largest height or width of an input, in pixels."""
-_INTERPOLATIONS = {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"}
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+"""Methods of resizing, as timm names them."""
 _CROP_MODES = {"center", "squash", "border"}
 
 
@@ -68,7 +69,7 @@ class Preprocessing:
             and 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE,
             "mean": len(made.mean) == channels and all(map(math.isfinite, made.mean)),
             "std": len(made.std) == channels and all(0 < x < math.inf for x in made.std),
-            "interpolation": made.interpolation in _INTERPOLATIONS,
+            "interpolation": made.interpolation in get_args(Interpolation),
             "crop_pct": 0.1 <= made.crop_pct <= 2,
             "crop_mode": made.crop_mode in _CROP_MODES,
         }.items():
@@ -79,6 +80,16 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """A plain mapping that JSON can represent."""
         return asdict(self)
+
+    @property
+    def brief(self) -> str:
+        """Size, crop and normalization for a message."""
+        channels, height, width = self.input_size
+        mean, std = (" ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
+        return (
+            f"{channels}x{height}x{width}, {self.interpolation}, crop {self.crop_pct:g}, mean "
+            f"{mean}, std {std}"
+        )
 
     @property
     def mode(self) -> str:

@@ -5,8 +5,9 @@ Importing this module registers the networks of `ricciq.models.bundled` with tim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -15,21 +16,24 @@ import torch
 from timm import get_pretrained_cfg, is_model, list_models
 from timm.data.config import resolve_data_config
 from timm.models import create_model
-from torch import nn
+from torch import Tensor, nn
 
 import ricciq.models.bundled  # noqa: F401  registers them
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.errors import ModelError, did_you_mean
+from ricciq.errors import CheckpointError, ModelError, did_you_mean
+from ricciq.models.pretrained import FloatWeights, read_weights
 from ricciq.models.weights import (
     adapt_weights,
     head_message,
     load_weights,
     names_of_layers,
-    read_checkpoint,
     stem_message,
 )
 from ricciq.system.offline import is_network_forbidden
 from ricciq.system.tensor_files import check_finite
+
+RESERVED = {*signature(create_model).parameters, "num_classes", "in_chans", "features_only"}
+"""Arguments of timm's constructors that `load_model` does not pass on."""
 
 
 class LoadedModel(NamedTuple):
@@ -39,11 +43,15 @@ class LoadedModel(NamedTuple):
         model: in evaluation mode; maps images (B, C, H, W) to logits (B, num_classes).
         preprocessing: size and normalization of its input.
         messages: what was changed to make the weights fit, a sentence for each change.
+        kwargs: arguments of timm's constructor, those asked for and those written with the weights.
+        has_new_head: whether its head is random, since the weights have other classes.
     """
 
     model: nn.Module
     preprocessing: Preprocessing
     messages: list[str]
+    kwargs: dict[str, Any]
+    has_new_head: bool
 
 
 def load_model(
@@ -53,7 +61,9 @@ def load_model(
     channels: int = 3,
     checkpoint: Path | None = None,
     pretrained: bool = True,
-    input_size: int | None = None,
+    input_size: int | tuple[int, int] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> LoadedModel:
     """Create a timm model and load its weights.
@@ -62,9 +72,14 @@ def load_model(
         name: timm's name, with or without a tag, such as "resnet50.a1_in1k".
         num_classes: size of the head; None takes that of the weights.
         channels: number of input channels, 1 or 3.
-        checkpoint: file of weights to load; takes precedence over `pretrained`.
+        checkpoint: weights to load, as for `ricciq.models.pretrained.read_weights`; takes
+            precedence over `pretrained`.
         pretrained: load the weights that timm has for this name.
-        input_size: height and width in pixels; None takes the model's own.
+        input_size: (height, width), or one number for both, in pixels; None takes the size that is
+            written beside the weights, or else the model's own.
+        preprocessing: keys of `Preprocessing` that differ from what is written beside the weights,
+            or else from timm's.
+        kwargs: more arguments of timm's constructor, such as ``{"global_pool": "max"}``.
         seed: of random weights; None draws from torch's global generator.
 
     Returns:
@@ -72,10 +87,11 @@ def load_model(
 
     Raises:
         ModelError: the name or tag is unknown, its pretrained weights are not available, or it does
-            not support images of `input_size`.
+            not support images of `input_size` or one of `kwargs`.
         CheckpointError: the checkpoint is missing, unreadable, unsafe or of another model.
+        ValueError: a value of ``preprocessing`` is invalid.
     """
-    config = _find_config(name)
+    config = find_config(name)
     pretrained = pretrained and checkpoint is None
     if pretrained and not (config and config.has_weights):
         raise ModelError(
@@ -84,39 +100,94 @@ def load_model(
         )
     if pretrained and config.url and not (config.file or config.hf_hub_id):
         _check_cached(name, config.url)
-    weights = None if checkpoint is None else read_checkpoint(checkpoint)
-    if num_classes is None and weights is not None and config:
-        heads = [f"{head}.weight" for head in names_of_layers(config.classifier)]
-        there = (weights[head] for head in heads if head in weights)
-        num_classes = next((len(head) for head in there if head.ndim > 1 and head.numel()), None)
-    arguments: dict[str, Any] = {"in_chans": channels}
+    found = None if checkpoint is None else read_weights(checkpoint, name)
+    size = _sides(input_size, found)
+    if num_classes is None and found and config:
+        num_classes = _classes_of(found.tensors, config)
+    kwargs = {**(found.arguments if found else {}), **(kwargs or {})}
+    _check_kwargs(kwargs)
+    needed: dict[str, Any] = {"in_chans": channels}
     if num_classes is not None:
-        arguments["num_classes"] = num_classes
-    if input_size and config and config.fixed_input_size:  # set when such a model is built
-        arguments["img_size"] = input_size
+        needed["num_classes"] = num_classes
+    if size and config and config.fixed_input_size:  # set when such a model is built
+        needed["img_size"] = size
     with _seeded(seed):
         try:
-            model: nn.Module = create_model(name, pretrained=pretrained, **arguments)
+            model: nn.Module = create_model(name, pretrained=pretrained, **kwargs, **needed)
         except Exception as error:  # the hub client and each model raise their own errors
             raise _not_created(name, pretrained, error) from error
     messages: list[str] = []
-    if checkpoint is not None and weights is not None:
-        check_finite(weights, model.state_dict(), checkpoint)
-        messages = adapt_weights(model, weights)
-        load_weights(model, weights, name, checkpoint)
+    new_head = False
+    if found is not None:
+        check_finite(found.tensors, model.state_dict(), found.file)
+        messages, new_head = adapt_weights(model, found.tensors)
+        load_weights(model, found.tensors, name, found.file)
     elif pretrained and config:
-        if num_classes not in (None, config.num_classes):
+        new_head = num_classes is not None and num_classes != config.num_classes
+        if num_classes is not None and new_head:
             messages.append(head_message(config.num_classes, num_classes))
         if config.input_size[0] != channels:
             messages.append(stem_message(config.input_size[0], channels))
-    preprocessing = _preprocessing(model.eval(), channels, input_size)
+    given = preprocessing or {}
+    prepared = _preprocessing(model.eval(), channels, size, found, given)
+    if found and prepared != _preprocessing(model, channels, _sides(input_size, None), None, given):
+        messages.append(f"the preprocessing is that of {found.written_in}: {prepared.brief}")
+    if prepared.input_size != _preprocessing(model, channels, None, None, {}).input_size:
+        _try_size(model, name, prepared.input_size)
+    return LoadedModel(model, prepared, messages, kwargs, new_head)
+
+
+def _classes_of(weights: Mapping[str, Tensor], config: Any) -> int | None:
+    """The number of classes in weights; None if they have no head."""
+    heads = [f"{head}.weight" for head in names_of_layers(config.classifier)]
+    there = (weights[head] for head in heads if head in weights)
+    return next((len(head) for head in there if head.ndim > 1 and head.numel()), None)
+
+
+def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that ricciq sets itself, or that would load files.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for key in kwargs:
+        if key in RESERVED or key.startswith("pretrained"):
+            raise ModelError(
+                f"model.kwargs {key} cannot be set, since ricciq decides it; remove it"
+            )
+
+
+def _sides(
+    input_size: int | tuple[int, int] | None, found: FloatWeights | None
+) -> tuple[int, int] | None:
+    """Height and width that are asked for or written beside the weights, in pixels.
+
+    Raises:
+        CheckpointError: what is written is no size.
+    """
     if input_size:
-        _try_size(model, name, preprocessing.input_size)
-    return LoadedModel(model, preprocessing, messages)
+        return (input_size, input_size) if isinstance(input_size, int) else input_size
+    written = found.preprocessing.get("input_size") if found else None
+    if found is None or written is None:
+        return None
+    try:
+        _, height, width = (int(side) for side in written)
+    except (TypeError, ValueError):
+        raise CheckpointError(
+            f"{found.written_in} has an invalid input_size, {written!r}; correct it"
+        ) from None
+    return height, width
 
 
-def _find_config(name: str) -> Any:
-    """timm's PretrainedCfg of a name; None for deprecated names that timm still maps."""
+def find_config(name: str) -> Any:
+    """timm's PretrainedCfg of a name; None for deprecated names that timm still maps.
+
+    Args:
+        name: timm's name, with or without a tag.
+
+    Raises:
+        ModelError: timm knows no such model or tag.
+    """
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
         hint = did_you_mean(architecture, list_models(), "give one that timm.list_models() names")
@@ -183,16 +254,34 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _preprocessing(model: nn.Module, channels: int, input_size: int | None) -> Preprocessing:
+def _preprocessing(
+    model: nn.Module,
+    channels: int,
+    sides: tuple[int, int] | None,
+    found: FloatWeights | None,
+    given: Mapping[str, Any],
+) -> Preprocessing:
+    """timm's preprocessing of a model, overridden by what is written and by what is asked for.
+
+    Raises:
+        CheckpointError: what is written is invalid.
+        ValueError: what is asked for is invalid.
+    """
     config: dict[str, Any] = resolve_data_config(model=model)  # type: ignore[no-untyped-call]
-    _, height, width = config["input_size"]
-    size = (channels, input_size or height, input_size or width)
-    normalization = {key: _per_channel(config[key], channels) for key in ("mean", "std")}
-    return Preprocessing.from_dict(config | normalization | {"input_size": size})
+    written = found.preprocessing if found else {}
+    size = {"input_size": (channels, *(sides or config["input_size"][1:]))}
+    merged = {**config, **written, **given, **size}
+    try:
+        normalization = {key: _per_channel(merged[key], channels) for key in ("mean", "std")}
+        return Preprocessing.from_dict(merged | normalization)
+    except (ValueError, TypeError) as error:
+        if found is None or not written:
+            raise
+        raise CheckpointError(f"{found.written_in}: {error}; correct it") from None
 
 
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """One value for each channel; if their number changes, each is the mean of the given ones."""
     if len(values) == channels:
-        return values
+        return tuple(values)
     return (sum(values) / len(values),) * channels

@@ -25,8 +25,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, damaged or unsafe.
     """
-    if os.path.isdir(path):  # Path.is_dir raises where a name is too long
-        raise CheckpointError(f"checkpoint {path} is a folder; give a file inside it")
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}; give the path of a file")
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
@@ -89,7 +87,7 @@ def _is_plain(value: Any, most: int) -> bool:
     )
 
 
-def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[list[str], bool]:
     """Adapt weights in place to the head and the input channels of a model.
 
     Args:
@@ -97,11 +95,11 @@ def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
         weights: by the model's names.
 
     Returns:
-        What was changed, a sentence for each change.
+        What was changed, a sentence for each change, and whether the head is a random one.
     """
     config: Any = model.pretrained_cfg
     own = model.state_dict()
-    messages = []
+    messages, new_head = [], False
     for name in names_of_layers(config["first_conv"]):
         key = f"{name}.weight"
         if key not in weights or key not in own or weights[key].ndim != 4:
@@ -122,7 +120,8 @@ def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
         if before != after:
             weights.update({k: own[k] for k in (key, f"{name}.bias") if k in own})
             messages.append(head_message(before, after))
-    return messages
+            new_head = True
+    return messages, new_head
 
 
 def names_of_layers(value: str | Iterable[str] | None) -> Iterable[str]:

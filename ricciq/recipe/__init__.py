@@ -1,6 +1,7 @@
 """A recipe: everything that decides the result of a run."""
 
 from ricciq.recipe.recipe import MAX_BYTES as MAX_BYTES
+from ricciq.recipe.recipe import NONE as NONE
 from ricciq.recipe.recipe import Recipe as Recipe
 from ricciq.recipe.recipe import find_recipe as find_recipe
 from ricciq.recipe.recipe import recipe_folder as recipe_folder

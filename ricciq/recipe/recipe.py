@@ -26,11 +26,14 @@ from ricciq.recipe.sections import (
     QuantizationSection,
     Section,
     TrainingSection,
+    WrittenForSection,
 )
 from ricciq.system.safe_yaml import parse_yaml
 
 PACKAGE = Path(__file__).parent.parent
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+NONE = "none"
+"""The value of --recipe that stands for the plain defaults."""
 MAX_BYTES = 1_000_000
 """Size of the largest recipe file that is read."""
 
@@ -48,6 +51,8 @@ class Recipe(Section):
     """The gradient estimator."""
     training: TrainingSection = TrainingSection()
     """The fine-tuning schedule."""
+    written_for: WrittenForSection = WrittenForSection()
+    """The size of the data set that a shipped recipe was written for."""
     seed: Seed = 0
     """Seed of everything random."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
@@ -182,7 +187,8 @@ def find_recipe(name_or_file: str | Path) -> Path:
     path = Path(name_or_file)
     if os.path.isfile(path):  # Path.is_file raises where a name is too long
         return path
-    hint = did_you_mean(str(name_or_file), shipped, f"there are {', '.join(shipped)}")
+    known = [*shipped, NONE]
+    hint = did_you_mean(str(name_or_file), known, f"there are {', '.join(known)}")
     raise RecipeError(f"there is no recipe {name_or_file}; {hint}")
 
 

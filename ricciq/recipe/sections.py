@@ -15,12 +15,13 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    JsonValue,
     create_model,
     model_validator,
 )
 
 from ricciq.data.augmentation import Augmentation
-from ricciq.data.preprocessing import LARGEST_SIDE
+from ricciq.data.preprocessing import LARGEST_SIDE, Interpolation
 from ricciq.estimators.catalog import CATALOG, DEFAULT, Target, all_settings
 from ricciq.quant.catalog import (
     ACTIVATIONS,
@@ -69,6 +70,8 @@ class ModelSection(Section):
     """File of float weights; without a value, timm's pretrained weights are loaded."""
     pretrained: bool = True
     """Load timm's pretrained weights if no checkpoint is given; false takes random weights."""
+    kwargs: dict[str, JsonValue] = {}
+    """More arguments of timm's constructor, such as global_pool."""
 
 
 class DataSection(Section):
@@ -84,6 +87,14 @@ class DataSection(Section):
     """Processes that decode images; without a value, as many as cores, or 0 if images are few."""
     input_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
     """Height and width of the input in pixels; without a value, the model's own."""
+    mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] | None = None
+    """Mean of each channel, of pixels from 0 to 1; without a value, that of the weights."""
+    std: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=3)] | None = None
+    """Standard deviation of each channel; without a value, that of the weights."""
+    crop_pct: Annotated[float, Field(ge=0.1, le=2)] | None = None
+    """Share of the resized image that the crop keeps; without a value, that of the weights."""
+    interpolation: Interpolation | None = None
+    """Method of resizing; without a value, that of the weights."""
     train_samples: Annotated[int, Field(ge=1)] | None = None
     """Train on a fixed, stratified subset of this many images; without a value, on all."""
     holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
@@ -92,6 +103,19 @@ class DataSection(Section):
     """Batches of training images to calibrate quantizers on."""
     augmentation: Augmentation = Augmentation()
     """Random augmentation of training images."""
+
+    @model_validator(mode="after")
+    def _one_value_for_each_channel(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) == 2:
+                raise ValueError(f"{name} has 2 values; give one, or one for each of 3 channels")
+        return self
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The keys of `Preprocessing` that have a value."""
+        keys = {"mean", "std", "crop_pct", "interpolation"}
+        return self.model_dump(include=keys, exclude_none=True)
 
     @property
     def known_batch_size(self) -> int:
@@ -226,6 +250,8 @@ class TrainingSection(Section):
 
     epochs: Count = 20
     """Passes over the training images; 0 quantizes without training."""
+    float_epochs: Count | None = None
+    """Epochs of the float model before that; without a value as many for a new head, else 0."""
     opt: str = "adamw"
     """timm's name of the optimizer."""
     lr: Positive = 2e-3
@@ -297,3 +323,12 @@ class TrainingSection(Section):
                 f"stage, not {self.epochs}; raise epochs"
             )
         return self
+
+
+class WrittenForSection(Section):
+    """The data set that a shipped recipe was written for: where it is taken without being named."""
+
+    classes: Annotated[int, Field(ge=1)] | None = None
+    """Number of classes of the data set that a shipped recipe was written for."""
+    images: Annotated[int, Field(ge=1)] | None = None
+    """Number of its training images."""

@@ -116,6 +116,14 @@ class TrainingReport(_Part):
     chosen_epoch: int
 
 
+class FloatTrainingReport(_Part):
+    """How the float model was trained before it was quantized."""
+
+    head_epochs: int
+    epochs: int
+    holdout_top1: float
+
+
 class Report(_Part):
     """All results of a run; schema 1, to which keys are only added.
 
@@ -141,6 +149,7 @@ class Report(_Part):
     kept: list[KeptReport]
     geometry: GeometryReport
     training: TrainingReport
+    float_training: FloatTrainingReport | None = None
     labelled: bool = True
     messages: list[str] = []
 

@@ -40,6 +40,7 @@ from ricciq.workflows.saved import rebuild
 from ricciq.workflows.session import Session
 from ricciq.workflows.sizing import describe
 from ricciq.workflows.train import train
+from ricciq.workflows.train_float import train_float
 
 RESULT = "result.json"
 Split = Literal["val", "holdout"]
@@ -224,7 +225,7 @@ def _judged(trial: Trial, base: Recipe, study: StudyFolder, split: Split, sessio
         row = _read_row(result)
     else:
         with session.trial(recipe, folder) as own:
-            row = {**trial._asdict(), **_trained(recipe, own)}
+            row = {**trial._asdict(), **_trained(recipe, own, study.float_training)}
             write_atomically(result, json.dumps(row) + "\n")
             for state in (folder.last, folder.previous):  # only the chosen weights are kept
                 state.unlink(missing_ok=True)
@@ -271,7 +272,7 @@ def _read_row(path: Path) -> Row:
     return row
 
 
-def _trained(recipe: Recipe, session: Session) -> Row:
+def _trained(recipe: Recipe, session: Session, floats: Path) -> Row:
     """Train one run, or resume it; returns its results on the hold-out."""
     folder, journal = session.folder, session.journal
     journal.say(folder.path.name)
@@ -279,6 +280,8 @@ def _trained(recipe: Recipe, session: Session) -> Row:
     budget = find_budget(job, session)
     session.begin(recipe)
     try:
+        # The methods of a study share the float model of a seed.
+        train_float(job, session, floats / f"seed{recipe.seed}")
         job = choose_bits(job, budget, session)
         model, done = train(job, session)
     except DivergedError as error:

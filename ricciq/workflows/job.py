@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Job(NamedTuple):
         plan: the layers to quantize.
         correction: what changes the gradients between backward pass and optimizer step.
         messages: what was changed to load the weights.
+        has_new_head: whether the head of the model is random.
     """
 
     recipe: Recipe
@@ -49,6 +50,17 @@ class Job(NamedTuple):
     plan: Plan
     correction: Correction
     messages: list[str]
+    has_new_head: bool
+
+    @property
+    def float_epochs(self) -> int:
+        """Epochs to train the float model for before it is quantized."""
+        settings = self.recipe.training
+        if not self.plan.layers:  # then training is that of the float model
+            return 0
+        if settings.float_epochs is None:
+            return settings.epochs if self.has_new_head else 0
+        return settings.float_epochs
 
     def loader(
         self,
@@ -112,7 +124,12 @@ class Job(NamedTuple):
 
 
 def prepare(
-    recipe: Recipe, session: Session, *, weights: bool = True, pseudo_labels: bool = True
+    recipe: Recipe,
+    session: Session,
+    *,
+    weights: bool = True,
+    pseudo_labels: bool = True,
+    data: ImageData | None = None,
 ) -> Job:
     """Open the data, load the model and plan its conversion. Nothing is written.
 
@@ -122,14 +139,16 @@ def prepare(
         weights: load timm's pretrained weights; a plan does not need them.
         pseudo_labels: if the data have no labels, predict them with the float model. This takes a
             pass over the hold-out and the validation images.
+        data: the recipe's data, if they are open already.
 
     Raises:
-        UsageError: the data have no labels, and the recipe needs them.
+        UsageError: the data have no labels, and the recipe needs them; a new head is not trained.
         RicciqError: the recipe, the data or the model cannot be used.
     """
     correction = correction_of(recipe)
     check_training(recipe.training)
-    data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
+    if data is None:
+        data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
     loaded = load_model(
         recipe.model.name,
         num_classes=data.num_classes if data.labelled else None,
@@ -137,8 +156,11 @@ def prepare(
         checkpoint=recipe.model.checkpoint,
         pretrained=recipe.model.pretrained and weights,
         input_size=recipe.data.input_size,
+        preprocessing=recipe.data.preprocessing,
+        kwargs=recipe.model.kwargs,
         seed=recipe.seed,
     )
+    recipe = recipe.override({"model.kwargs": loaded.kwargs})  # to rebuild it without its weights
     if (
         recipe.training.grad_checkpointing
     ):  # refuses a model without support; the trainer switches it on
@@ -166,7 +188,9 @@ def prepare(
         plan,
         correction,
         loaded.messages,
+        loaded.has_new_head or (not weights and _would_have_new_head(recipe, loaded.model, data)),
     )
+    job = _with_trained_teacher(job, session.journal)
     if pseudo_labels and not data.labelled:
         _use_predictions_as_labels(job)
     return job
@@ -199,6 +223,32 @@ def _without_labels(recipe: Recipe, plan: Plan, journal: Journal) -> Recipe:
             f"training.distill {training.distill:g} counts as 1"
         )
     return recipe.override({"training.distill": 1.0})
+
+
+def _would_have_new_head(recipe: Recipe, model: nn.Module, data: ImageData) -> bool:
+    """Whether timm's pretrained weights, if they were loaded, would have other classes."""
+    config: Any = model.pretrained_cfg
+    pretrained = recipe.model.pretrained and recipe.model.checkpoint is None
+    return pretrained and data.labelled and config["num_classes"] != data.num_classes
+
+
+def _with_trained_teacher(job: Job, journal: Journal) -> Job:
+    """Check that a new head is trained; if only the discrete model is, it has no teacher.
+
+    Raises:
+        UsageError: a new head is not trained at all.
+    """
+    settings = job.recipe.training
+    if not (job.has_new_head and job.plan.layers) or job.float_epochs:
+        return job
+    if not settings.epochs:
+        raise UsageError(
+            f"the head of {job.recipe.model.name} is new, so without training its classes would be "
+            "guesses; raise --epochs, or give --float-epochs to train the float model alone"
+        )
+    journal.say("the float model does not teach: its head is new, and float_epochs is 0")
+    untaught = {"training.distill": 0.0, "training.distill_features": 0.0}
+    return job._replace(recipe=job.recipe.override(untaught))
 
 
 @torch.no_grad()

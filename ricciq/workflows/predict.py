@@ -100,7 +100,8 @@ def _open(target: str) -> Target:
             f"{target!r} does not exist; give an .onnx file, a run folder, a checkpoint, or a name "
             "of timm"
         )
-    model, preprocessing, _ = load_model(target)
+    loaded = load_model(target)
+    model, preprocessing = loaded.model, loaded.preprocessing
     with torch.inference_mode():
         classes = model(torch.zeros(1, *preprocessing.input_size)).shape[1]
     return Target(model, preprocessing, [str(i) for i in range(classes)], False, None)

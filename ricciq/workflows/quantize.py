@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ricciq._version import __version__
+from ricciq.data.dataset import ImageData
 from ricciq.deploy.export import add_metadata, export_onnx, is_exported
 from ricciq.deploy.inspection import Inspection, inspect_onnx
 from ricciq.deploy.latency import Latency, measure_latency
@@ -21,7 +22,7 @@ from ricciq.evaluation import Metrics, Predict, Predictions, evaluate_with_predi
 from ricciq.recipe import Recipe
 from ricciq.report.disagreements import find_disagreements
 from ricciq.report.page import write_pages
-from ricciq.report.schema import Report
+from ricciq.report.schema import FloatTrainingReport, Report
 from ricciq.runs.folder import RunFolder
 from ricciq.runs.metadata import accuracy_for_onnx
 from ricciq.system.journal import Journal
@@ -32,6 +33,7 @@ from ricciq.workflows.saved import onnx_predictor
 from ricciq.workflows.session import Session, choose_device, in_first_process
 from ricciq.workflows.sizing import describe
 from ricciq.workflows.train import Trained, train
+from ricciq.workflows.train_float import FloatTraining, train_float
 
 
 def run(
@@ -41,6 +43,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     journal: Journal | None = None,
+    data: ImageData | None = None,
 ) -> tuple[Report, Path]:
     """Load, convert, calibrate, fine-tune, export, evaluate the ONNX file, and report.
 
@@ -50,6 +53,7 @@ def run(
         resume: continue an unfinished run of the same recipe.
         overwrite: replace the run in the folder.
         journal: shows progress.
+        data: the recipe's data, if they are open already.
 
     Returns:
         The report, and the run's folder.
@@ -62,23 +66,30 @@ def run(
     with Session.open(
         recipe, output, resume=resume, overwrite=overwrite, journal=journal
     ) as session:
-        job = prepare(recipe, session)
+        job = prepare(recipe, session, data=data)
         reference = evaluate_float(job, session)
         budget = find_budget(job, session)
         session.begin(recipe, f"run folder: {session.folder.path}")
+        if float_training := train_float(job, session):
+            reference = evaluate_float(job, session)._replace(training=float_training)
         job = choose_bits(job, budget, session)
         export_float(job, session)
         trained = train(job, session)
-        report = export_and_report(job, trained, reference, session)
+        report = export_and_report(
+            job, trained, reference._replace(training=float_training), session
+        )
     return report, session.folder.path
 
 
-def plan_run(recipe: Recipe, journal: Journal | None = None) -> dict[str, Any]:
+def plan_run(
+    recipe: Recipe, journal: Journal | None = None, data: ImageData | None = None
+) -> dict[str, Any]:
     """Describe what `run` would do. Nothing is written.
 
     Args:
         recipe: what to do.
         journal: shows progress; by default nothing is shown.
+        data: the recipe's data, if they are open already.
 
     Returns:
         Plain values, as from `ricciq.workflows.sizing.describe`.
@@ -88,7 +99,7 @@ def plan_run(recipe: Recipe, journal: Journal | None = None) -> dict[str, Any]:
     """
     session = Session(choose_device(recipe.device), journal=journal)
     measured = recipe.quantization.weight_bits == "auto"  # the widths depend on the weights
-    job = prepare(recipe, session, weights=measured, pseudo_labels=False)
+    job = prepare(recipe, session, weights=measured, pseudo_labels=False, data=data)
     return describe(choose_bits(job, find_budget(job, session), session))
 
 
@@ -98,10 +109,12 @@ class Reference(NamedTuple):
     Attributes:
         metrics: accuracy and loss.
         predictions: the most likely class of each image, and its probability.
+        training: how the float model was trained in this run, if it was.
     """
 
     metrics: Metrics
     predictions: Predictions
+    training: FloatTraining | None = None
 
 
 @in_first_process
@@ -186,6 +199,8 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
     latency = measure_latency({"float": folder.float_onnx, "onnx": folder.onnx})
     inspection = inspect_onnx(folder.onnx)
     report = _report(job, trained, folder, in_float, metrics, latency, inspection)
+    if reference.training:
+        report.float_training = FloatTrainingReport(**reference.training._asdict())
     if job.plan.layers:
         image_at = partial(job.data.image, "val", mode=job.preprocessing.mode)
         labels, names = job.data.labels("val"), job.data.class_names

@@ -57,7 +57,8 @@ def rebuild(path: Path) -> Rebuilt:
             channels=metadata.preprocessing.input_size[0],
             checkpoint=None,
             pretrained=False,
-            input_size=recipe.data.input_size,
+            input_size=metadata.preprocessing.input_size[1:],
+            kwargs=recipe.model.kwargs,
         )
         model = convert(loaded.model, metadata.plan, recipe.quantization.config)
     except (ValueError, ModelError) as error:
@@ -160,7 +161,9 @@ def _described(metadata: ModelMetadata) -> tuple[Preprocessing, list[str], bool]
 
 
 def float_source(path: Path) -> dict[str, Any]:
-    """Name, weights and input size of a float model that a run trained, as recipe values.
+    """Name and weights of a float model that a run trained, as recipe values.
+
+    Its preprocessing is found with its weights, as that of other checkpoints.
 
     Raises:
         CheckpointError: the file is missing or damaged, or its model is quantized already.

@@ -53,6 +53,7 @@ def describe(job: Job) -> dict[str, Any]:
         "model": job.recipe.model.name,
         "data": job.recipe.data.name,
         "device": str(job.device),
+        "float_epochs": job.float_epochs,
         "epochs": settings.epochs,
         "steps": settings.epochs * math.ceil(batches / settings.grad_accum_steps),
         "batch_size": batch_size,

@@ -40,7 +40,7 @@ def test_a_depthwise_net_keeps_its_accuracy_at_four_bits(tmp_path: Path) -> None
         }
     )
     data = open_data("torch/fashion_mnist", root)
-    float_model, preprocessing, _ = load_model(
+    float_model, preprocessing, *_ = load_model(
         "fashion_mobilenet", num_classes=10, channels=1, pretrained=False, seed=0
     )
     fit = data.loader("fit", preprocessing, batch_size=32, training=True, train_samples=2500)

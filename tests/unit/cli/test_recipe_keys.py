@@ -12,7 +12,7 @@ from ricciq.recipe import Recipe
 
 def flat(values, prefix=""):
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:  # model.kwargs is an empty one
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
