@@ -15,7 +15,7 @@ from rich.text import Text
 from ricciq._version import __version__
 from ricciq.cli import finished, options, recipes
 from ricciq.cli.request import requested_recipe
-from ricciq.cli.start import begin, is_first
+from ricciq.cli.start import begin, importing, is_first
 from ricciq.errors import InterruptedRunError, RicciqError, UsageError, on_one_line
 from ricciq.report.terminal import (
     comparison_table,
@@ -129,7 +129,8 @@ def quantize(
             "compile": compile_,
         },
     )
-    from ricciq.workflows.quantize import plan_run, run
+    with importing():
+        from ricciq.workflows.quantize import plan_run, run
 
     journal = begin(messages, quiet)
     if dry_run:
@@ -215,7 +216,8 @@ def compare(
             f"--lr-scales {lr_scales} are not numbers; give some, such as 0.3,1,3"
         ) from None
 
-    from ricciq.workflows.compare import compare as compare_methods
+    with importing():
+        from ricciq.workflows.compare import compare as compare_methods
 
     journal = begin(messages, quiet)
     verdict, folder = compare_methods(
@@ -240,7 +242,8 @@ def doctor(as_json: options.Json = False) -> None:
 
     Example: ricciq doctor --json
     """
-    from ricciq.workflows.doctor import examine
+    with importing():
+        from ricciq.workflows.doctor import examine
 
     found = examine()
     show(found, as_json, doctor_tables)

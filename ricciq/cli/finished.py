@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ricciq.cli import options
+from ricciq.cli.start import importing
 from ricciq.deploy.formats.catalog import DEFAULT, find_format
 from ricciq.errors import DataError, UsageError
 from ricciq.report.terminal import inspection_tables, prediction_table, printable, show
@@ -89,8 +90,9 @@ def evaluate(
             f"--min-agreement {min_agreement} needs a file or run to compare with; give --reference"
         )
     target = target or _onnx_file(None)
-    from ricciq.system.journal import Journal
-    from ricciq.workflows.evaluate import check_gates, evaluate_target
+    with importing():
+        from ricciq.system.journal import Journal
+        from ricciq.workflows.evaluate import check_gates, evaluate_target
 
     result = evaluate_target(
         target,
@@ -132,8 +134,9 @@ def predict(
         raise UsageError(f"there is no folder {csv.parent}; create it, or give another --csv")
     if csv is not None and csv.exists() and csv.suffix.lower() != ".csv":  # it may be an image
         raise UsageError(f"--csv {csv} exists and is no .csv file; give another name")
-    from ricciq.workflows.predict import as_rows
-    from ricciq.workflows.predict import predict as predict_images
+    with importing():
+        from ricciq.workflows.predict import as_rows
+        from ricciq.workflows.predict import predict as predict_images
 
     found = predict_images(target, images, top)
     if csv is not None and found["images"]:
@@ -166,7 +169,8 @@ def export(
     source = _newest().path if run is None else run
     if source.suffix.lower() == ".onnx":  # the file that a run wrote stands for the run
         source = run_of(source).path
-    from ricciq.workflows.export import export_run
+    with importing():
+        from ricciq.workflows.export import export_run
 
     path = export_run(source, output, format_=format_, dry_run=dry_run)
     file = {"path": str(path), "format": format_}

@@ -45,9 +45,9 @@ class _FakeQuantize(torch.autograd.Function):
         slope: Tensor | None,
     ) -> Tensor:
         del gain, clip_only, slope
-        x = _dense(x)
+        x = dense(x)
         result = torch.empty_like(x)
-        for scale, part, rounded in _pieces([positive(log_scale)], [x, result]):
+        for scale, part, rounded in pieces([positive(log_scale)], [x, result]):
             # float32, as are codes and scales under mixed precision
             codes = round_codes(part.float() / scale, zero_point, grid)
             rounded.copy_(codes.mul_(scale))
@@ -61,11 +61,11 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, log_scale, zero_point, slope = ctx.saved_tensors
-        x, scales = _dense(x), positive(log_scale)
+        x, scales = dense(x), positive(log_scale)
         grad_x, per_scale = torch.empty_like(x), torch.zeros_like(scales)
         learned = ctx.needs_input_grad[1]
-        pieces = _pieces([scales, per_scale], [x, grads[0], grad_x])
-        for scale, total, part, part_grad, result in pieces:
+        parts = pieces([scales, per_scale], [x, grads[0], grad_x])
+        for scale, total, part, part_grad, result in parts:
             numbers, grad = part.float(), part_grad.float()
             ratio = numbers / scale
             passed = masked(grad, ratio, zero_point, ctx.grid)
@@ -88,7 +88,7 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, gained, None, None, None, None, None
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """The tensor without gaps in memory, in whatever order: channels last stays so."""
     return x if x.permute(_order(x)).is_contiguous() else x.contiguous()
 
@@ -98,20 +98,23 @@ def _order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
-def _pieces(scales: Sequence[Tensor], numbers: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+def pieces(scales: Sequence[Tensor], numbers: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """Matching parts of scales and numbers that fit a CPU's cache; other devices get them whole.
 
     Args:
-        scales: tensors of one element, or of one for each row of the numbers.
+        scales: tensors of one element, or of one for each row of the numbers; or none.
         numbers: tensors of one shape. The first and the last are dense and in the same order, so
             that parts of the last are views of it.
+
+    Yields:
+        A part of each scale, then of each of the numbers.
     """
     first = numbers[0]
     if torch.compiler.is_compiling() or not first.is_cpu:
         yield *scales, *numbers
         return
     held = CACHED * torch.get_num_threads()
-    if scales[0].dim() == 0:
+    if not scales or scales[0].dim() == 0:
         order = _order(first)
         flat = [torch.split(x.permute(order).reshape(-1), held) for x in numbers]
         yield from ((*scales, *parts) for parts in zip(*flat, strict=True))

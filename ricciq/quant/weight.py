@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ricciq.quant.fake_quantize import MIN_SCALE, fake_quantize
+from ricciq.quant.fake_quantize import MIN_SCALE, fake_quantize, pieces
 from ricciq.quant.grid import Bits, Grid, UniformGrid
 from ricciq.quant.quantizer import Quantizer, perturbed, residual_in_cell
 
@@ -106,13 +106,18 @@ class WeightQuantizer(Quantizer):
         live = largest > 0
         grid = self.grid
         top = largest.clamp_min(MIN_SCALE) / max(1, grid.high)
-        best = torch.full_like(top, math.inf)
-        chosen = top.clone()
-        for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
-            scale = top * fraction
-            error = (grid.round(rows / scale) * scale - rows).square().sum(1, keepdim=True)
-            chosen = torch.where(error < best, scale, chosen)
-            best = torch.minimum(error, best)
+        fractions = torch.linspace(1 / candidates, 1, candidates).tolist()
+        found = []
+        for most, part in pieces([top], [rows]):
+            best, chosen = torch.full_like(most, math.inf), most
+            for fraction in fractions:
+                scale = most * fraction
+                errors = grid.round(part / scale).mul_(scale).sub_(part)
+                error = errors.square_().sum(1, keepdim=True)
+                chosen = torch.where(error < best, scale, chosen)
+                best = torch.minimum(error, best)
+            found.append(chosen)
+        chosen = torch.cat(found)
         usual = chosen[live].mean() if live.any() else chosen.new_ones(())
         return torch.where(live, chosen, usual / 64 if self.bits == 1 else usual)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor, nn
+
+from ricciq.quant.weight import WeightQuantizer
 
 LARGEST_BATCH = 256
 """The largest batch size that a search tries: learning rates are not scaled for more."""
@@ -41,36 +43,65 @@ def step_memory(
 ) -> StepMemory:
     """Count the memory of a step by running the forward pass.
 
-    Tensors that do not depend on the images, such as the discrete weights, count as fixed.
+    What is kept for the discrete weights counts as fixed, and everything else for the images.
 
     Args:
         model: a converted model; the images enter its BatchNorm averages.
-        images: (B, C, H, W) with an even B, on the model's device.
+        images: (B, C, H, W), on the model's device; a BatchNorm may need two.
         teacher: the float model, if there is one.
         moments: how many tensors of its size the optimizer keeps for a weight.
     """
-    half = len(images) // 2
-    whole, part = _kept(model, images), _kept(model, images[:half].clone())
-    per_image = (whole - part) // half
-    fixed = _weight_bytes(model) * (2 + moments) + whole - per_image * len(images)
-    return StepMemory(fixed + (0 if teacher is None else _weight_bytes(teacher)), per_image)
+    for_weights, for_images = _kept(model, images)
+    fixed = _weight_bytes(model) * (2 + moments) + for_weights
+    if teacher is not None:
+        fixed += _weight_bytes(teacher)
+    return StepMemory(fixed, for_images // len(images))
 
 
-def _kept(model: nn.Module, images: Tensor) -> int:
-    """Bytes that a forward pass in training keeps for the backward pass, without parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def _kept(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Bytes that a forward pass in training keeps for the backward pass, without parameters.
+
+    Returns:
+        Those of the discrete weights, and all others.
+    """
+    parameters = {_place(p) for p in model.parameters()}
     kept: dict[int, int] = {}
+    weights: dict[int, Tensor] = {}  # alive, so that no other tensor gets their place
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    running = 0
+
+    def enter(*_: object) -> None:
+        nonlocal running
+        running += 1
+
+    def leave(module: nn.Module, given: object, weight: Tensor) -> None:  # noqa: ARG001
+        nonlocal running
+        running -= 1
+        weights[_place(weight)] = weight
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+        place = _place(tensor)
+        if place not in parameters:
+            kept[place] = tensor.untyped_storage().nbytes()
+            if running:
+                weights[place] = tensor
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with ExitStack() as hooks:
+        for quantizer in quantizers:
+            hooks.enter_context(quantizer.register_forward_pre_hook(enter))
+            hooks.enter_context(quantizer.register_forward_hook(leave))
+        hooks.enter_context(torch.enable_grad())
+        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda t: t))
         logits = model.train()(images)  # keeps alive what is counted
     del logits
-    return sum(kept.values())
+    for_weights = sum(size for place, size in kept.items() if place in weights)
+    return for_weights, sum(kept.values()) - for_weights
+
+
+def _place(tensor: Tensor) -> int:
+    """Where the tensor's storage begins in memory."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _weight_bytes(model: nn.Module) -> int:

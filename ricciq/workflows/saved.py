@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,9 @@ def rebuild(path: Path) -> Rebuilt:
             input_size=metadata.preprocessing.input_size[1:],
             kwargs=recipe.model.kwargs,
         )
-        model = convert(loaded.model, metadata.plan, recipe.quantization.config)
+        # The scales are in the file, too.
+        config = replace(recipe.quantization.config, search=1)
+        model = convert(loaded.model, metadata.plan, config)
     except (ValueError, ModelError) as error:
         reason = on_one_line(error)
         raise CheckpointError(

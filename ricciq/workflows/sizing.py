@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -90,10 +90,11 @@ def _trial(job: Job) -> tuple[Trainer, StepMemory]:
     """A trainer of a converted copy of a job's model, and the memory of its steps."""
     recipe = job.recipe
     model = copy.deepcopy(job.model)
-    convert(model, job.plan, recipe.quantization.config)
+    # The values of the scales do not matter here.
+    convert(model, job.plan, replace(recipe.quantization.config, search=1))
     teacher = job.model.eval() if is_distilled(job) else None
     trainer = Trainer(model, recipe, job.correction, job.device, 1, teacher)
-    images = torch.zeros(4, *job.preprocessing.input_size, device=job.device)
+    images = torch.zeros(2, *job.preprocessing.input_size, device=job.device)
     with torch.autocast(job.device.type, trainer.dtype, enabled=trainer.amp):
         return trainer, step_memory(model, images, teacher, trainer.moments)
 
