@@ -14,6 +14,7 @@ from ricciq.errors import InputError
 from ricciq.report.charts import BLUE, COSINE, RED, Line, by_layer, decay_lines, line_chart
 from ricciq.report.disagreements import THUMBNAIL, Disagreements
 from ricciq.report.schema import Report, load_report
+from ricciq.report.speed import why_slower
 from ricciq.runs.folder import RunFolder
 from ricciq.system.files import write_atomically
 from ricciq.system.tables import read_csv
@@ -74,7 +75,8 @@ def write_pages(folder: RunFolder, report: Report) -> None:
 
 def to_markdown(report: Report) -> str:
     """The report as a Markdown page."""
-    return _render("report.md.j2", r=report, float=report.float_) + "\n"
+    facts = {"r": report, "float": report.float_, "causes": why_slower(report)}
+    return _render("report.md.j2", **facts) + "\n"
 
 
 def to_html(folder: RunFolder, report: Report) -> str:
@@ -92,6 +94,7 @@ def to_html(folder: RunFolder, report: Report) -> str:
             "report.html.j2",
             r=report,
             float=report.float_,
+            causes=why_slower(report),
             training=_training_drawings(folder, report),
             geometry=_geometry_drawings(folder, report),
             sensitivity=[_sensitivity_row(row) for row in read_csv(folder.sensitivity)],

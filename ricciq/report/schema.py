@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.markup import escape
 
 from ricciq.errors import InputError, on_one_line
+from ricciq.report.speed import why_slower
 from ricciq.report.terminal import FittingTable
 from ricciq.system.files import write_atomically
 
@@ -54,17 +55,25 @@ class Size(_Part):
 
 
 class LatencyReport(_Part):
-    """Median milliseconds for a batch, from interleaved measurements."""
+    """Median milliseconds for a batch, from interleaved measurements.
+
+    ``integer_instructions`` says whether the CPU has instructions for integer dot products (VNNI);
+    None if that is not known.
+    """
 
     float_ms: float
     onnx_ms: float
     speedup: float = Field(gt=0)
     threads: int
     batch: int
+    integer_instructions: bool | None = None
 
 
 class LayerReport(_Part):
-    """A discrete layer."""
+    """A discrete layer.
+
+    ``channels`` are its outputs. These and ``depthwise`` are None in reports of older versions.
+    """
 
     name: str
     kind: str
@@ -73,6 +82,8 @@ class LayerReport(_Part):
     parameters: int
     bytes: int
     fused: bool
+    channels: int | None = None
+    depthwise: bool | None = None
 
 
 class KeptReport(_Part):
@@ -127,7 +138,8 @@ class FloatTrainingReport(_Part):
 class Report(_Part):
     """All results of a run; schema 1, to which keys are only added.
 
-    If images are not ``labelled``, accuracies are agreement with the float model.
+    If images are not ``labelled``, accuracies are agreement with the float model. ``operators`` are
+    those that onnxruntime runs for the file, with the count of each.
     """
 
     model_config = ConfigDict(populate_by_name=True, protected_namespaces=())
@@ -152,6 +164,7 @@ class Report(_Part):
     float_training: FloatTrainingReport | None = None
     labelled: bool = True
     messages: list[str] = []
+    operators: dict[str, int] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the keys of report.json."""
@@ -162,9 +175,14 @@ class Report(_Part):
         write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def to_table(self) -> FittingTable:
-        """The main results as a table for the terminal."""
+        """The main results as a table for the terminal; its footnote says why a file is slow."""
         bits = f"W{self.weight_bits} A{self.act_bits}"
-        table = FittingTable(title=escape(f"{self.model} on {self.data}, {bits}, {self.method}"))
+        causes = [f"- {cause.why} {cause.remedy}" for cause in why_slower(self)]
+        table = FittingTable(
+            title=escape(f"{self.model} on {self.data}, {bits}, {self.method}"),
+            caption=escape("\n".join(["Slower than float:", *causes])) if causes else None,
+            caption_justify="left",
+        )
         table.add_column("")
         for heading in ("float", "quantized", "ONNX", "difference"):
             table.add_column(heading, justify="right")

@@ -102,6 +102,12 @@ def cpu_flags() -> set[str]:
     return set(info.get("flags", info.get("Features", "")).split())
 
 
+def has_integer_instructions() -> bool | None:
+    """Whether the CPU has instructions for integer dot products; None if that is not known."""
+    flags = cpu_flags()
+    return bool(flags & {*INTEGER_INSTRUCTIONS}) if flags else None
+
+
 def _cpu_info() -> dict[str, str]:
     listed = Path("/proc/cpuinfo")
     if not listed.is_file():

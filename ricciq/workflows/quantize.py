@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ricciq._version import __version__
+from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.dataset import ImageData
 from ricciq.deploy.export import add_metadata, export_onnx, is_exported
 from ricciq.deploy.inspection import Inspection, inspect_onnx
@@ -27,6 +28,7 @@ from ricciq.runs.folder import RunFolder
 from ricciq.runs.metadata import accuracy_for_onnx
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
+from ricciq.workflows.doctor import has_integer_instructions
 from ricciq.workflows.find_bits import choose_bits, find_budget
 from ricciq.workflows.job import Job, prepare
 from ricciq.workflows.saved import onnx_predictor
@@ -229,9 +231,10 @@ def _report(
     float_bytes = size_with_external_data(folder.float_onnx)
     onnx_bytes = size_with_external_data(folder.onnx)
     in_file = {layer.name: layer for layer in inspection.layers}
+    modules = quantized_layers(trained.model)
     layers = []
     for layer in job.plan.layers:
-        module = trained.model.get_submodule(layer.name)
+        module = modules[layer.name]
         written = in_file[layer.name]
         layers.append(
             {
@@ -242,6 +245,8 @@ def _report(
                 "parameters": sum(p.numel() for p in module.parameters(recurse=False)),
                 "bytes": written.bytes,
                 "fused": written.fused,
+                "channels": len(module.latent),
+                "depthwise": getattr(module, "groups", 1) > 1 and module.latent.shape[1] == 1,
             }
         )
     return Report.model_validate(
@@ -272,6 +277,7 @@ def _report(
                 "speedup": latency["float"].median / latency["onnx"].median,
                 "threads": 1,
                 "batch": 1,
+                "integer_instructions": has_integer_instructions(),
             },
             "layers": layers,
             "kept": [asdict(kept) for kept in job.plan.kept],
@@ -288,6 +294,7 @@ def _report(
             },
             "labelled": job.data.labelled,
             "messages": job.messages,
+            "operators": inspection.runtime_operators,
         }
     )
 

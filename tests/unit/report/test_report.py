@@ -34,7 +34,14 @@ VALUES = {
         "float_agreement": 96.54,
     },
     "size": {"float_bytes": 400123, "onnx_bytes": 100456, "ratio": 0.251},
-    "latency": {"float_ms": 2.51, "onnx_ms": 1.23, "speedup": 2.04, "threads": 1, "batch": 1},
+    "latency": {
+        "float_ms": 2.51,
+        "onnx_ms": 1.23,
+        "speedup": 2.04,
+        "threads": 1,
+        "batch": 1,
+        "integer_instructions": False,
+    },
     "layers": [
         {
             "name": "layer1.0.conv1",
@@ -44,6 +51,8 @@ VALUES = {
             "parameters": 2304,
             "bytes": 461,
             "fused": True,
+            "channels": 16,
+            "depthwise": False,
         }
     ],
     "labelled": True,
@@ -69,6 +78,7 @@ VALUES = {
         "chosen_epoch": 2,
     },
     "messages": ["the head was replaced"],
+    "operators": {"QLinearConv": 1, "Clip": 2},
 }
 # CONTRACT.md, report.json schema 1.
 CONTRACT = {
