@@ -15,11 +15,10 @@ import pytest
 from command import ricciq
 from PIL import Image
 
-from ricciq.cli.request import requested_recipe
+from ricciq.cli.request import Request, requested_recipe
 from ricciq.data.open import open_data
 from ricciq.data.sources.base import IMAGE_SUFFIXES
 from ricciq.errors import CheckpointError
-from ricciq.recipe import Recipe
 
 MODEL = "digits_resnet8"
 SUFFIXES = (".webp", ".bmp", ".TIF", ".gif", ".ppm", ".jp2", ".jfif")
@@ -107,10 +106,10 @@ def test_a_model_goes_before_a_folder_of_its_name(
 ) -> None:
     monkeypatch.chdir(run.folder.parent)
 
-    def asked(name: str) -> tuple[Recipe, list[str]]:
-        return requested_recipe(name, None, None, (None,) * 4, {"data.name": "digits"})
+    def asked(name: str) -> Request:
+        return requested_recipe(name, None, "none", (None,) * 4, {"data.name": "digits"})
 
-    recipe, messages = asked(MODEL)
+    recipe, messages, _ = asked(MODEL)
     assert (recipe.model.name, recipe.model.checkpoint) == (MODEL, None)
     assert messages == [
         f"{MODEL} is taken as the name of a model, not of the file or folder here; give ./{MODEL} "

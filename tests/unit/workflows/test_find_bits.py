@@ -476,7 +476,7 @@ def quantization(tmp_path: Path, *flags: str | None) -> dict[str, Any]:
     file = tmp_path / "auto.yaml"
     file.write_text("quantization: {weight_bits: auto, average_bits: 2.5, act_bits: 5}\n")
     given = (*flags, *[None] * (4 - len(flags)))
-    recipe, _ = request.requested_recipe(
+    recipe, *_ = request.requested_recipe(
         "digits_resnet8", None, str(file), given, {"data.name": "digits"}
     )
     return recipe.quantization.model_dump(
