@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -154,6 +154,10 @@ def export(
     run: Run = None,
     output: Annotated[Path | None, typer.Option(help="File to write.")] = None,
     format_: options.Format = DEFAULT.name,
+    input_: options.Input = "float",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images in a call; by default any number.")
+    ] = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
@@ -164,16 +168,23 @@ def export(
     Example: ricciq export runs/my-run --output model.onnx
 
     Example: ricciq export runs/my-run --format float --dry-run
+
+    Example: ricciq export --input uint8 --batch 1
     """
     find_format(format_)
+    input_type = options.input_type(input_)
     source = _newest().path if run is None else run
     if source.suffix.lower() == ".onnx":  # the file that a run wrote stands for the run
         source = run_of(source).path
     with importing():
         from ricciq.workflows.export import export_run
 
-    path = export_run(source, output, format_=format_, dry_run=dry_run)
-    file = {"path": str(path), "format": format_}
+    path = export_run(
+        source, output, format_=format_, input_type=input_type, batch=batch, dry_run=dry_run
+    )
+    file: dict[str, Any] = {"path": str(path), "format": format_, "input": input_type}
+    if batch is not None:
+        file["batch"] = batch
     if dry_run:
         show({**file, "dry_run": True, "replaces": path.exists()}, as_json)
     else:

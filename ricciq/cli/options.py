@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
 from ricciq.cli import completion
 from ricciq.cli.start import silence
+from ricciq.data.preprocessing import InputType
 from ricciq.data.sources.catalog import data_help, root_help
 from ricciq.deploy.formats import catalog as formats
-from ricciq.errors import UsageError
+from ricciq.errors import UsageError, listed
 from ricciq.estimators.catalog import named
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -112,6 +113,15 @@ Format = Annotated[
         autocompletion=completion.one_of(lambda: [known.name for known in formats.FORMATS]),
     ),
 ]
+_INPUTS = get_args(InputType)
+Input = Annotated[
+    str,
+    typer.Option(
+        "--input",
+        help="float: normalized images, (N, C, H, W); uint8: pixels, (N, H, W, C).",
+        autocompletion=completion.one_of(lambda: _INPUTS),
+    ),
+]
 Split = Annotated[
     str,
     typer.Option(
@@ -181,6 +191,17 @@ def _width(flag: str, text: str | None, weights: bool = True) -> int | float | s
 def _whole(text: str) -> int | None:
     """Parse a whole number of at most 19 digits: Python refuses to read very long ones."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def input_type(text: str) -> InputType:
+    """Parse --input.
+
+    Raises:
+        UsageError: it is no type of input.
+    """
+    if text not in _INPUTS:
+        raise UsageError(f"--input {text} is unknown; give {listed(_INPUTS)}")
+    return cast("InputType", text)
 
 
 def training_batch_size(text: str | None) -> int | str | None:

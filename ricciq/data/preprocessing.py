@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ricciq.errors import DataError
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -14,12 +16,16 @@ if TYPE_CHECKING:
     Transform = Callable[[Image.Image], Tensor]
 
 
+InputType = Literal["float", "uint8"]
+"""What a model takes: normalized images, (B, C, H, W) float32; or pixels, (B, H, W, C) uint8."""
 SMALL_INPUT = 64
 """Largest height or width, in pixels, of inputs that are not augmented by default."""
 LARGEST_SIDE = 8191
 """Largest height or width of an input, in pixels."""
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 """Methods of resizing, as timm names them."""
+_LARGEST_ROUNDING = 0.01
+"""Largest difference between a pixel and its normalized value mapped back, in levels of 255."""
 _CROP_MODES = {"center", "squash", "border"}
 
 
@@ -102,6 +108,41 @@ class Preprocessing:
         Returns:
             A function from an image of mode `mode` to a float32 tensor of shape `input_size`.
         """
+        return self._transform(normalize=True)
+
+    def pixel_transform(self) -> Transform:
+        """The evaluation transform without its arithmetic: resize and centre crop.
+
+        Returns:
+            A function from an image of mode `mode` to a uint8 tensor of shape `input_size`.
+        """
+        return self._transform(normalize=False)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """The pixels that images were before they were normalized.
+
+        Args:
+            images: (B, C, H, W) float32, as `evaluation_transform` makes them.
+
+        Returns:
+            (B, C, H, W) uint8. To normalize them gives the images again, bit for bit.
+
+        Raises:
+            DataError: the images were not made from pixels, or with another normalization.
+        """
+        import torch
+
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        levels = (images * std + mean) * 255
+        pixels = levels.round().clamp(0, 255)
+        if not ((levels - pixels).abs() <= _LARGEST_ROUNDING).all():
+            raise DataError(
+                f"these images are not pixels normalized with mean {self.mean} and std {self.std}; "
+                "give images prepared as the model needs them, or uint8 pixels"
+            )
+        return pixels.to(torch.uint8)
+
+    def _transform(self, *, normalize: bool) -> Transform:
         # Imported here, so that reading a description needs no torch.
         from timm.data.transforms_factory import create_transform
 
@@ -112,5 +153,6 @@ class Preprocessing:
             std=self.std,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
+            normalize=normalize,
         )
         return transform

@@ -14,8 +14,9 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ricciq.data.preprocessing import Preprocessing
+from ricciq.data.preprocessing import InputType, Preprocessing
 from ricciq.deploy.expressions import replace_placeholders
+from ricciq.deploy.inputs import check_input, take_pixels
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import read_model_file
 from ricciq.deploy.passes import tidy
@@ -113,8 +114,11 @@ def export_onnx(
     path: Path,
     preprocessing: Preprocessing,
     metadata: Mapping[str, Any] | None = None,
+    *,
+    input_type: InputType = "float",
+    batch: int | None = None,
 ) -> Path:
-    """Write a float, converted or deployed model as an ONNX file with a dynamic batch size.
+    """Write a float, converted or deployed model as an ONNX file.
 
     Args:
         model: maps (B, C, H, W) float32 to (B, classes) logits. Of a converted model, a deployed
@@ -123,19 +127,25 @@ def export_onnx(
             go to a second file beside it, named like it with ``.data`` appended.
         preprocessing: of the input; stored in the file.
         metadata: more JSON values to store in the file.
+        input_type: what the file takes: ``"float"`` for images like the model, or ``"uint8"`` for
+            their (B, H, W, C) pixels, which the file normalizes itself. Its logits are the same.
+        batch: images in a call; None for any number.
 
     Returns:
         The path.
 
     Raises:
+        UsageError: the file cannot take uint8 pixels or batches of this size.
         RicciqError: torch's exporter does not support the model, the disk is full, or the folder
             cannot be written.
     """
+    check_input(preprocessing, input_type, batch)
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         model = deploy(model)
     if next(iter([*model.parameters(), *model.buffers()])).device.type != "cpu":
         model = copy.deepcopy(model).cpu()  # torch's exporter makes ONNX operators for the CPU
-    example = torch.zeros(2, *preprocessing.input_size)
+    example = torch.zeros(batch or 2, *preprocessing.input_size)
+    any_batch = {0: torch.export.Dim("batch")}
     try:
         with (
             torch.no_grad(),
@@ -150,7 +160,7 @@ def export_onnx(
                 opset_version=OPSET,
                 input_names=["input"],
                 output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=(any_batch if batch is None else {},),
                 optimize=False,
                 verbose=False,
             )
@@ -168,7 +178,10 @@ def export_onnx(
     first_names = {module: name for name, module in model.named_modules()}
     every_name = model.named_modules(remove_duplicate=False)
     graph_model = tidy(program.model, {name: first_names[module] for name, module in every_name})
-    stored = {"preprocessing": preprocessing.to_dict(), **(metadata or {})}
+    if input_type == "uint8":
+        take_pixels(graph_model.graph, preprocessing)
+    about = {"preprocessing": preprocessing.to_dict(), "input": input_type}
+    stored = {**about, **(metadata or {})}
     graph_model.metadata_props[METADATA_KEY] = json.dumps(stored)
     tensors = [value.const_value for value in graph_model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -63,18 +63,28 @@ def measure_latency(
 
     Raises:
         ModelError: a file is missing, cannot be loaded, or does not take images.
-        UsageError: the batch is too large for any machine.
+        UsageError: a file takes batches of another size, or the batch is too large for any machine.
     """
     random = np.random.default_rng(0)
     calls: dict[str, Callable[[], object]] = {}
     for name, path in files.items():
         session = open_session(path, threads=threads)
         entry = image_input(session, path)
+        if entry.batch not in (None, batch):
+            raise UsageError(
+                f"{path} takes {entry.batch} images in a call, not --batch {batch}; give --batch "
+                f"{entry.batch}"
+            )
         if batch * math.prod(entry.size) > _LARGEST_BATCH:
             raise UsageError(
                 f"--batch {batch} is too large for the images of {path}; give a smaller one"
             )
-        images = random.standard_normal((batch, *entry.size), dtype=np.float32)
+        shape = (batch, *entry.shape)
+        images: np.ndarray[Any, Any]
+        if entry.input_type == "uint8":
+            images = random.integers(0, 256, shape, dtype=np.uint8)
+        else:
+            images = random.standard_normal(shape, dtype=np.float32)
         run_session(session, entry.name, images, path)
         calls[name] = partial(session.run, None, {entry.name: images})
     return interleave(calls, rounds=rounds)
@@ -117,7 +127,7 @@ def bench_files(file: Path, against: Path | None, *, batch: int, threads: int) -
 
     Raises:
         ModelError: a file is missing, cannot be loaded, or does not take images.
-        UsageError: the batch is too large for any machine.
+        UsageError: a file takes batches of another size, or the batch is too large for any machine.
     """
     files = {"file": file} if against is None else {"file": file, "against": against}
     latency = measure_latency(files, batch=batch, threads=threads)

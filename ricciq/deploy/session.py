@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 
+from ricciq.data.preprocessing import InputType
 from ricciq.deploy.onnx_file import read_model_file
 from ricciq.errors import ModelError, on_one_line
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 METADATA_KEY = "ricciq"
 """Metadata key of the JSON that ricciq stores in an ONNX file."""
 
+PIXEL_CHANNELS = (1, 3)
+"""Channels of uint8 images: grey, or red, green and blue."""
+LARGEST_BATCH = 2**27
+"""Numbers in a batch of a fixed size; 800 images of 3 x 224 x 224 are fewer."""
 _SILENT = 4
 """Log severity: only fatal errors. Other errors are raised as exceptions, too."""
 _LARGEST_IMAGE = 2**26
@@ -97,10 +102,20 @@ class ImageInput(NamedTuple):
     Attributes:
         name: its name in the file.
         size: (channels, height, width).
+        input_type: ``"float"`` for (B, C, H, W) float32, ``"uint8"`` for (B, H, W, C) uint8.
+        batch: images in a call; None for any number.
     """
 
     name: str
     size: tuple[int, int, int]
+    input_type: InputType
+    batch: int | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image, as the file takes it."""
+        channels, height, width = self.size
+        return self.size if self.input_type == "float" else (height, width, channels)
 
 
 def image_input(session: ort.InferenceSession, path: Path) -> ImageInput:
@@ -111,26 +126,39 @@ def image_input(session: ort.InferenceSession, path: Path) -> ImageInput:
         path: of the file, for messages.
 
     Raises:
-        ModelError: its input is not a batch of float images of a fixed size.
+        ModelError: its input is not a batch of float or uint8 images of a fixed size.
     """
     entries = [(entry.name, entry.type, entry.shape) for entry in session.get_inputs()]
-    for name, kind, shape in entries:
-        size = tuple(shape[1:])
-        if (
-            (len(entries), kind, len(size)) == (1, "tensor(float)", 3)
-            and all(isinstance(n, int) and n > 0 for n in size)
-            and math.prod(size) <= _LARGEST_IMAGE
-        ):
-            return ImageInput(name, size)
-    found = ", ".join(f"{kind} {shape}" for _, kind, shape in entries) or "nothing"
+    if len(entries) == 1 and (found := _as_images(*entries[0])):
+        return found
+    taken = ", ".join(f"{kind} {shape}" for _, kind, shape in entries) or "nothing"
     raise ModelError(
-        f"{path} takes {_shortened(found)}; give a vision model with one float input of shape "
-        "(batch, channels, height, width), all but the batch fixed"
+        f"{path} takes {_shortened(taken)}; give a vision model with one input, float of shape "
+        "(batch, channels, height, width) or uint8 of (batch, height, width, 1 or 3), all but the "
+        "batch fixed"
     )
 
 
+def _as_images(name: str, kind: str, shape: Sequence[Any]) -> ImageInput | None:
+    """An input that takes images; None for any other."""
+    if len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape[1:]):
+        return None
+    batch = shape[0] if isinstance(shape[0], int) else None
+    numbers = math.prod(shape[1:])
+    if numbers > _LARGEST_IMAGE or not (batch is None or 0 < batch * numbers <= LARGEST_BATCH):
+        return None
+    if kind == "tensor(float)":
+        return ImageInput(name, (shape[1], shape[2], shape[3]), "float", batch)
+    if kind == "tensor(uint8)" and shape[3] in PIXEL_CHANNELS:
+        return ImageInput(name, (shape[3], shape[1], shape[2]), "uint8", batch)
+    return None
+
+
 def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Tensor], Tensor]:
-    """A function from (B, C, H, W) images to (B, classes) logits, both on the CPU.
+    """A function from (B, C, H, W) images to (B, classes) logits, on the CPU.
+
+    Images are float32 or uint8, as the file takes them. If it takes a fixed number, they are given
+    to it in parts, the last one with black images at its end.
 
     The function raises a ModelError for images of a wrong shape, and if its result is not a row of
     logits for each image.
@@ -144,7 +172,7 @@ def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Te
     """
     import torch  # here, so that `ricciq inspect` and `bench` start without it
 
-    name, _ = image_input(session, path)
+    entry = image_input(session, path)
     kinds = [entry.type for entry in session.get_outputs()]
     if kinds != ["tensor(float)"]:
         raise ModelError(
@@ -153,13 +181,24 @@ def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Te
         )
 
     def predict(images: Tensor) -> Tensor:
-        logits = run_session(session, name, images.cpu().numpy(), path)[0]
+        images = images.cpu()
+        if entry.input_type == "uint8" and images.dim() == 4:
+            images = images.permute(0, 2, 3, 1)
+        parts = torch.split(images, entry.batch or len(images))
+        return torch.cat([predict_part(part) for part in parts])
+
+    def predict_part(images: Tensor) -> Tensor:
+        count = len(images)
+        if entry.batch is not None and count < entry.batch:
+            missing = images.new_zeros(entry.batch - count, *images.shape[1:])
+            images = torch.cat([images, missing])
+        logits = run_session(session, entry.name, images.numpy(), path)[0]
         if logits.ndim != 2 or len(logits) != len(images):
             raise ModelError(
                 f"{path} has an output of shape {logits.shape} for {len(images)} images; "
                 "give a classifier, with a row of logits for each image"
             )
-        return torch.from_numpy(logits)
+        return torch.from_numpy(logits[:count])
 
     return predict
 
@@ -172,7 +211,7 @@ def run_session(
     Args:
         session: of the file.
         name: of its input.
-        images: (B, C, H, W) float32.
+        images: a batch, as the file takes it.
         path: of the file, for messages.
 
     Raises:

@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-_ABOUT = ("ricciq", "bits", "accuracy", "preprocessing")
+_ABOUT = ("ricciq", "bits", "accuracy", "preprocessing", "input")
 """Keys of a file's metadata that `inspect` shows; --json prints all of them."""
 LEAST_FOLDED = 12
 """Smallest width of a folded column, in characters."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from ricciq._version import __version__
 from ricciq.convert.plan import Plan
-from ricciq.data.preprocessing import Preprocessing
+from ricciq.data.preprocessing import InputType, Preprocessing
 from ricciq.errors import RecipeError
 from ricciq.quant.grid import FLOAT_BITS, Bits
 from ricciq.recipe import Recipe
@@ -81,6 +81,24 @@ class ModelMetadata:
 
 
 @dataclass(frozen=True)
+class FileMetadata(ModelMetadata):
+    """What is needed to evaluate an ONNX file.
+
+    Attributes:
+        input_type: what the file takes; older files take float images and do not say so.
+    """
+
+    input_type: InputType
+
+    @classmethod
+    def _fields(cls, values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+        given = values.get("input", "float")
+        if given not in get_args(InputType):
+            raise ValueError(f"input is {given!r}")
+        return {**super()._fields(values, file), "input_type": given}
+
+
+@dataclass(frozen=True)
 class RunMetadata(ModelMetadata):
     """What is needed to rebuild the model of a run without its data.
 
@@ -121,7 +139,7 @@ class RunMetadata(ModelMetadata):
     def for_onnx(self, *, is_float: bool = False) -> dict[str, Any]:
         """Plain values for an ONNX file, without the plan, which the graph shows.
 
-        The preprocessing is left out too: `ricciq.deploy.export.export_onnx` stores it itself.
+        Preprocessing and input are left out too: `ricciq.deploy.export.export_onnx` stores them.
 
         Args:
             is_float: whether the file has the float model instead of the discrete one.

@@ -132,7 +132,7 @@ def evaluate_target(
             )
         data.class_names = list(target.class_names)
     _check_classes(target, path, data)
-    predictors = {"target": target.predict}
+    targets = {"target": target}
     if reference is not None:
         other = open_target(reference)
         _check_classes(other, reference, data)
@@ -140,7 +140,8 @@ def evaluate_target(
             raise ModelError(
                 f"{reference} prepares its images unlike {path}; compare targets of one model"
             )
-        predictors["reference"] = other.predict
+        targets["reference"] = other
+    predictors = {name: opened.predict for name, opened in targets.items()}
     loading = partial(
         data.loader,
         "val",
@@ -160,9 +161,9 @@ def evaluate_target(
     except DivergedError as error:
         both = path if reference is None else f"{path} with --reference {reference}"
         raise ModelError(f"{both} cannot be evaluated: {error}") from None
-    image = torch.zeros(1, *target.preprocessing.input_size)
+    calls = {name: partial(opened.predict, opened.blank()) for name, opened in targets.items()}
     with torch.inference_mode():
-        latency = interleave({name: partial(p, image) for name, p in predictors.items()})
+        latency = interleave(calls)
     found = metrics["target"]
     result: dict[str, Any] = {
         "target": str(path),

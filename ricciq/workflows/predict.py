@@ -48,7 +48,7 @@ def predict(target: str, images: Sequence[str], top: int = 5) -> dict[str, Any]:
     opened = _open(target)
     files = ImageFiles(paths := list(_found(images)), [0] * len(paths))
     names = _readable(opened.class_names, opened.labelled)
-    transform = opened.preprocessing.evaluation_transform()
+    transform = opened.transform()
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     for start in range(0, len(paths), BATCH):

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ricciq.convert.rewrite import convert
-from ricciq.data.preprocessing import Preprocessing
+from ricciq.data.preprocessing import InputType, Preprocessing
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.session import image_input, open_session, session_metadata, session_predictor
 from ricciq.errors import CheckpointError, ModelError, on_one_line
 from ricciq.evaluation import Predict
 from ricciq.models.factory import load_model
 from ricciq.runs.folder import RunFolder
-from ricciq.runs.metadata import ModelMetadata, RunMetadata
+from ricciq.runs.metadata import FileMetadata, ModelMetadata, RunMetadata
 from ricciq.system.tensor_files import load_model_state, load_tensors
+
+if TYPE_CHECKING:
+    from ricciq.data.preprocessing import Transform
 
 
 class Rebuilt(NamedTuple):
@@ -80,7 +84,7 @@ def _weights_of(path: Path) -> Path:
 
 
 def onnx_predictor(path: Path, *, optimize: bool = True) -> Predict:
-    """A predictor of any ONNX classifier; metadata of ricciq are not needed.
+    """A predictor of any ONNX classifier; metadata of ricciq are needed for uint8 pixels only.
 
     Args:
         path: the ONNX file.
@@ -90,20 +94,40 @@ def onnx_predictor(path: Path, *, optimize: bool = True) -> Predict:
         A function from (B, C, H, W) images to (B, classes) logits, both on the CPU.
 
     Raises:
-        ModelError: the file is missing, damaged, or not a classifier.
+        ModelError: the file is missing, damaged, or not a classifier, or takes uint8 pixels and
+            does not say how images are normalized.
     """
-    return session_predictor(open_session(path, optimize=optimize), path)
+    session = open_session(path, optimize=optimize)
+    predict = session_predictor(session, path)
+    if image_input(session, path).input_type == "float":
+        return predict
+    stored = session_metadata(session, path)
+    with _reading_metadata(path):
+        preprocessing = Preprocessing.from_dict(stored["preprocessing"])
+    return _of_pixels(predict, preprocessing)
+
+
+def _of_pixels(predict: Predict, preprocessing: Preprocessing) -> Predict:
+    """A predictor of pixels that also takes normalized images."""
+
+    def of_either(images: Tensor) -> Tensor:
+        pixels = images if images.dtype == torch.uint8 else preprocessing.to_pixels(images.cpu())
+        return predict(pixels)
+
+    return of_either
 
 
 class Target(NamedTuple):
     """Something to evaluate.
 
     Attributes:
-        predict: maps (B, C, H, W) images on the CPU to (B, classes) logits.
+        predict: maps (B, C, H, W) images on the CPU, normalized or as `transform` makes them, to
+            (B, classes) logits.
         preprocessing: of its input.
         class_names: in the order of the logits.
         labelled: whether the class names come from data; otherwise they are numbers.
         data: the values of --data and --data-dir that it was made with, if they are known.
+        input_type: what it takes; a file of uint8 pixels turns normalized images back into them.
     """
 
     predict: Predict
@@ -111,6 +135,18 @@ class Target(NamedTuple):
     class_names: list[str]
     labelled: bool
     data: tuple[str, Path | None] | None
+    input_type: InputType = "float"
+
+    def transform(self) -> Transform:
+        """From an image to a tensor that `predict` takes in a batch, without converting it."""
+        if self.input_type == "uint8":
+            return self.preprocessing.pixel_transform()
+        return self.preprocessing.evaluation_transform()
+
+    def blank(self) -> Tensor:
+        """A batch of one blank image, of the type that `transform` makes."""
+        dtype = torch.uint8 if self.input_type == "uint8" else torch.float32
+        return torch.zeros(1, *self.preprocessing.input_size, dtype=dtype)
 
 
 def open_target(path: Path) -> Target:
@@ -129,22 +165,32 @@ def open_target(path: Path) -> Target:
     session = open_session(path)
     stored = session_metadata(session, path)
     predict = session_predictor(session, path)
+    with _reading_metadata(path):
+        metadata = FileMetadata.from_dict(stored, path)
+    taken = image_input(session, path)
+    expected, classes = metadata.preprocessing.input_size, len(metadata.class_names)
+    if taken.input_type == "uint8":
+        predict = _of_pixels(predict, metadata.preprocessing)
+    target = Target(predict, *_described(metadata), _data_of(stored), taken.input_type)
+    logits = None
+    if (taken.size, taken.input_type) == (expected, metadata.input_type):
+        logits = predict(target.blank())
+    if logits is None or logits.shape[1] != classes:
+        raise ModelError(
+            f"{path} has the metadata of another model, with {metadata.input_type} images of "
+            f"{expected} and {classes} classes; export it again with `ricciq export`"
+        )
+    return target
+
+
+@contextmanager
+def _reading_metadata(path: Path) -> Iterator[None]:
     try:
-        metadata = ModelMetadata.from_dict(stored, path)
+        yield
     except ValueError as error:
         raise ModelError(
             f"{path} has damaged ricciq metadata ({error}); export it again with `ricciq export`"
         ) from None
-    expected, classes = metadata.preprocessing.input_size, len(metadata.class_names)
-    size, logits = image_input(session, path).size, None
-    if size == expected:
-        logits = predict(torch.zeros(1, *size))
-    if logits is None or logits.shape[1] != classes:
-        raise ModelError(
-            f"{path} has the metadata of another model, with images of {expected} "
-            f"and {classes} classes; export it again with `ricciq export`"
-        )
-    return Target(predict, *_described(metadata), _data_of(stored))
 
 
 def _data_of(stored: Mapping[str, Any]) -> tuple[str, Path | None] | None:

@@ -54,6 +54,7 @@ def weights(shape: tuple[int, ...] = (64, 10), name: str = "w") -> TensorProto:
 
 
 CLASSIFIER = [node("Flatten", "input", "flat"), node("MatMul", "flat w", "logits")]
+PIXELS = [node("Cast", "input", "real", to=1), node("Flatten", "real", "flat"), CLASSIFIER[1]]
 
 
 def save(
@@ -144,6 +145,28 @@ def test_a_file_with_nothing_wrong_is_used(
     assert answer.code == 0, answer.err
     assert answer.err == ""
     assert isinstance(json.loads(answer.out), dict)
+
+
+@pytest.mark.parametrize("batch", ["batch", 7])
+@each
+def test_a_file_of_pixels_is_used(
+    ricciq: Callable[..., Answer], file: Path, line: str, batch: str | int
+) -> None:
+    pixels = tensor("input", TensorProto.UINT8, (batch, 8, 8, 1))
+    save(file, PIXELS, inputs=[pixels], metadata={**METADATA, "input": "uint8"})
+    options = ["--batch", "7"] if line in BENCHES.values() else []
+    answer = ricciq(line, "--json", *options)
+    assert answer.code == 0, answer.err
+    assert answer.err == ""
+    assert isinstance(json.loads(answer.out), dict)
+
+
+@each_evaluation
+def test_pixels_that_the_metadata_do_not_know_of(
+    ricciq: Callable[..., Answer], file: Path, line: str
+) -> None:
+    save(file, PIXELS, inputs=[tensor("input", TensorProto.UINT8, ("batch", 8, 8, 1))])
+    ricciq(line, "--json").refuses(str(file), "float images of (1, 8, 8)", "`ricciq export`")
 
 
 # Files that are no model
@@ -453,6 +476,19 @@ NOT_IMAGES: dict[str, tuple[Make, str]] = {
         ),
         "1000000, 1000000]",
     ),
+    "a batch of gigabytes": (
+        lambda path: save(path, inputs=[tensor("input", shape=(10**8, 1, 8, 8))]),
+        "[100000000, 1, 8, 8]",
+    ),
+    "pixels with channels first": (
+        lambda path: save(path, PIXELS, inputs=[tensor("input", TensorProto.UINT8)]),
+        "takes tensor(uint8) ['batch', 1, 8, 8]",
+    ),
+    "pixels of two channels": (
+        lambda path: save(path, PIXELS, [weights((128, 10))],
+                          inputs=[tensor("input", TensorProto.UINT8, ("batch", 8, 8, 2))]),
+        "takes tensor(uint8) ['batch', 8, 8, 2]",
+    ),
 }  # fmt: skip
 
 
@@ -531,7 +567,12 @@ def test_a_batch_the_file_does_not_take(
     ricciq: Callable[..., Answer], file: Path, line: str
 ) -> None:
     save(file, inputs=[tensor("input", shape=(2, 1, 8, 8))])
-    ricciq(line, "--json").refuses(str(file), "(1, 1, 8, 8)")
+    answer = ricciq(line, "--json")
+    assert answer.code == 2
+    assert answer.err == (
+        f"ricciq: {file} takes 2 images in a call, not --batch 1; give --batch 2\n"
+    )
+    assert ricciq(line, "--batch", "2").code == 0
     save(file, [node("Reshape", "input shape", "flat"), CLASSIFIER[1]],
          [weights(), numpy_helper.from_array(np.array([2, 64]), "shape")])  # fmt: skip
     ricciq(line, "--json").refuses(str(file), "(1, 1, 8, 8)")
@@ -577,6 +618,8 @@ METADATAS: dict[str, tuple[object, str]] = {
     "unknown interpolation": (with_preprocessing(interpolation="magic"), "interpolation"),
     "unknown crop": (with_preprocessing(crop_mode="magic"), "crop_mode"),
     "a crop of nothing": (with_preprocessing(crop_pct=1e-9), "crop_pct"),
+    "an unknown input": ({**METADATA, "input": "uint4"}, "input is 'uint4'"),
+    "another input": ({**METADATA, "input": "uint8"}, "uint8 images of (1, 8, 8)"),
 }
 
 

@@ -77,6 +77,31 @@ def test_the_other_commands_take_the_newest_run_and_any_path_into_one(runs: Path
     assert compared["ratio"] > 0
 
 
+@pytest.mark.parametrize(
+    ("batch", "name"), [([], "model-uint8.onnx"), (["--batch", "3"], "model-uint8-batch3.onnx")]
+)
+def test_a_file_of_pixels_serves_like_one_of_float_images(
+    runs: Path, digits: Path, batch: list[str], name: str
+) -> None:
+    usual = runs / "model.onnx"
+    before = usual.read_bytes()
+    written = json_of("export", "--input", "uint8", *batch)
+    path = Path(written["path"])
+    assert (path, written["input"]) == (runs / name, "uint8")
+    assert usual.read_bytes() == before
+    found = json_of("eval", path, "--reference", usual, "--min-agreement", "100")
+    assert found["top1"] == found["reference_top1"]
+    assert (found["samples"], found["max_abs_diff"]) == (360, 0)
+    assert json_of("eval", usual, "--reference", path)["agreement"] == 100
+    of_usual, of_pixels = (json_of("predict", file, digits)["images"] for file in (usual, path))
+    assert len(of_pixels) == 20
+    assert of_pixels == of_usual
+    assert json_of("bench", path, "--against", usual, *batch)["ratio"] > 0
+    about = json_of("inspect", path)["metadata"]
+    assert about == {**json_of("inspect", usual)["metadata"], "input": "uint8"}
+    assert "uint8" in ricciq("inspect", path).out
+
+
 @pytest.mark.parametrize("verb", ["eval", "export", "report", "inspect", "bench"])
 def test_without_any_run_one_has_to_be_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str

@@ -211,10 +211,17 @@ def test_a_planned_export_opens_the_run_and_writes_nothing(finished_run, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     plan = json.loads(ricciq("export", folder, "--dry-run", "--json").out)
     assert plan == {
-        "path": str(folder / "model.onnx"), "format": "qdq", "dry_run": True, "replaces": True
+        "path": str(folder / "model.onnx"), "format": "qdq", "input": "float", "dry_run": True,
+        "replaces": True,
     }  # fmt: skip
     plan = json.loads(ricciq("export", folder, "--format", "float", "--dry-run", "--json").out)
     assert (Path(plan["path"]).name, plan["replaces"]) == ("model-float.onnx", False)
+    pixels = ["--format", "float", "--input", "uint8", "--batch", "1", "--dry-run", "--json"]
+    plan = json.loads(ricciq("export", folder, *pixels).out)
+    assert (Path(plan["path"]).name, plan["batch"]) == ("model-float-uint8-batch1.onnx", 1)
+    refused = ricciq("export", folder, "--batch", "9999999", "--dry-run")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--batch 9999999 is not a batch of images of (1, 8, 8)" in refused.err
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     (folder / "best.safetensors").write_bytes(b"")
     assert ricciq("export", folder, "--dry-run").code == 3

@@ -70,6 +70,8 @@ def test_activations_cannot_be_ternary(ricciq: Callable[..., Answer]) -> None:
         ([*QUANTIZE, "--resume"], ["--resume"]),
         (["eval", "model.onnx", "--data", "digits", "--min-agreement", "99"], ["--reference"]),
         (["export", "run", "--format", "int3"], ["--format", "int3"]),
+        (["export", "run", "--input", "unit8"], ["--input", "unit8", "float or uint8"]),
+        (["export", "run", "--batch", "0"], ["--batch"]),
     ],
 )
 def test_wrong_usage_exits_2(

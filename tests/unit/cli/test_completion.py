@@ -68,6 +68,7 @@ def test_timm_is_asked_for_its_models_once(cache):
         ("ricciq quantize m --bits t", ["ternary"]),
         ("ricciq quantize m --act-bits 3", ["3", "32"]),
         ("ricciq export run --format q", ["qdq"]),
+        ("ricciq export run --input u", ["uint8"]),
         ("ricciq compare m --split h", ["holdout"]),
         ("ricciq recipes show fashion-l", ["fashion-low"]),
         ("ricciq recipes check a fashion-l", ["fashion-low"]),

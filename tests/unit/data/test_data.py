@@ -303,6 +303,35 @@ def test_the_fast_path_gives_what_the_transform_gives(crop_pct):
     assert torch.equal(fast, slow)
 
 
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        replace(TINY, interpolation="bicubic", crop_pct=0.9),
+        replace(TINY, input_size=(3, 20, 16), crop_mode="squash"),
+        replace(TINY, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_mode="border"),
+        GREY,
+    ],
+    ids=["center", "squash", "border", "grey"],
+)
+def test_pixels_are_images_that_are_not_normalized_yet(preprocessing):
+    noise = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(preprocessing.mode)
+    pixels = preprocessing.pixel_transform()(image)
+    assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, preprocessing.input_size)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    normalized = preprocessing.evaluation_transform()(image)
+    assert torch.equal((pixels.float().div(255) - mean) / std, normalized)
+    assert torch.equal(preprocessing.to_pixels(normalized), pixels)
+
+
+@pytest.mark.parametrize("value", [0.004, 300.0, -1.0, float("nan")])
+def test_what_was_not_made_from_pixels_does_not_become_pixels(value):
+    images = torch.zeros(2, 1, 8, 8)
+    images[1, 0, 3, 3] = value
+    with pytest.raises(DataError, match=r"not pixels normalized with mean \(0.0,\) and std"):
+        replace(GREY, mean=(0.0,), std=(1.0,)).to_pixels(images)
+
+
 def test_grey_arrays_serve_colour_models_of_another_size():
     data = open_data("digits", None)
     images, _ = drain(batches(data, "val", TINY))

@@ -8,7 +8,7 @@ import pytest
 from ricciq.convert.plan import Kept, LayerPlan, Plan
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.recipe import Recipe
-from ricciq.runs.metadata import ModelMetadata, RunMetadata, accuracy_for_onnx
+from ricciq.runs.metadata import FileMetadata, ModelMetadata, RunMetadata, accuracy_for_onnx
 
 FILE = Path("run/best.safetensors")
 RUN = RunMetadata(
@@ -47,6 +47,16 @@ def test_an_onnx_file_has_what_evaluation_needs_and_no_plan():
     values["preprocessing"] = RUN.preprocessing.to_dict()  # as the export adds it
     read = ModelMetadata.from_dict(values, Path("model.onnx"))
     assert read == ModelMetadata(RUN.preprocessing, RUN.class_names, RUN.labelled)
+
+
+def test_an_onnx_file_says_what_it_takes():
+    values = {**RUN.for_onnx(), "preprocessing": RUN.preprocessing.to_dict()}
+    file = Path("model.onnx")
+    assert FileMetadata.from_dict(values, file).input_type == "float"  # older files
+    assert FileMetadata.from_dict({**values, "input": "uint8"}, file).input_type == "uint8"
+    for given in ("uint4", None, ["uint8"]):
+        with pytest.raises(ValueError, match="input is "):
+            FileMetadata.from_dict({**values, "input": given}, file)
 
 
 def test_the_accuracy_of_a_file_is_four_numbers():
