@@ -131,6 +131,7 @@ def evaluate_with_predictions(
     samples = 0
     for images, targets in batches:
         logits = {name: predict(images).float().cpu() for name, predict in predictors.items()}
+        answers = targets.cpu()
         for name, rows in logits.items():
             if rows.ndim != 2 or len(rows) != len(images):
                 raise ModelError(
@@ -138,7 +139,7 @@ def evaluate_with_predictions(
                     f"{len(images)} images, so it is no classifier; choose another model"
                 )
         classes = logits[reference].shape[1]
-        low, high = (int(end) for end in targets.aminmax())
+        low, high = (int(end) for end in answers.aminmax())
         if low < 0 or high >= classes:
             raise DataError(
                 f"the data has class number {low if low < 0 else high}, but the model has "
@@ -152,7 +153,7 @@ def evaluate_with_predictions(
                 )
         samples += len(targets)
         for name, tally in tallies.items():
-            tally.add(logits[name], targets.cpu(), logits[reference])
+            tally.add(logits[name], answers, logits[reference])
             shares, likeliest = logits[name].softmax(1).max(1)
             guesses[name].append((likeliest, shares))
     if not samples:

@@ -13,6 +13,7 @@ from ricciq.errors import UsageError
 if TYPE_CHECKING:
     from PIL import Image
     from timm.data.mixup import Mixup
+    from timm.data.random_erasing import RandomErasing
     from torch import Tensor
 
     Transform = Callable[[Image.Image], Tensor]
@@ -87,11 +88,16 @@ class Augmentation:
         float, _key("Probability of CutMix instead of Mixup, if both are on.", ge=0, le=1)
     ] = 0.5
 
+    @property
+    def mixes(self) -> bool:
+        """Whether Mixup or CutMix is on."""
+        return bool((self.mixup or self.cutmix) and not self.no_aug)
+
     def mixing(self, num_classes: int) -> Mixup | None:
         """timm's Mixup and CutMix of whole batches, or None if both are off."""
         from timm.data.mixup import Mixup
 
-        if self.no_aug or not (self.mixup or self.cutmix):
+        if not self.mixes:
             return None
         return Mixup(  # type: ignore[no-untyped-call]
             mixup_alpha=self.mixup,
@@ -102,8 +108,19 @@ class Augmentation:
             num_classes=num_classes,
         )
 
+    def erasing(self) -> RandomErasing | None:
+        """timm's random erasing of normalized images, or None if it is off."""
+        from timm.data.random_erasing import RandomErasing
+
+        if not self.reprob:
+            return None
+        return RandomErasing(self.reprob, device="cpu")  # type: ignore[no-untyped-call]
+
     def transform(self, preprocessing: Preprocessing) -> Transform | None:
-        """timm's random training transform, or None if augmentation is off.
+        """timm's random training transform up to random erasing, or None if augmentation is off.
+
+        Returns:
+            A function from an image to a uint8 tensor of shape (C, H, W).
 
         Raises:
             UsageError: timm does not know the `auto_augment` policy.
@@ -128,10 +145,9 @@ class Augmentation:
                 hflip=self.hflip,
                 color_jitter=self.color_jitter or None,  # type: ignore[arg-type]
                 auto_augment=self.auto_augment,
-                re_prob=self.reprob,
                 interpolation=preprocessing.interpolation,
                 mean=preprocessing.mean,
-                std=preprocessing.std,
+                use_prefetcher=True,
             )
         except (AssertionError, ValueError) as error:  # what timm raises for a bad policy
             raise UsageError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -67,20 +67,21 @@ class ImageData:
             DataError: there is only one training image.
         """
         train, val = self._train, self._val
-        everything = np.arange(len(train.targets))
-        if len(everything) < 2:
+        if len(train.targets) < 2:
             raise DataError(
                 f"data {self.name!r} has a single training image; give at least two, one to "
                 "train on and one to hold out"
             )
         # A class with one image keeps it for training, unless no class has two.
         counts = np.bincount(train.targets)
-        spare = everything[counts[train.targets] > 1]
-        pool = spare if len(spare) else everything
+        spare = np.flatnonzero(counts[train.targets] > 1)
+        pool = spare if len(spare) else np.arange(len(train.targets))
         wanted = max(round(share * len(pool)), int((counts > 1).sum()), 1)
         held_out = _stratified(train.targets, pool, wanted)
+        is_fit = np.ones(len(train.targets), dtype=bool)
+        is_fit[held_out] = False
         self._splits: dict[Split, tuple[Images, Indices]] = {
-            "fit": (train, np.setdiff1d(everything, held_out)),
+            "fit": (train, np.flatnonzero(is_fit)),
             "holdout": (train, held_out),
             "val": (val, np.arange(len(val.targets))),
         }
@@ -146,7 +147,7 @@ class ImageData:
         seed: int = 0,
         augmentation: Augmentation | None = None,
         train_samples: int | None = None,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
         persistent_workers: bool = False,
         world: World | None = None,
     ) -> DataLoader[Batch]:
@@ -168,7 +169,8 @@ class ImageData:
             seed: of the order and the augmentation.
             augmentation: applied in training; None applies none.
             train_samples: use only this many images of "fit", a fixed stratified subset.
-            pin_memory: as in torch's DataLoader.
+            device: where the batches are made; by default the CPU. A GPU gets bytes, and normalizes
+                the next batch while the caller works on one.
             persistent_workers: as in torch's DataLoader; `ricciq.data.loader.close` ends them.
             world: the processes that share the images; each gets its own batch in every step.
 
@@ -199,7 +201,7 @@ class ImageData:
             training=training,
             seed=seed,
             augmentation=augmentation,
-            pin_memory=pin_memory,
+            device=device or torch.device("cpu"),
             persistent_workers=persistent_workers,
             world=world or World(),
         )
@@ -217,11 +219,12 @@ def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
     """
     # RandomState, since NumPy promises never to change its stream.
     shuffled = np.random.RandomState(0).permutation(indices)
-    sizes = Counter(targets[shuffled].tolist())
-    seen: Counter[int] = Counter()
-    progress = np.empty(len(shuffled))
-    for position, target in enumerate(targets[shuffled].tolist()):
-        progress[position] = seen[target] / sizes[target]
-        seen[target] += 1
+    of_class = targets[shuffled]
+    by_class = np.argsort(of_class, kind="stable")
+    sizes = np.bincount(of_class)
+    starts = np.cumsum(sizes) - sizes
+    rank = np.empty(len(shuffled), dtype=np.int64)
+    rank[by_class] = np.arange(len(shuffled)) - np.repeat(starts, sizes)
+    progress = rank / sizes[of_class]
     chosen: Indices = np.sort(shuffled[np.argsort(progress, kind="stable")[:count]])
     return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import shutil
@@ -14,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from timm.data.mixup import Mixup, one_hot
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.functional import normalize
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ricciq.data.augmentation import Augmentation
+from ricciq.data.normalizing import Bytes, Normalizing
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.data.sources.base import ImageArrays, Images, Indices
 from ricciq.errors import DataError, RicciqError, UsageError, on_one_line
@@ -36,6 +34,8 @@ LEAST_BATCHES = 8
 """A loader with fewer batches starts no processes by default: that would take longer."""
 BATCHES_EACH = 8
 """Batches in shared memory for each worker: two that it prefetches, and those of a step."""
+AT_ONCE = 2**16
+"""Numbers of an order that become a list at a time."""
 SECONDS_TO_CLOSE = 30
 """Time between SIGTERM and SIGKILL, as in torchrun."""
 
@@ -51,7 +51,7 @@ def image_loader(
     training: bool,
     seed: int,
     augmentation: Augmentation | None,
-    pin_memory: bool,
+    device: torch.device,
     persistent_workers: bool,
     world: World,
 ) -> DataLoader[Batch]:
@@ -67,7 +67,7 @@ def image_loader(
         training: shuffle and augment.
         seed: of the order and the augmentation.
         augmentation: applied in training; None applies none.
-        pin_memory: as in torch's DataLoader.
+        device: where the batches are made.
         persistent_workers: as in torch's DataLoader.
         world: the processes that share the images.
 
@@ -86,10 +86,9 @@ def image_loader(
         )
     if not training:
         indices = indices[world.rank :: world.size]
-    vary = mix = None
-    if training and augmentation:
-        vary, mix = augmentation.transform(preprocessing), augmentation.mixing(num_classes)
-    samples = _Samples(images, indices, preprocessing, vary, mix, seed)
+    applied = augmentation if training and augmentation else Augmentation(no_aug=True)
+    mix = applied.mixing(num_classes)
+    samples = _Samples(images, indices, preprocessing, applied, seed)
     if workers is None:
         in_memory = isinstance(images, ImageArrays)
         few = in_memory or len(samples) < LEAST_BATCHES * batch_size
@@ -97,6 +96,7 @@ def image_loader(
     workers = min(workers, os.cpu_count() or 1)
     return _ImageLoader(
         samples,
+        Normalizing(preprocessing, mix, device),
         batch_size=batch_size,
         sampler=_EpochSampler(len(samples), seed, batch_size, world) if training else None,
         drop_last=training and len(samples) >= batch_size,
@@ -105,7 +105,7 @@ def image_loader(
         persistent_workers=persistent_workers and workers > 0,
         # Where workers are not forked, each would import torch again.
         multiprocessing_context="fork" if workers and _FORKS else None,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         collate_fn=_as_is,
         # A generator of its own, so that an epoch draws nothing from the global one.
         generator=torch.Generator().manual_seed(seed),
@@ -173,8 +173,8 @@ def set_epoch(loader: DataLoader[Batch], epoch: int, skip_batches: int = 0) -> N
     sampler.skip = skip_batches
 
 
-class _Samples(Dataset[Batch]):
-    """The chosen images of a split as normalized tensors, read a batch at a time.
+class _Samples(Dataset[Bytes]):
+    """The chosen images of a split as bytes, read a batch at a time.
 
     Random draws depend only on the seed, the epoch, and the index of an image.
     """
@@ -184,16 +184,16 @@ class _Samples(Dataset[Batch]):
         images: Images,
         indices: Indices,
         preprocessing: Preprocessing,
-        vary: Transform | None,
-        mix: Mixup | None,
+        augmentation: Augmentation,
         seed: int,
     ) -> None:
         self.images = images
         self.indices = indices
         self.preprocessing = preprocessing
-        self.vary = vary
-        self.mix = mix
-        self.evaluate = preprocessing.evaluation_transform()
+        self.vary = augmentation.transform(preprocessing)
+        self.erase = augmentation.erasing() if self.vary else None
+        self.mixes = augmentation.mixes
+        self.plain = preprocessing.pixel_transform()
         self.seed = seed
         self.epoch = 0
 
@@ -201,10 +201,11 @@ class _Samples(Dataset[Batch]):
         return len(self.indices)
 
     def bytes_of(self, batch_size: int) -> int:
-        """Bytes of the images of a batch."""
-        return 4 * batch_size * math.prod(self.preprocessing.input_size)
+        """Bytes of the images of a batch, and of the masks of random erasing."""
+        channels, height, width = self.preprocessing.input_size
+        return batch_size * (channels + (self.erase is not None)) * height * width
 
-    def __getitems__(self, positions: list[int]) -> Batch | DataError:
+    def __getitems__(self, positions: list[int]) -> Bytes | DataError:
         """A batch; an error is returned as a value, since torch rewrites errors of workers.
 
         Args:
@@ -215,38 +216,46 @@ class _Samples(Dataset[Batch]):
         chosen = self.indices[np.asarray(positions) % len(self)]
         targets = torch.from_numpy(self.images.targets[chosen])
         try:
-            inputs = self._inputs(chosen)
+            pixels, kept = self._pixels(chosen)
         except DataError as error:
             return error
-        if self.mix is None:
-            return inputs, targets
-        with _random_state_kept():
-            # Seeded by the batch, as an image's augmentation is by the image.
-            random.seed(f"mixing {self.seed} {self.epoch} {chosen.tolist()}")
-            np.random.seed(random.getrandbits(32))
-            return _mixed(self.mix, inputs, targets)
+        mixing_seed = None
+        if self.mixes:
+            # Of the batch, as that of an image's augmentation is of the image.
+            mixing = random.Random(f"mixing {self.seed} {self.epoch} {chosen.tolist()}")
+            mixing_seed = mixing.getrandbits(32)
+        return Bytes(pixels, targets, kept, mixing_seed)
 
-    def _inputs(self, chosen: Indices) -> Tensor:
+    def _pixels(self, chosen: Indices) -> tuple[Tensor, Tensor | None]:
+        """Pixels (B, C, H, W), and what random erasing keeps of them."""
         if self.vary is not None:
+            kept: list[Tensor] = []
             with _random_state_kept():
-                return torch.stack([self._varied(self.vary, int(index)) for index in chosen])
+                varied = [self._varied(self.vary, int(index), kept) for index in chosen]
+            return _stacked(varied), torch.stack(kept) if kept else None
         if isinstance(self.images, ImageArrays) and self.images.fits(self.preprocessing):
-            # The same arithmetic as the transform, on the whole batch: a hundred times faster.
-            pixels = torch.from_numpy(self.images.pixels[chosen]).permute(0, 3, 1, 2)
-            inputs = pixels.contiguous().to(torch.float32).div_(255)
-            mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
-            normalize(inputs, mean, std, inplace=True)
-            return inputs
+            # What the transform gives, for the whole batch: a hundred times faster.
+            return torch.from_numpy(self.images.pixels[chosen]).permute(0, 3, 1, 2), None
         mode = self.preprocessing.mode
-        return torch.stack([self.evaluate(self.images.open(int(i), mode)) for i in chosen])
+        return _stacked([self.plain(self.images.open(int(i), mode)) for i in chosen]), None
 
-    def _varied(self, vary: Transform, index: int) -> Tensor:
+    def _varied(self, vary: Transform, index: int, kept: list[Tensor]) -> Tensor:
         # Seeded by the image, so that neither its batch nor its worker matters. timm's transforms
         # draw from all three generators.
         random.seed(f"augmentation {self.seed} {self.epoch} {index}")
         np.random.seed(random.getrandbits(32))
         torch.default_generator.manual_seed(random.getrandbits(63))
-        return vary(self.images.open(index, self.preprocessing.mode))
+        pixels = vary(self.images.open(index, self.preprocessing.mode))
+        if self.erase is not None:
+            kept.append(self.erase(torch.ones(1, *pixels.shape[1:], dtype=torch.bool)))
+        return pixels
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """A batch of images (C, H, W); in a worker, in shared memory."""
+    # PIL has the channels of a pixel side by side. So they are copied, and sorted on the device.
+    batch: Tensor = default_collate([image.permute(1, 2, 0) for image in images])
+    return batch.permute(0, 3, 1, 2)
 
 
 class _EpochSampler(Sampler[int]):
@@ -275,24 +284,39 @@ class _EpochSampler(Sampler[int]):
             together = self.batch_size * self.world.size
             whole = order[: self.count // together * together]
             order = whole.view(-1, self.world.size, self.batch_size)[:, self.world.rank].flatten()
-        yield from (order[self.skip * self.batch_size :] + self.epoch * self.count).tolist()
+        order = order[self.skip * self.batch_size :] + self.epoch * self.count
+        for some in torch.split(order, AT_ONCE):  # a list of a million numbers takes 40 MB
+            yield from some.tolist()
 
 
 class _ImageLoader(DataLoader[Batch]):
-    """A DataLoader that raises the errors that its workers return."""
+    """A DataLoader that normalizes batches on the device, and raises what its workers return."""
+
+    def __init__(self, samples: _Samples, normalizing: Normalizing, **options: Any) -> None:
+        super().__init__(samples, **options)  # type: ignore[arg-type]
+        self.normalizing = normalizing
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            for batch in super().__iter__():
-                if isinstance(batch, DataError):
-                    raise batch
-                yield batch
+            yield from self.normalizing.each(self._checked())
+        except torch.OutOfMemoryError as error:
+            raise RicciqError(
+                f"the memory of {self.normalizing.device} is not enough for another batch of "
+                f"{self.batch_size} images; lower --batch-size"
+            ) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise RicciqError(
                 f"a process that decodes images ended ({on_one_line(error, 160)}); give --workers 0"
             ) from error
+
+    def _checked(self) -> Iterator[Bytes]:
+        batches: Iterator[Any] = super().__iter__()
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
 def _leave_stopping_to_the_parent(worker: int) -> None:  # noqa: ARG001
@@ -303,18 +327,6 @@ def _leave_stopping_to_the_parent(worker: int) -> None:  # noqa: ARG001
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
-
-
-def _mixed(mix: Mixup, images: Tensor, targets: Tensor) -> Batch:
-    """Mix each image with the one at the mirrored position, and return images and class shares.
-
-    timm takes only batches of even size. In a batch of odd size the last image is left unmixed.
-    """
-    even = len(targets) // 2 * 2
-    shares: Tensor = one_hot(targets, mix.num_classes)  # type: ignore[no-untyped-call]
-    if even:
-        images[:even], shares[:even] = mix(images[:even], targets[:even])
-    return images, shares
 
 
 def _as_is(batch: Any) -> Any:

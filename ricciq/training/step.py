@@ -216,7 +216,6 @@ class Trainer:
         self, images: Tensor, targets: Tensor, forward: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        unlabelled = bool(targets.min() < 0)
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
             logits, features = _split_output(forward(images))
@@ -224,7 +223,8 @@ class Trainer:
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_logits, teacher_features = _split_output(self.teacher(images))
-                    targets = teacher_logits.argmax(1) if unlabelled else targets
+                if targets.ndim == 1:  # without labels they are -1
+                    targets = torch.where(targets < 0, teacher_logits.argmax(1), targets)
         loss = loss_function(logits, targets, teacher_logits, self.settings)
         if features is not None and teacher_features is not None:
             distance = feature_distance(features, teacher_features)

@@ -69,6 +69,7 @@ class Job(NamedTuple):
         training: bool = False,
         samples: int | None = None,
         batch_size: int | None = None,
+        device: torch.device | None = None,
         world: World | None = None,
     ) -> DataLoader[Batch]:
         """Batches of one split, as the recipe says unless the arguments say otherwise.
@@ -78,6 +79,7 @@ class Job(NamedTuple):
             training: shuffle and augment.
             samples: number of images; by default all, or the recipe's.
             batch_size: images in a batch.
+            device: where the batches are made; by default the job's.
             world: the processes to share the images with.
         """
         settings = self.recipe.data
@@ -92,7 +94,7 @@ class Job(NamedTuple):
             seed=self.recipe.seed,
             augmentation=settings.augmentation if training else None,
             train_samples=samples,
-            pin_memory=self.device.type == "cuda",
+            device=device or self.device,
             persistent_workers=training,
             world=world,
         )
@@ -109,7 +111,7 @@ class Job(NamedTuple):
         there = len(self.loader("fit").dataset)  # type: ignore[arg-type]
         wanted = min(wanted, there, wanted if most is None else most)
         for images, _ in self.loader("fit", samples=wanted):
-            yield images.to(self.device)
+            yield images
 
     @property
     def metadata(self) -> RunMetadata:
@@ -260,7 +262,7 @@ def _use_predictions_as_labels(job: Job) -> None:
     model = job.model.eval()
     splits: tuple[Split, ...] = ("holdout", "val")
     predictions = {
-        split: torch.cat([model(x.to(job.device)).argmax(1).cpu() for x, _ in job.loader(split)])
+        split: torch.cat([model(x).argmax(1).cpu() for x, _ in job.loader(split)])
         for split in splits
     }
     job.data.set_pseudo_labels(job.data.num_classes, {s: p.numpy() for s, p in predictions.items()})

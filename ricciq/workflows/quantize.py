@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch
+
 from ricciq._version import __version__
 from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.dataset import ImageData
@@ -132,9 +134,8 @@ def evaluate_float(job: Job, session: Session) -> Reference:
         DataError: an image cannot be read.
     """
     model = job.model.eval()
-    predictors = {"float": lambda images: model(images.to(job.device))}
     try:
-        metrics, predictions = evaluate_with_predictions(predictors, job.loader("val"))
+        metrics, predictions = evaluate_with_predictions({"float": model}, job.loader("val"))
     except DivergedError:  # before any training
         raise CheckpointError(
             f"the float weights of {job.recipe.model.checkpoint or job.recipe.model.name} give NaN "
@@ -191,7 +192,8 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
         "onnx": onnx_predictor(folder.onnx),
         "unoptimized": onnx_predictor(folder.onnx, optimize=False),
     }
-    metrics, predictions = evaluate_with_predictions(predictors, job.loader("val"))
+    on_cpu = job.loader("val", device=torch.device("cpu"))
+    metrics, predictions = evaluate_with_predictions(predictors, on_cpu)
     in_float = reference.metrics
     measured = accuracy_for_onnx(metrics["onnx"])
     add_metadata(folder.onnx, measured)

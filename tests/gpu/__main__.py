@@ -46,7 +46,7 @@ from parts import (  # noqa: E402
     run_parts,
 )
 
-CHECKS = ("compilation", "precision", "equality", "resuming", "export", "memory")
+CHECKS = ("compilation", "precision", "equality", "loading", "resuming", "export", "memory")
 PARTS = (
     Part("step: resnet50", "steps:resnet50", 200, alone=True),
     Part("headline: resnet50 from JPEGs", "headline:quantize_folder", 200, alone=True),

@@ -120,8 +120,7 @@ def split(context: Context, tell: Tell) -> None:
     folder.path.mkdir()
     model = train(job, Session(phases.device, folder=folder)).model.eval()
     with phases("evaluation"):
-        predict = {"model": lambda images: model(images.to(phases.device))}
-        evaluate(predict, job.loader("val"))
+        evaluate({"model": model}, job.loader("val"))
     with phases("export"):
         export_onnx(deploy(model), folder.onnx, job.preprocessing)
     shown = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in phases.seconds.items())
