@@ -219,7 +219,7 @@ def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:
     """
     # RandomState, since NumPy promises never to change its stream.
     shuffled = np.random.RandomState(0).permutation(indices)
-    of_class = targets[shuffled]
+    of_class = targets[shuffled] + 1  # without labels they are -1
     by_class = np.argsort(of_class, kind="stable")
     sizes = np.bincount(of_class)
     starts = np.cumsum(sizes) - sizes

@@ -195,7 +195,7 @@ def _walk(row: Row, bits: int, scratch: Path, input_size: int | None) -> None:
     """Fill a row as far as the model comes."""
     torch.manual_seed(0)
     data = open_data(str(make_pictures(scratch / "pictures")), None)
-    (model, preprocessing, _), input_size = load(row["model"], input_size)
+    (model, preprocessing, *_), input_size = load(row["model"], input_size)
     weighted = [n for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)]
     row["module"] = timm.model_entrypoint(row["model"]).__module__.rpartition(".")[2]
     row["input_size"] = preprocessing.input_size[1]

@@ -119,7 +119,8 @@ def test_a_pickle_is_refused_in_a_single_line(tmp_path: Path) -> None:
     process = start(line.split(), cwd=tmp_path)
     _, err = process.communicate()
     assert process.returncode == 3
-    (sentence,) = err.splitlines()
+    taken, sentence = err.splitlines()
+    assert taken.startswith("schedule for ")
     assert sentence.startswith("ricciq: ")
     assert list(tmp_path.iterdir()) == [file]
 

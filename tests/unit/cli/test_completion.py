@@ -61,7 +61,7 @@ def test_timm_is_asked_for_its_models_once(cache):
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("ricciq quantize m --recipe digits", ["digits-float"]),
+        ("ricciq quantize m --recipe digits", ["digits-float", "digits-low"]),
         ("ricciq quantize m --method l", ["lne"]),
         ("ricciq compare m --methods ste,ri", ["ste,ricci"]),
         ("ricciq quantize m --device c", ["cpu", "cuda"]),

@@ -55,6 +55,7 @@ VALUES = {
             "depthwise": False,
         }
     ],
+    "float_training": {"head_epochs": 1, "epochs": 4, "holdout_top1": 95.0},
     "labelled": True,
     "kept": [
         {"name": "head.norm", "kind": "LayerNorm", "why": "LayerNorm has no discrete counterpart"},
