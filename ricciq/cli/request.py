@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ricciq.cli import options
+from ricciq.cli.start import importing
 from ricciq.data.sources.catalog import forms
 from ricciq.errors import UsageError
-
-PREFIXES = ("hf-hub:", "local-dir:")
-"""timm's prefixes of models that have their weights with them."""
+from ricciq.models.names import FOLDER, HUB, architecture
 
 if TYPE_CHECKING:
     from ricciq.data.dataset import ImageData
@@ -77,7 +76,8 @@ def requested_recipe(
         raise UsageError(f"no data were named; give --data {forms()}")
     if name is not None:
         return Request(recipe, messages, None)
-    from ricciq.workflows.choose_recipe import choose_recipe
+    with importing():
+        from ricciq.workflows.choose_recipe import choose_recipe
 
     choice = choose_recipe(recipe, {key for key, value in flags.items() if value is not None})
     messages.append(choice.reason)
@@ -93,8 +93,9 @@ def _model_and_weights(model: str, checkpoint: Path | None, messages: list[str])
     """
     path = Path(model)
     named = {"model.name": model, "model.checkpoint": checkpoint}
-    if model.startswith(PREFIXES):
-        from ricciq.models.pretrained import model_in
+    if model.startswith((HUB, FOLDER)):
+        with importing():
+            from ricciq.models.pretrained import model_in
 
         _only_one(model, checkpoint)
         name, weights = model_in(model)
@@ -108,7 +109,8 @@ def _model_and_weights(model: str, checkpoint: Path | None, messages: list[str])
         )
         return named
     _only_one(model, checkpoint)
-    from ricciq.workflows.saved import float_source
+    with importing():
+        from ricciq.workflows.saved import float_source
 
     return float_source(path)
 
@@ -131,4 +133,4 @@ def _is_model_name(model: str) -> bool:
 
     import ricciq.models.bundled  # noqa: F401  registers its models
 
-    return is_model(model.partition(".")[0])
+    return is_model(architecture(model))

@@ -147,7 +147,7 @@ class Augmentation:
                 auto_augment=self.auto_augment,
                 interpolation=preprocessing.interpolation,
                 mean=preprocessing.mean,
-                use_prefetcher=True,
+                normalize=False,
             )
         except (AssertionError, ValueError) as error:  # what timm raises for a bad policy
             raise UsageError(

@@ -180,8 +180,8 @@ def export_onnx(
     graph_model = tidy(program.model, {name: first_names[module] for name, module in every_name})
     if input_type == "uint8":
         take_pixels(graph_model.graph, preprocessing)
-    about = {"preprocessing": preprocessing.to_dict(), "input": input_type}
-    stored = {**about, **(metadata or {})}
+    own = {"preprocessing": preprocessing.to_dict(), "input": input_type}
+    stored = {**own, **(metadata or {})}
     graph_model.metadata_props[METADATA_KEY] = json.dumps(stored)
     tensors = [value.const_value for value in graph_model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)

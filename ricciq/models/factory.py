@@ -29,7 +29,7 @@ from ricciq.models.weights import (
     names_of_layers,
     stem_message,
 )
-from ricciq.system.offline import is_network_forbidden
+from ricciq.system.offline import is_network_forbidden, would_be_downloaded
 from ricciq.system.tensor_files import check_finite
 
 RESERVED = {*signature(create_model).parameters, "num_classes", "in_chans", "features_only"}
@@ -123,16 +123,17 @@ def load_model(
         messages, new_head = adapt_weights(model, found.tensors)
         load_weights(model, found.tensors, name, found.file)
     elif pretrained and config:
-        new_head = num_classes is not None and num_classes != config.num_classes
-        if num_classes is not None and new_head:
+        if num_classes is not None and num_classes != config.num_classes:
+            new_head = True
             messages.append(head_message(config.num_classes, num_classes))
         if config.input_size[0] != channels:
             messages.append(stem_message(config.input_size[0], channels))
+    usual: dict[str, Any] = resolve_data_config(model=model.eval())  # type: ignore[no-untyped-call]
     given = preprocessing or {}
-    prepared = _preprocessing(model.eval(), channels, size, found, given)
-    if found and prepared != _preprocessing(model, channels, _sides(input_size, None), None, given):
+    prepared = _preprocessing(usual, channels, size, found, given)
+    if found and prepared != _preprocessing(usual, channels, _sides(input_size, None), None, given):
         messages.append(f"the preprocessing is that of {found.written_in}: {prepared.brief}")
-    if prepared.input_size != _preprocessing(model, channels, None, None, {}).input_size:
+    if prepared.input_size[1:] != tuple(usual["input_size"][1:]):
         _try_size(model, name, prepared.input_size)
     return LoadedModel(model, prepared, messages, kwargs, new_head)
 
@@ -209,10 +210,8 @@ def _check_cached(name: str, url: str) -> None:
 
 
 def _would_be_downloaded(name: str) -> ModelError:
-    return ModelError(
-        f"the pretrained weights of {name!r} would be downloaded, which --offline or "
-        "HF_HUB_OFFLINE forbids; run once without it, or give a file with --checkpoint"
-    )
+    what = f"the pretrained weights of {name!r}"
+    return ModelError(would_be_downloaded(what, "give a file with --checkpoint"))
 
 
 def _not_created(name: str, pretrained: bool, error: Exception) -> ModelError:
@@ -255,7 +254,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 def _preprocessing(
-    model: nn.Module,
+    usual: Mapping[str, Any],
     channels: int,
     sides: tuple[int, int] | None,
     found: FloatWeights | None,
@@ -267,10 +266,9 @@ def _preprocessing(
         CheckpointError: what is written is invalid.
         ValueError: what is asked for is invalid.
     """
-    config: dict[str, Any] = resolve_data_config(model=model)  # type: ignore[no-untyped-call]
     written = found.preprocessing if found else {}
-    size = {"input_size": (channels, *(sides or config["input_size"][1:]))}
-    merged = {**config, **written, **given, **size}
+    size = {"input_size": (channels, *(sides or usual["input_size"][1:]))}
+    merged = {**usual, **written, **given, **size}
     try:
         normalization = {key: _per_channel(merged[key], channels) for key in ("mean", "std")}
         return Preprocessing.from_dict(merged | normalization)

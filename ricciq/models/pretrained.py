@@ -22,12 +22,11 @@ from timm.models._hub import download_from_hf, load_model_config_from_path
 from torch import Tensor
 
 from ricciq.errors import CheckpointError, on_one_line
+from ricciq.models.names import FOLDER, HUB, architecture
 from ricciq.models.weights import read_checkpoint
-from ricciq.system.offline import is_network_forbidden
+from ricciq.system.offline import is_network_forbidden, would_be_downloaded
 from ricciq.system.tensor_files import METADATA_KEY
 
-HUB, FOLDER = "hf-hub:", "local-dir:"
-"""timm's prefixes of models in a repository of the Hugging Face hub, and in a folder."""
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 """Names of weights in such a folder, in order of preference."""
 MOST_CONFIG_BYTES = 10_000_000
@@ -65,11 +64,11 @@ def read_weights(checkpoint: Path, name: str) -> FloatWeights:
             cannot be downloaded.
     """
     file, config = _find(checkpoint)
-    architecture = name.partition(".")[0]
-    if config is not None and config.architecture != architecture:
+    own = architecture(name)
+    if config is not None and config.architecture != own:
         if file != checkpoint:
             raise CheckpointError(
-                f"checkpoint {checkpoint} has a {config.architecture}, not a {architecture}; give "
+                f"checkpoint {checkpoint} has a {config.architecture}, not a {own}; give "
                 f"{config.architecture} as the model"
             )
         config = None  # beside a file, it may belong to another one
@@ -177,12 +176,12 @@ def _read_config(path: Path, must_be_timm: bool) -> _Config | None:
     try:
         if path.stat().st_size > MOST_CONFIG_BYTES:
             raise ValueError("it is larger than 10 MB")
-        config, architecture, arguments = load_model_config_from_path(path.parent)
-        if not isinstance(architecture, str):
+        config, named, arguments = load_model_config_from_path(path.parent)
+        if not isinstance(named, str):
             raise TypeError("its architecture is no name")
         # The data decide the number of classes and channels.
         arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
-        return _Config(path, architecture, arguments, _known(config))
+        return _Config(path, named, arguments, _known(config))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if not must_be_timm:
             return None
@@ -220,6 +219,5 @@ def _downloaded(name: str) -> Path:
 
 def _would_be_downloaded(name: str) -> CheckpointError:
     return CheckpointError(
-        f"the weights of {name!r} would be downloaded, which --offline or HF_HUB_OFFLINE forbids; "
-        "run once without it, or give a file with --checkpoint"
+        would_be_downloaded(f"the weights of {name!r}", "give a file with --checkpoint")
     )

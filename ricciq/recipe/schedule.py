@@ -6,10 +6,11 @@ One table of rules, each with its reason. A rule that says nothing about a task 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-Network = Literal["batchnorm", "depthwise", "transformer"]
-"""Kinds of networks, as `ricciq.models.kind.network_kind` tells them apart."""
+if TYPE_CHECKING:
+    from ricciq.models.kind import Kind
+
 SMALL = 64
 """Largest height or width, in pixels, of images for which networks are small."""
 
@@ -19,13 +20,13 @@ class Task(NamedTuple):
 
     Attributes:
         images: number of training images, without the hold-out.
-        network: kind of the network.
+        network: kind of the network, as `ricciq.models.kind.network_kind` tells them apart.
         side: larger side of its input, in pixels.
         bits: the smaller width of weights and activations; 32 for float.
     """
 
     images: int
-    network: Network
+    network: Kind
     side: int
     bits: int
 

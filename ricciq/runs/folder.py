@@ -45,7 +45,11 @@ class RunFolder:
         self.page = path / "report.html"
         self.disagreements = path / "disagreements.json"
         self.log = path / "log.txt"
-        self.float_training = path / "float"
+
+    @property
+    def float_training(self) -> Path:
+        """The folder of what trained the float model."""
+        return self.path / "float"
 
     @property
     def is_ours(self) -> bool:
@@ -105,8 +109,6 @@ class RunFolder:
             if self.is_ours:
                 shutil.rmtree(self.float_training, ignore_errors=True)
             for path in vars(self).values():
-                if path == self.float_training:
-                    continue
                 if path not in (self.path, self.recipe):  # which shows that ricciq wrote the folder
                     path.unlink(missing_ok=True)
                 if path.suffix == ".onnx":  # a model over 2 GB has its weights in another file

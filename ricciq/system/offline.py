@@ -25,6 +25,19 @@ def forbid_telemetry() -> None:
     os.environ[_TELEMETRY] = "1"
 
 
+def would_be_downloaded(what: str, otherwise: str) -> str:
+    """The sentence that refuses a download.
+
+    Args:
+        what: would be downloaded.
+        otherwise: what to do without it.
+    """
+    return (
+        f"{what} would be downloaded, which --offline or HF_HUB_OFFLINE forbids; run once without "
+        f"it, or {otherwise}"
+    )
+
+
 def is_network_forbidden() -> bool:
     """Whether nothing may be downloaded."""
     return os.environ.get(SWITCH, "").upper() in ("1", "ON", "YES", "TRUE")

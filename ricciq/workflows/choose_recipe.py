@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
 from ricciq.data.dataset import ImageData
 from ricciq.data.open import open_data
 from ricciq.models.kind import network_kind, own_side
+from ricciq.models.names import architecture
 from ricciq.recipe import Recipe, shipped_recipes
 from ricciq.recipe.schedule import Task, derived
+from ricciq.recipe.sections import QuantizationSection
 
 DEFAULTS_REMEDY = "--recipe none takes the plain defaults"
 
@@ -48,7 +50,8 @@ def choose_recipe(asked: Recipe, given: Collection[str] = ()) -> Choice:
     """
     data = open_data(asked.data.name, asked.data.dir, asked.data.holdout)
     fit = data.count("fit")
-    for name, recipe in _fitting(asked, data):
+    if fitting := _fitting(asked, data):
+        name, recipe = fitting
         written = recipe.written_for
         if recipe.data.holdout != asked.data.holdout:
             data.hold_out(recipe.data.holdout)
@@ -58,13 +61,11 @@ def choose_recipe(asked: Recipe, given: Collection[str] = ()) -> Choice:
             f"{written.images} images; {DEFAULTS_REMEDY}",
             data,
         )
-    bits = asked.quantization
-    weights = 2 if bits.weight_bits == "ternary" else bits.average_bits or bits.weight_bits
     task = Task(
         asked.data.train_samples or fit,
         network_kind(asked.model.name, asked.model.kwargs),
         asked.data.input_size or own_side(asked.model.name),
-        int(min(bits.act_bits if weights == "auto" else weights, bits.act_bits)),
+        _fewest_bits(asked.quantization),
     )
     values = {key: value for key, value in derived(task).items() if key not in given}
     said = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items())
@@ -76,8 +77,15 @@ def choose_recipe(asked: Recipe, given: Collection[str] = ()) -> Choice:
     )
 
 
-def _fitting(asked: Recipe, data: ImageData) -> Iterator[tuple[str, Recipe]]:
-    """The shipped recipes that fit, with their names."""
+def _fewest_bits(widths: QuantizationSection) -> int:
+    """The smaller width of weights and activations; a budget of bytes leaves only the latter."""
+    if widths.weight_bits == "auto":
+        return min(int(widths.average_bits or widths.act_bits), widths.act_bits)
+    return min(2 if widths.weight_bits == "ternary" else widths.weight_bits, widths.act_bits)
+
+
+def _fitting(asked: Recipe, data: ImageData) -> tuple[str, Recipe] | None:
+    """The shipped recipe that fits, with its name; None if none does."""
     images = data.count("fit") + data.count("holdout")
     for name, file in shipped_recipes().items():
         recipe = Recipe.load(file)
@@ -86,14 +94,11 @@ def _fitting(asked: Recipe, data: ImageData) -> Iterator[tuple[str, Recipe]]:
             classes is not None
             and number is not None
             and data.labelled
-            and _architecture(recipe) == _architecture(asked)
+            and architecture(recipe.model.name) == architecture(asked.model.name)
             and recipe.quantization.weight_bits == asked.quantization.weight_bits
             and recipe.quantization.act_bits == asked.quantization.act_bits
             and 0.8 <= data.num_classes / classes <= 1.25
             and 0.5 <= images / number <= 2
         ):
-            yield name, recipe
-
-
-def _architecture(recipe: Recipe) -> str:
-    return recipe.model.name.partition(".")[0]
+            return name, recipe
+    return None

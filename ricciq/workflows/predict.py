@@ -18,6 +18,7 @@ from torch import Tensor
 from ricciq.data.sources.base import IMAGE_SUFFIXES, ImageFiles, natural_order
 from ricciq.errors import DataError, ModelError
 from ricciq.models.factory import load_model
+from ricciq.models.names import architecture
 from ricciq.workflows.saved import Target, open_target
 
 BATCH = 32
@@ -95,7 +96,7 @@ def _open(target: str) -> Target:
     """A file or run of this path, or else timm's model of this name."""
     if os.path.exists(target):
         return open_target(Path(target))
-    if os.sep in target or not is_model(target.partition(".")[0]):
+    if os.sep in target or not is_model(architecture(target)):
         raise ModelError(
             f"{target!r} does not exist; give an .onnx file, a run folder, a checkpoint, or a name "
             "of timm"

@@ -79,9 +79,7 @@ def run(
         job = choose_bits(job, budget, session)
         export_float(job, session)
         trained = train(job, session)
-        report = export_and_report(
-            job, trained, reference._replace(training=float_training), session
-        )
+        report = export_and_report(job, trained, reference, session)
     return report, session.folder.path
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ricciq.data.sources.base import EncodedImages, Indices, Parts
 from ricciq.errors import DataError, on_one_line
-from ricciq.system.offline import is_network_forbidden
+from ricciq.system.offline import is_network_forbidden, would_be_downloaded
 
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
 
@@ -73,10 +73,8 @@ def open_source(name: str, root: Path | None) -> Parts:
         splits = datasets.load_dataset(name, cache_dir=None if root is None else str(root))
     except Exception as error:  # the library raises whatever its parsers and the network do
         if is_network_forbidden() and not Path(name).is_dir():
-            raise DataError(
-                f"data 'hfds/{name}' would be downloaded, which --offline or HF_HUB_OFFLINE "
-                "forbids; run once without it, or give the folder of a copy as in hfds/./pets"
-            ) from None
+            otherwise = "give the folder of a copy as in hfds/./pets"
+            raise DataError(would_be_downloaded(f"data 'hfds/{name}'", otherwise)) from None
         reason = on_one_line(f"{type(error).__name__}: {error}", 200).rstrip(". ")
         raise DataError(
             f"data 'hfds/{name}' cannot be loaded ({reason}); correct the name, connect to the "

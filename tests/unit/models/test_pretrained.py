@@ -14,7 +14,7 @@ from timm.models._hub import save_for_hf
 from ricciq.errors import CheckpointError, ModelError
 from ricciq.models.factory import load_model
 from ricciq.models.pretrained import model_in
-from ricciq.system.offline import forbid_network
+from ricciq.system.offline import SWITCH
 
 OWN = {
     "input_size": [3, 32, 48],
@@ -88,7 +88,7 @@ def test_a_repository_of_the_hub_is_read_from_its_cache(
     name, checkpoint = model_in("hf-hub:owner/name")
     assert name == "test_resnet"
     check_own(load_model(name, checkpoint=checkpoint))
-    forbid_network()
+    monkeypatch.setenv(SWITCH, "1")
     with pytest.raises(CheckpointError, match="'hf-hub:owner/other' would be downloaded"):
         model_in("hf-hub:owner/other")
 
