@@ -37,7 +37,8 @@ def open_data(name: str, root: Path | None = None, holdout: float = HOLDOUT_SHAR
         raise DataError(
             f"data {name!r} cannot be read ({error}); check the path and its permissions"
         ) from error
-    data.hold_out(holdout)
+    if holdout != HOLDOUT_SHARE:
+        data.hold_out(holdout)
     return data
 
 

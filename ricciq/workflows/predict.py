@@ -15,7 +15,8 @@ from timm import is_model
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
-from ricciq.data.sources.base import IMAGE_SUFFIXES, ImageFiles, natural_order
+from ricciq.data.sources.base import IMAGE_SUFFIXES, natural_order
+from ricciq.data.sources.files import ImageFiles, images_below
 from ricciq.errors import DataError, ModelError
 from ricciq.models.factory import load_model
 from ricciq.models.names import architecture
@@ -47,7 +48,8 @@ def predict(target: str, images: Sequence[str], top: int = 5) -> dict[str, Any]:
         DataError: there is no image.
     """
     opened = _open(target)
-    files = ImageFiles(paths := list(_found(images)), [0] * len(paths))
+    paths = list(_found(images))
+    files = ImageFiles((path, 0) for path in paths)
     names = _readable(opened.class_names, opened.labelled)
     transform = opened.transform()
     rows: list[dict[str, Any]] = []
@@ -127,7 +129,7 @@ def _found(images: Sequence[str]) -> Iterator[str]:
     """The files that were named, in natural order within a folder or a pattern."""
     for name in images:
         if os.path.isdir(name):
-            inside = sorted(_images_below(name), key=natural_order)
+            inside = images_below(name)
             if not inside:
                 raise DataError(f"folder {name} has no images ({', '.join(IMAGE_SUFFIXES)})")
             yield from inside
@@ -140,16 +142,3 @@ def _found(images: Sequence[str]) -> Iterator[str]:
             yield from sorted(matching, key=natural_order)
         else:
             raise DataError(f"image {name!r} does not exist; give a file, a folder or a pattern")
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"folder {error.filename} cannot be read ({error.strerror}); check its permissions"
-        )
-
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield os.path.join(place, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,6 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
-from timm.utils.misc import natural_key
 
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError
@@ -34,12 +33,22 @@ EXTENSIONS = {
 
 Formats that PIL runs as a program, such as PostScript, or that no data set uses, are left out.
 """
+_NUMBER = re.compile(r"\d+")
 IMAGE_SUFFIXES = tuple(suffix for suffixes in EXTENSIONS.values() for suffix in suffixes)
 
 
-def natural_order(name: str) -> tuple[list[str | int], str]:
-    """A key to sort names as timm does, 9 before 10; equal ones are sorted by the name itself."""
-    return natural_key(name), name  # type: ignore[no-untyped-call]
+def natural_order(name: str) -> tuple[str, str]:
+    """A key to sort names as timm does, 9 before 10; equal ones are sorted by the name itself.
+
+    timm's own key is a list of strings and numbers, which takes twice as long to make and compare.
+    """
+    return _NUMBER.sub(_by_value, name.lower()), name
+
+
+def _by_value(number: re.Match[str]) -> str:
+    """A number such that strings with it are in the order of its value, before any other text."""
+    digits = str(int(number[0]))
+    return f"\0{chr(len(digits))}{digits}"
 
 
 class Images(Protocol):
@@ -113,7 +122,8 @@ class EncodedImages(ABC):
                 # PIL would clip 16-bit grey at 255, so that most of it became white.
                 high = np.clip(np.asarray(image), 0, 65535) >> 8
                 return Image.fromarray(high.astype(np.uint8)).convert(mode)
-            return image.convert(mode)
+            image.load()
+            return image if image.mode == mode else image.convert(mode)  # PIL would copy it
 
     def grey(self) -> bool:
         """Whether all images of an evenly spaced sample are grey."""
@@ -139,34 +149,6 @@ class EncodedImages(ABC):
             raise DataError(
                 f"image {self.name(index)} cannot be read ({reason}); repair or remove it"
             ) from error
-
-
-class ImageFiles(EncodedImages):
-    """Images in files.
-
-    Args:
-        paths: one file for each image.
-        targets: the class of each image.
-    """
-
-    def __init__(self, paths: Sequence[str], targets: Sequence[int]) -> None:
-        super().__init__(targets)
-        self.paths = paths
-
-    def name(self, index: int) -> str:
-        """The path."""
-        return self.paths[index]
-
-    def source(self, index: int) -> str:
-        """The path.
-
-        Raises:
-            OSError: it is a pipe or a device, which might never end.
-        """
-        path = self.paths[index]
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("it is not a regular file")
-        return path
 
 
 class ImageArrays:

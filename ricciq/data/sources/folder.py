@@ -6,19 +6,13 @@ Or the folder has only images, which then have no labels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from ricciq.data.sources.base import (
-    IMAGE_SUFFIXES,
-    EncodedImages,
-    ImageFiles,
-    Parts,
-    natural_order,
-)
+from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages, Parts, natural_order
+from ricciq.data.sources.files import ImageFiles, images_below
 from ricciq.data.sources.tar import (
     COMPRESSED_SUFFIXES,
     ImagesInTars,
@@ -74,9 +68,10 @@ def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
 
 def _images_in(folder: Path) -> list[str]:
     """The images directly in a folder, in natural order."""
-    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    found = [e for e in visible if e.suffix.lower() in IMAGE_SUFFIXES and e.is_file()]
-    return sorted(map(str, found), key=natural_order)
+    with os.scandir(folder) as entries:
+        visible = (entry for entry in entries if not entry.name.startswith("."))
+        found = [e.path for e in visible if e.name.lower().endswith(IMAGE_SUFFIXES) and e.is_file()]
+    return sorted(found, key=natural_order)
 
 
 def _without_labels(folder: Path, paths: list[str]) -> Parts:
@@ -92,7 +87,7 @@ def _without_labels(folder: Path, paths: list[str]) -> Parts:
         )
     order = np.random.RandomState(0).permutation(len(paths))
     parts = np.sort(order[len(paths) // 10 :]), np.sort(order[: len(paths) // 10])
-    train, val = (ImageFiles([paths[i] for i in part], [0] * len(part)) for part in parts)
+    train, val = (ImageFiles((paths[i], 0) for i in part) for part in parts)
     return Parts([], train, val)
 
 
@@ -130,20 +125,21 @@ def _read_split(place: Path) -> Split:
         raise DataError(f"{place} has class folders and tars, such as {tars[0]}; keep one kind")
     if tars:
         return _read_class_tars(sorted(tars, key=lambda tar: natural_order(tar.name)))
-    paths: list[str] = []
-    targets: list[int] = []
+    return class_names, ImageFiles(_labelled_files(place, class_names))
+
+
+def _labelled_files(place: Path, class_names: list[str]) -> Iterator[tuple[str, int]]:
+    """The images of each class folder, with the number of the class."""
     for target, class_name in enumerate(class_names):
         folder = str(place / class_name)
-        files, _ = find_images_and_targets(folder, types=IMAGE_SUFFIXES)
-        found = [path for path, _ in files if f"{os.sep}." not in path[len(folder) :]]
+        found = images_below(folder)
         if not found:
             raise DataError(
                 f"class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)}); fill or "
                 "remove it"
             )
-        paths += sorted(found, key=natural_order)
-        targets += [target] * len(found)
-    return class_names, ImageFiles(paths, targets)
+        for path in found:
+            yield path, target
 
 
 def _read_class_tars(tars: list[Path]) -> Split:

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 
 from ricciq.data.sources.base import EncodedImages
+from ricciq.data.sources.files import Names
 from ricciq.errors import DataError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -67,8 +68,8 @@ class ImagesInTars(EncodedImages):
 
     def __init__(self, members: Sequence[Member], targets: Sequence[int]) -> None:
         super().__init__(targets)
-        # An array, since a list of a million tuples would be copied to every worker.
-        self._names = [member.name for member in members]
+        # Not a list of a million tuples, which would be copied to every worker.
+        self._names = Names(member.name for member in members)
         self._archives = list(dict.fromkeys(member.archive for member in members))
         position = {archive: i for i, archive in enumerate(self._archives)}
         self._places = np.array([(position[m.archive], m.offset, m.size) for m in members])

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from timm.data.dataset_factory import create_dataset
 
-from ricciq.data.sources.base import ImageArrays, ImageFiles, Images, Parts
+from ricciq.data.sources.base import ImageArrays, Images, Parts
+from ricciq.data.sources.files import ImageFiles
 from ricciq.errors import DataError
 
 # timm's names and torchvision's. The first kind keeps images in memory, the second in files.
@@ -81,4 +82,4 @@ def _arrays(part: Any) -> Images:
 
 
 def _files(part: Any) -> Images:
-    return ImageFiles([path for path, _ in part.imgs], part.targets)
+    return ImageFiles(part.imgs)

@@ -20,7 +20,7 @@ from ricciq.data.sources.catalog import SOURCES, Source, find_source, forms
 from ricciq.errors import DataError, UsageError
 
 USABLE = catalog.usable()
-HELPERS = {"__init__", "base", "catalog", "tar"}
+HELPERS = {"__init__", "base", "catalog", "files", "tar"}
 
 
 def modules() -> set[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from ricciq.convert.rewrite import quantized_layers
-from ricciq.data.sources.base import ImageFiles
+from ricciq.data.sources.files import ImageFiles
 from ricciq.errors import CheckpointError, RecipeError, RicciqError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import METHODS

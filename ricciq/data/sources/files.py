@@ -1,0 +1,105 @@
+"""Images in files: found in folders, and kept in little memory."""
+
+from __future__ import annotations
+
+import os
+import stat
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages, natural_order
+from ricciq.errors import DataError
+
+
+class Names:
+    """Many strings as bytes in one piece.
+
+    A million of them in a list would take a hundred megabytes, and as many again in each worker,
+    since a process that reads a string writes to its reference count.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._joined = bytearray()
+        ends = array("q", [0])
+        for name in names:
+            self._joined += name.encode("utf-8", "surrogatepass")  # names may be invalid UTF-8
+            ends.append(len(self._joined))
+        self._ends = np.asarray(ends)
+
+    def __getitem__(self, index: int) -> str:
+        """One of them.
+
+        Args:
+            index: from 0.
+        """
+        joined = self._joined[self._ends[index] : self._ends[index + 1]]
+        return joined.decode("utf-8", "surrogatepass")
+
+
+class ImageFiles(EncodedImages):
+    """Images in files.
+
+    Args:
+        labelled: the path and the class of each image.
+    """
+
+    def __init__(self, labelled: Iterable[tuple[str, int]]) -> None:
+        folders: dict[str, int] = {}
+        places, targets = array("i"), array("q")
+
+        def names() -> Iterator[str]:
+            for path, target in labelled:
+                folder, separator, name = path.rpartition(os.sep)
+                places.append(folders.setdefault(folder + separator, len(folders)))
+                targets.append(target)
+                yield name
+
+        self._names = Names(names())
+        self._folders, self._places = list(folders), np.asarray(places)
+        super().__init__(np.asarray(targets))
+
+    def name(self, index: int) -> str:
+        """The path."""
+        folder: str = self._folders[self._places[index]]
+        return folder + self._names[index]
+
+    def source(self, index: int) -> str:
+        """The path.
+
+        Raises:
+            OSError: it is missing, or a pipe or a device, which might never end.
+        """
+        path = self.name(index)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is not a regular file")
+        return path
+
+
+def images_below(folder: str) -> list[str]:
+    """The images in a folder at any depth, in natural order, without hidden ones.
+
+    Args:
+        folder: its path.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        DataError: the folder, or one in it, cannot be read.
+    """
+    found: list[str] = []
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"folder {error.filename} cannot be read ({error.strerror}); check its permissions"
+        )
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        start = os.path.join(place, "")
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                found.append(start + name)
+    return sorted(found, key=lambda path: natural_order(path[len(folder) :]))
