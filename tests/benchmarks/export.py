@@ -68,15 +68,18 @@ def measure(name: str, bits: int, threads: int, folder: Path) -> dict[str, objec
     model = timm.create_model(name).eval()
     preprocessing = Preprocessing.from_dict(timm.data.resolve_model_data_config(model))
     pictures = torch.randn(2, *preprocessing.input_size)
-    files = {"float": folder / f"{name}.onnx", "quantized": folder / f"{name}-w{bits}.onnx"}
+    names = {"float": name, "quantized": f"{name}-w{bits}", "pixels": f"{name}-w{bits}-uint8"}
+    files = {key: folder / f"{file}.onnx" for key, file in names.items()}
     export_onnx(model, files["float"], preprocessing)
     plan = quantize(model, pictures, bits, bits)
     calibrate(model, [pictures])
-    export_onnx(deploy(model), files["quantized"], preprocessing)
+    deployed = deploy(model)
+    export_onnx(deployed, files["quantized"], preprocessing)
+    export_onnx(deployed, files["pixels"], preprocessing, input_type="uint8")
     inspection = inspect_onnx(files["quantized"])
     latency = measure_latency(files, threads=threads)
     sizes = {key: path.stat().st_size for key, path in files.items()}
-    grown = {key: memory(path) for key, path in files.items()}
+    grown = {key: memory(files[key]) for key in ("float", "quantized")}
     return {
         "model": name,
         "bits": bits,
@@ -90,6 +93,7 @@ def measure(name: str, bits: int, threads: int, folder: Path) -> dict[str, objec
         "float_ms": latency["float"].median,
         "ms": latency["quantized"].median,
         "speedup": latency["float"].median / latency["quantized"].median,
+        "pixels_over_float_input": latency["pixels"].median / latency["quantized"].median,
     }
 
 

@@ -1,18 +1,26 @@
-"""The README's commands and its Python, taken from the page itself."""
+"""The README's commands, its Python and its JavaScript, taken from the page itself."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from command import check_command, ricciq
+from command import check_command, json_of, ricciq
+from PIL import Image
+from torch import nn
+
+from ricciq.data.preprocessing import Preprocessing
+from ricciq.deploy.export import export_onnx
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +68,7 @@ def answer_of(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
 def test_the_python_runs(
     in_a_shell: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, parts, _ = blocks("python")
+    script, parts, _, _ = blocks("python")
     with monkeypatch.context() as patched:
         patched.setattr(subprocess, "run", answer_of)
         exec(compile(script, "README.md", "exec"), {})
@@ -86,6 +94,69 @@ def test_any_classifier_is_quantized(in_a_shell: Path, capsys: pytest.CaptureFix
     assert float(found[1]) > 90
     assert float(found[2]) > 99
     assert [path.name for path in in_a_shell.iterdir()] == ["own.onnx"]
+
+
+COLOURS = ["rot", "grün", "blau"]
+"""Classes, in the order of the channels."""
+
+
+@pytest.fixture
+def images(in_a_shell: Path) -> Iterator[str]:
+    """The colours of noisy images, each in cat.png, beside a file that tells their colours."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
+    model[2].weight.data = torch.eye(3)
+    about = Preprocessing((3, 12, 16), (0.5, 0.4, 0.3), (0.25,) * 3)
+    path = in_a_shell / "model-uint8.onnx"
+    export_onnx(model, path, about, {"class_names": COLOURS}, input_type="uint8")
+
+    def each() -> Iterator[str]:
+        for channel, colour in enumerate(COLOURS):
+            pixels = np.random.default_rng(0).integers(0, 128, (12, 16, 3), dtype=np.uint8)
+            pixels[..., channel] += 100
+            Image.fromarray(pixels).save("cat.png")
+            (row,) = json_of("predict", path, "cat.png")["images"]
+            assert row["classes"][0]["class"] == colour
+            yield colour
+
+    return each()
+
+
+def test_the_python_without_ricciq_runs(
+    images: Iterator[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = blocks("python")[3]
+    assert len(own.splitlines()) <= 11
+    assert "from ricciq" not in own
+    script = compile(own, "README.md", "exec")
+    for colour in images:
+        exec(script, {})
+        assert capsys.readouterr().out.strip() == colour
+
+
+def node_modules() -> Path | None:
+    """The folder where npm has installed what the JavaScript imports, here or for all users."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        return None
+    line = ["npm", "root", "--global"]
+    shared = subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip()
+    for folder in (ROOT / "node_modules", Path(shared)):
+        if all((folder / name).is_dir() for name in ("onnxruntime-node", "sharp")):
+            return folder
+    return None
+
+
+def test_the_javascript_runs(images: Iterator[str], in_a_shell: Path) -> None:
+    installed = node_modules()
+    if installed is None:
+        pytest.skip("it needs Node.js and `npm install onnxruntime-node sharp`")
+    (script,) = blocks("js")
+    assert len(script.splitlines()) <= 12
+    (in_a_shell / "node_modules").symlink_to(installed)
+    (in_a_shell / "run.mjs").write_text(script)
+    for colour in images:
+        line = ["node", "run.mjs"]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+        assert (done.stdout.strip(), done.returncode) == (colour, 0), done.stderr
 
 
 @pytest.mark.slow
