@@ -177,6 +177,22 @@ def evaluate_with_predictions(
 
 
 @contextmanager
+def in_float32() -> Iterator[None]:
+    """Compute in whole float32 numbers on a GPU for a block.
+
+    By default its convolutions use TF32, whose 10 bits tell codes apart but not sums of them: more
+    activations would fall on the other side of a rounding tie than in the file.
+    """
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode for a block, and restore the mode of every module after it."""
     modes = [(module, module.training) for module in model.modules()]

@@ -90,6 +90,7 @@ def quantize(
     overwrite: options.Overwrite = False,
     offline: options.Offline = False,
     dry_run: options.DryRun = False,
+    probe: options.Probe = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -99,10 +100,12 @@ def quantize(
 
     Example: ricciq quantize resnet50 --recipe resnet50-w4a4 --data ./imagenet
 
-    Example: ricciq quantize resnet18 --data ./images --bits auto:2.5 --dry-run
+    Example: ricciq quantize resnet18 --data ./images --bits auto:2.5 --dry-run --probe
     """
     if offline:
         forbid_network()
+    if probe and not dry_run:
+        raise UsageError("--probe needs --dry-run: a run itself says how long it takes; give both")
     merged, messages, data_set = requested_recipe(
         model,
         checkpoint,
@@ -134,7 +137,7 @@ def quantize(
 
     journal = begin(messages, quiet)
     if dry_run:
-        plan = plan_run(merged, journal, data_set)
+        plan = plan_run(merged, journal, data_set, probed=probe)
         if is_first():
             show({**plan, "dry_run": True}, as_json, plan_table, quiet)
         return

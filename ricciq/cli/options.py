@@ -103,6 +103,9 @@ Output = Annotated[Path | None, typer.Option(help="Folder of the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Probe = Annotated[
+    bool, typer.Option("--probe", help="With --dry-run: time 20 steps, and say how long it takes.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and write nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", callback=silence, help="Print errors only.")]
 Format = Annotated[

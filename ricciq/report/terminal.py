@@ -81,6 +81,8 @@ def plan_table(values: dict[str, Any]) -> Table:
         f"{values['training_memory'] / 1e9:.1f} GB to train, with batches of "
         f"{values['batch_size']}"
     )
+    if "seconds" in values:
+        about += f"; about {time_in_words(values['seconds'])}"
     table = FittingTable(title=shown(title), caption=about)
     for heading in ("layer", "weight bits", "activation bits", "weights", "bytes"):
         table.add_column(heading)
@@ -90,6 +92,29 @@ def plan_table(values: dict[str, Any]) -> Table:
     for kept in values["kept"]:
         table.add_row(kept["name"], "float", kept["why"], kept["kind"])
     return table
+
+
+def time_in_words(seconds: Mapping[str, float]) -> str:
+    """How long a run takes, and its parts.
+
+    Args:
+        seconds: from `ricciq.workflows.forecast.Forecast.to_dict`.
+    """
+    parts = [key for key in seconds if key not in ("step", "whole") and seconds[key]]
+    each = (f"{part.replace('_', ' ')} {_duration(seconds[part])}" for part in parts)
+    return f"{_duration(seconds['whole'])}: {', '.join(each)}"
+
+
+def _duration(seconds: float) -> str:
+    """A time in the units that people would use."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if hours < 72:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} days {hours % 24} h"
 
 
 def sensitivity_table(rows: Sequence[Mapping[str, Any]], average: float) -> Table:

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
 from ricciq.data.loader import Batch, against_waiting, close, set_epoch
-from ricciq.errors import DivergedError, RicciqError, UsageError
+from ricciq.errors import DivergedError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import named_correction
 from ricciq.evaluation import Metrics, evaluate, pooled
@@ -37,8 +37,8 @@ from ricciq.system.tensor_files import (
     save_tensors,
     training_state,
 )
-from ricciq.training.memory import halve_until, is_out_of_memory
 from ricciq.training.metrics import History, Tally
+from ricciq.training.pace import FirstSteps
 from ricciq.training.state import TrainingState, last_state
 from ricciq.training.step import CalibrationImages, Trainer
 
@@ -74,6 +74,7 @@ def finetune(
     calibration_images: CalibrationImages | None = None,
     resume: bool = False,
     world: World | None = None,
+    first_steps: FirstSteps | None = None,
 ) -> TrainingState:
     """Train a model in place, either converted and calibrated, or in float.
 
@@ -97,6 +98,7 @@ def finetune(
             ``reestimate_bn``.
         resume: resume from the folder's last state.
         world: the processes that train together.
+        first_steps: times the first steps; every process calls it.
 
     Returns:
         The progress. ``folder.best`` has the best epoch's weights, the model those of the last.
@@ -130,6 +132,7 @@ def finetune(
                 journal=journal,
                 calibration_images=calibration_images,
                 world=world,
+                first_steps=first_steps,
             )
             if kept.best.is_file():
                 load_model_state(model, load_tensors(kept.best)[0], kept.best)
@@ -155,7 +158,7 @@ def finetune(
             try:
                 while running.state.epoch < recipe.training.epochs:
                     trainer.enter(running.state.epoch, calibration_images)
-                    running.train(fit, stopping, journal)
+                    running.train(fit, stopping, journal, first_steps)
                     trainer.reestimate(calibration_images)
                     trainer.share_averages()
                     batches = stopping.watch(holdout, alike=False)
@@ -213,13 +216,20 @@ class _Running:
         if self.state.scaler:
             trainer.scaler.load_state_dict(self.state.scaler)
 
-    def train(self, fit: DataLoader[Batch], stopping: Stopping, journal: Journal) -> None:
+    def train(
+        self,
+        fit: DataLoader[Batch],
+        stopping: Stopping,
+        journal: Journal,
+        first_steps: FirstSteps | None,
+    ) -> None:
         """Train on the rest of an epoch, and measure the geometry at its last step.
 
         Args:
             fit: training batches.
             stopping: ends training between two steps if the user asks for it.
             journal: shows a progress bar.
+            first_steps: times the first steps.
 
         Raises:
             DivergedError: too many steps in a row had no finite gradients.
@@ -246,39 +256,22 @@ class _Running:
                     )
                 now = time.perf_counter()
                 tally.seconds += now - started
+                if first_steps is not None:
+                    left = self.trainer.updates - state.steps
+                    first_steps.add(now - started, left, self.settings.epochs - state.epoch)
+                    now = time.perf_counter()
                 started = now
                 advance(tally.describe)
                 if time.monotonic() - self.saved_at > 60 * self.settings.save_minutes:
                     self.save()
 
     def _step(self, batches: list[Batch], measure: bool) -> bool:
-        """One step of the trainer; returns whether gradients were finite.
-
-        Raises:
-            RicciqError: there is not enough memory; the message names the batch size that fits.
-        """
-        trainer = self.trainer
-        try:
-            finite = trainer.step(batches, self.tally, self.state.steps, measure)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
-            if measure:
-                geometry = trainer.geometry.items()
-                self.state.geometry = {name: measured._asdict() for name, measured in geometry}
-            return finite
-        images, targets = batches[0]
-        half = len(targets) // 2
-        size = halve_until(lambda n: trainer.fits((images[:n], targets[:n])), half)
-        remedy = "choose a smaller model or input size"
-        if size:
-            steps = -(-len(targets) * self.settings.grad_accum_steps // size)
-            remedy = f"give --batch-size {size}, and --grad-accum-steps {steps} for steps as large"
-        raise RicciqError(
-            f"the memory of {trainer.device} is not enough for a step with batch size "
-            f"{len(targets)}, {f'but {size} fitted' if size else 'nor for one image'}; {remedy}"
-        )
+        """One step of the trainer; returns whether gradients were finite."""
+        finite = self.trainer.step(batches, self.tally, self.state.steps, measure)
+        if measure:
+            geometry = self.trainer.geometry.items()
+            self.state.geometry = {name: measured._asdict() for name, measured in geometry}
+        return finite
 
     def end_epoch(self, held: Metrics) -> None:
         """Write the results of an epoch: the state last, since it marks the epoch as finished."""

@@ -17,14 +17,14 @@ from torch.profiler import record_function
 
 from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.loader import Batch
-from ricciq.errors import RecipeError
+from ricciq.errors import RecipeError, RicciqError
 from ricciq.estimators.apply import Attachment, Correction, DiscreteWeight
 from ricciq.estimators.metric_flow import Geometry
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
 from ricciq.training.losses import feature_distance, loss_function
-from ricciq.training.memory import is_out_of_memory
+from ricciq.training.memory import halve_until, is_out_of_memory
 from ricciq.training.metrics import Codes, Tally
 from ricciq.training.optim import WithFeatures, optimizer_and_schedule
 from ricciq.training.oscillation import Damping, Freezing
@@ -151,7 +151,18 @@ class Trainer:
 
         Returns:
             Whether the gradients were finite; if not, nothing has changed.
+
+        Raises:
+            RicciqError: there is not enough memory; the message names the batch size that fits.
         """
+        try:
+            return self._step(batches, tally, update, measure)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        raise self._too_large(batches[0])  # by now, what the step held is free
+
+    def _step(self, batches: Sequence[Batch], tally: Tally, update: int, measure: bool) -> bool:
         progress = update / self.updates
         chance = random.Random(f"step {self.seed} {update} {self.world.rank}")
         torch.manual_seed(chance.getrandbits(63))
@@ -315,6 +326,20 @@ class Trainer:
             self.optimizer.zero_grad()
             self._copy(self.saved_buffers, self.buffers)
         return True
+
+    def _too_large(self, batch: Batch) -> RicciqError:
+        """The error of a batch that takes more memory than there is; it names a size that fits."""
+        images, targets = batch
+        half = len(targets) // 2
+        size = halve_until(lambda n: self.fits((images[:n], targets[:n])), half)
+        remedy = "choose a smaller model or input size"
+        if size:
+            steps = -(-len(targets) * self.settings.grad_accum_steps // size)
+            remedy = f"give --batch-size {size}, and --grad-accum-steps {steps} for steps as large"
+        return RicciqError(
+            f"the memory of {self.device} is not enough for a step with batch size "
+            f"{len(targets)}, {f'but {size} fitted' if size else 'nor for one image'}; {remedy}"
+        )
 
     @staticmethod
     @torch.no_grad()

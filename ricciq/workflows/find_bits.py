@@ -1,4 +1,8 @@
-"""Automatic bits: choose the width of each layer's weights for a budget of bits or bytes."""
+"""Automatic bits: choose the width of each layer's weights for a budget of bits or bytes.
+
+What exports and plots takes a second to import, and most runs do not need it here: they give the
+width themselves. So it is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,9 @@ from ricciq.convert.allocation import Overhead, allocate, average_bits
 from ricciq.convert.plan import Plan
 from ricciq.convert.rewrite import convert
 from ricciq.convert.sensitivity import Sensitivity, measure_sensitivity, widths_of
-from ricciq.deploy.export import export_onnx
-from ricciq.deploy.modules import DeployedWeight, deploy
-from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.errors import UsageError
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
-from ricciq.report.plots import draw_sensitivity, write_png
 from ricciq.report.terminal import as_text, sensitivity_table
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.workflows.job import Job
@@ -117,6 +117,8 @@ def _chosen_plan(job: Job, budget: Budget, session: Session) -> Plan:
     rows = _rows(found, chosen)
     session.journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
     if session.has_folder:
+        from ricciq.report.plots import draw_sensitivity, write_png
+
         write_png(draw_sensitivity(rows), session.folder.sensitivity_plot)
         write_csv(session.folder.sensitivity, rows)
     return _planned(job.plan, chosen)
@@ -161,6 +163,8 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
     Raises:
         UsageError: even the smallest file is larger.
     """
+    from ricciq.deploy.modules import DeployedWeight
+
     whole, few = sum(weights.values()), list(job.calibration_images(most=FEW))
     once: dict[int, float] = {}
     planes: dict[int, int] = {}
@@ -191,6 +195,8 @@ def _weighed(job: Job, weights: Mapping[str, int], max_bytes: int) -> Budget:
 
 def _deployed(job: Job, chosen: Mapping[str, int], few: list[torch.Tensor]) -> nn.Module:
     """The untrained network as it is exported, calibrated on a few images."""
+    from ricciq.deploy.modules import deploy
+
     net = convert(
         copy.deepcopy(job.model), _planned(job.plan, chosen), job.recipe.quantization.config
     )
@@ -203,6 +209,9 @@ def _deployed(job: Job, chosen: Mapping[str, int], few: list[torch.Tensor]) -> n
 
 def _size(job: Job, deployed: nn.Module) -> int:
     """Bytes of the ONNX file, with room for the metadata that training adds."""
+    from ricciq.deploy.export import export_onnx
+    from ricciq.deploy.onnx_file import size_with_external_data
+
     with TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
         export_onnx(deployed, path, job.preprocessing, job.metadata.for_onnx())

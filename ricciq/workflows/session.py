@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -37,6 +38,7 @@ class Session:
 
     Attributes:
         begun: whether `begin` was called, so the run can be resumed.
+        seconds: what each function took that ran `in_first_process`, by its name.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Session:
         self.world = world or World()
         self.resume = resume
         self.begun = False
+        self.seconds: dict[str, float] = {}
         self._folder, self._check, self._held = folder, check, ExitStack()
 
     @classmethod
@@ -169,14 +172,18 @@ class Session:
 def in_first_process(function: Callable[P, T]) -> Callable[P, T]:
     """Decorator: run a function with a `Session` among its arguments in the first process only.
 
-    All processes must call it. Each of them gets what the first one returns or raises.
+    All processes must call it. Each of them gets what the first one returns or raises. The session
+    remembers how long it took.
     """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given = (*args, *kwargs.values())
         session = next(value for value in given if isinstance(value, Session))
-        return session.world.from_first(lambda: function(*args, **kwargs))
+        began = time.perf_counter()
+        result = session.world.from_first(lambda: function(*args, **kwargs))
+        session.seconds[function.__name__] = time.perf_counter() - began
+        return result
 
     return call
 

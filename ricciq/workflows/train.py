@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,12 +13,12 @@ from ricciq.convert.rewrite import convert
 from ricciq.errors import RicciqError
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.grid import FLOAT_BITS
-from ricciq.report.plots import draw_geometry, write_png
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
 from ricciq.training.adaround import IMAGES, reconstruct
 from ricciq.training.loop import finetune
 from ricciq.training.memory import LARGEST_BATCH
+from ricciq.training.pace import FirstSteps, Pace
 from ricciq.training.state import TrainingState, last_state
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.job import Job, is_distilled
@@ -26,6 +27,10 @@ from ricciq.workflows.sizing import find_batch_size
 
 FLOW_TIMES = [n / 50 for n in range(16)]
 """Times of the flow at which the decay of the perturbation is plotted."""
+
+
+UnderWay = Callable[[nn.Module, Pace | None], None]
+"""Called with the float model, and with the pace of training if it is known."""
 
 
 class Trained(NamedTuple):
@@ -40,12 +45,14 @@ class Trained(NamedTuple):
     progress: TrainingState
 
 
-def train(job: Job, session: Session) -> Trained:
+def train(job: Job, session: Session, under_way: UnderWay | None = None) -> Trained:
     """Convert, calibrate and fine-tune a job's model in place, with its float copy as the teacher.
 
     Args:
         job: from `prepare`.
         session: a session that has begun; states and rows are written to its folder.
+        under_way: called once in every process: after the first steps, or if there are fewer,
+            before or after all training.
 
     Raises:
         RicciqError: as in `ricciq.training.loop.finetune`.
@@ -56,6 +63,12 @@ def train(job: Job, session: Session) -> Trained:
     batch_size = _batch_size(job, session)
     # The copy is the teacher: weights of a copy may have other strides, which changes last bits.
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
+    waiting = [under_way] if under_way else []
+
+    def is_under_way(pace: Pace | None = None) -> None:
+        while waiting:
+            waiting.pop()(teacher, pace)
+
     model = convert(job.model, job.plan, recipe.quantization.config)
     journal.say(
         f"converted {len(job.plan.layers)} layers, added {len(job.plan.points)} 8-bit output "
@@ -63,6 +76,8 @@ def train(job: Job, session: Session) -> Trained:
     )
     if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
         calibrate(model, images(), recipe.quantization.scale_search)
+    if recipe.training.epochs == 0:
+        is_under_way()  # before what takes long
     if recipe.training.epochs == 0 and recipe.quantization.reconstruction:
         reconstruct(
             model,
@@ -86,7 +101,9 @@ def train(job: Job, session: Session) -> Trained:
         calibration_images=images,
         resume=session.resume,
         world=world,
+        first_steps=FirstSteps(is_under_way),
     )
+    is_under_way()
     if not world.is_first:
         return Trained(model, done)
     if not folder.best.is_file():  # without training, the calibrated weights are the best
@@ -94,6 +111,8 @@ def train(job: Job, session: Session) -> Trained:
     tensors, _ = load_tensors(folder.best)
     load_model_state(model, tensors, folder.best)
     if done.epoch and job.plan.layers:
+        from ricciq.report.plots import draw_geometry, write_png  # here: it takes a second
+
         decay = job.correction.decay(discrete_weights(model), FLOW_TIMES)
         rows = [
             {"layer": name, "time": time, "norm": norm}

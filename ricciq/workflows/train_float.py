@@ -7,7 +7,7 @@ Training everything at once would distort the features while the head is still r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +18,13 @@ from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.tensor_files import load_model_state, load_tensors
 from ricciq.training.loop import finetune
+from ricciq.training.pace import FirstSteps, Pace
 from ricciq.training.state import TrainingState
 from ricciq.workflows.job import Job
 from ricciq.workflows.session import Session
+
+FloatUnderWay = Callable[[Pace, bool], None]
+"""Called with the pace of training, and whether the head alone is trained."""
 
 
 class FloatTraining(NamedTuple):
@@ -37,7 +41,17 @@ class FloatTraining(NamedTuple):
     holdout_top1: float
 
 
-def train_float(job: Job, session: Session, folder: Path | None = None) -> FloatTraining | None:
+def head_epochs_of(job: Job) -> int:
+    """Epochs for which the head of a job's float model is trained alone."""
+    return math.ceil(job.float_epochs / 4) if job.has_new_head else 0
+
+
+def train_float(
+    job: Job,
+    session: Session,
+    folder: Path | None = None,
+    under_way: FloatUnderWay | None = None,
+) -> FloatTraining | None:
     """Train the float model of a job in place, if the job says so.
 
     Args:
@@ -45,6 +59,7 @@ def train_float(job: Job, session: Session, folder: Path | None = None) -> Float
         session: a session that has begun.
         folder: where states and the best weights are kept, from which an interrupted run resumes;
             by default ``float`` in the session's folder. What it has finished is not repeated.
+        under_way: called in every process after the first steps of each of the two parts.
 
     Returns:
         What was done; None if the float model is taken as it is.
@@ -56,20 +71,31 @@ def train_float(job: Job, session: Session, folder: Path | None = None) -> Float
     if not epochs:
         return None
     folder = folder or session.folder.float_training
-    head = _head_parameters(job.model) if job.has_new_head else []
-    head_epochs = math.ceil(epochs / 4) if head else 0
+    head_epochs = head_epochs_of(job)
     session.journal.say(
-        f"training the float model first: {f'{head_epochs} epochs of its head, ' if head else ''}"
-        f"{epochs} epochs of all weights"
+        "training the float model first: "
+        f"{f'{head_epochs} epochs of its head, ' if head_epochs else ''}{epochs} epochs of all "
+        "weights"
     )
-    if head:
-        _finetune(job, session, RunFolder(folder / "head"), head_epochs, head)
-    done = _finetune(job, session, RunFolder(folder / "all"), epochs, job.model.parameters())
+
+    def first_steps(of_head: bool) -> FirstSteps | None:
+        return under_way and FirstSteps(lambda pace: under_way(pace, of_head))
+
+    if head_epochs:
+        head, place = _head_parameters(job.model), RunFolder(folder / "head")
+        _finetune(job, session, place, head_epochs, head, first_steps(True))
+    everything, place = job.model.parameters(), RunFolder(folder / "all")
+    done = _finetune(job, session, place, epochs, everything, first_steps(False))
     return FloatTraining(head_epochs, epochs, done.chosen_top1)
 
 
 def _finetune(
-    job: Job, session: Session, folder: RunFolder, epochs: int, trained: Iterable[nn.Parameter]
+    job: Job,
+    session: Session,
+    folder: RunFolder,
+    epochs: int,
+    trained: Iterable[nn.Parameter],
+    first_steps: FirstSteps | None,
 ) -> TrainingState:
     """Train some of the parameters, and load the best epoch's weights."""
     model, world = job.model, session.world
@@ -94,6 +120,7 @@ def _finetune(
             calibration_images=partial(job.calibration_images, world.size),
             resume=world.from_first(folder.last.is_file),
             world=world,
+            first_steps=first_steps,
         )
     finally:
         for parameter in parameters:

@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 from ricciq.errors import UsageError
 from ricciq.models.bundled import BUNDLED
+from ricciq.workflows import finish
 from ricciq.workflows import quantize as pipeline
 from ricciq.workflows import train as training
 
@@ -53,7 +54,7 @@ def far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pipeline, "export_float", lambda *_: None)
     monkeypatch.setattr(training, "reconstruct", end)
-    monkeypatch.setattr(pipeline, "export_and_report", end)
+    monkeypatch.setattr(finish, "export_and_report", end)
 
 
 pytest_plugins = ["hostility"]

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import json_of
+from command import MAIN_JOB, json_of
 from PIL import Image
 
+from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.weight import WeightQuantizer
 from ricciq.recipe import Recipe, shipped_recipes
 from ricciq.training.optim import check_training
 
@@ -66,3 +68,23 @@ def test_a_dry_run_shows_the_plan(imagenet, tmp_path, monkeypatch, name):
     assert values["bytes"] < values["float_bytes"] / 3
     assert values["training_memory"] > 4 * values["float_bytes"] / 1.01 - values["bytes"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_searches_no_scale_and_runs_the_converted_model_once(monkeypatch):
+    searched, inputs = set(), []
+    fit, quantize = WeightQuantizer._fit, ActivationQuantizer.forward
+
+    def note_search(quantizer, rows, candidates):
+        searched.add(candidates)
+        return fit(quantizer, rows, candidates)
+
+    def note_input(quantizer, x):
+        inputs.append((id(quantizer), len(x)))
+        return quantize(quantizer, x)
+
+    monkeypatch.setattr(WeightQuantizer, "_fit", note_search)
+    monkeypatch.setattr(ActivationQuantizer, "forward", note_input)
+    values = json_of(*MAIN_JOB, "--dry-run")
+    assert searched == {1}
+    assert len(inputs) == len(set(inputs)) >= len(values["layers"])
+    assert {images for _, images in inputs} == {2}

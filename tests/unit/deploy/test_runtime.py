@@ -12,7 +12,7 @@ from ricciq.deploy.inspection import inspect_onnx
 from ricciq.deploy.latency import WARM_UP, Latency, bench_files, interleave, measure_latency
 from ricciq.deploy.session import METADATA_KEY, open_session, session_metadata, session_predictor
 from ricciq.errors import DataError, ModelError, UsageError
-from ricciq.evaluation import evaluate
+from ricciq.evaluation import evaluate, in_float32
 
 
 @pytest.fixture
@@ -260,3 +260,18 @@ def test_a_model_that_is_no_classifier_is_refused():
     for answer in (torch.zeros(5, 3), torch.zeros(2, 3, 4), torch.zeros(2)):
         with pytest.raises(ModelError, match="the encoder model returns an output of shape"):
             evaluate({"encoder": lambda _, answer=answer: answer}, pictures)
+
+
+def test_a_file_is_evaluated_on_all_cores_and_timed_on_one(exported):
+    file = exported(2, 2).path
+    assert open_session(file).get_session_options().intra_op_num_threads == 0  # as many as fit
+    assert open_session(file, threads=1).get_session_options().intra_op_num_threads == 1
+
+
+def test_numbers_are_whole_float32_for_a_block():
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    assert before[0]  # torch's default
+    with in_float32():
+        assert (convolutions.allow_tf32, products.allow_tf32) == (False, False)
+    assert (convolutions.allow_tf32, products.allow_tf32) == before

@@ -46,6 +46,19 @@ def test_the_order_and_number_of_batches_do_not_matter():
             assert choose_range(histogram, bits) == choose_range(reference, bits)
 
 
+def test_neither_pieces_nor_the_order_in_memory_matter(monkeypatch):
+    x = normal(2 * 5 * 7 * 3).view(2, 5, 7, 3)
+    expected = counted(x)
+    monkeypatch.setattr("ricciq.quant.fake_quantize.CACHED", 16)
+    turned = x.to(memory_format=torch.channels_last)
+    gaps = torch.cat([x, 9 * x], dim=1)[:, :5]
+    for same in (x, turned, gaps):
+        histogram = counted(same)
+        assert torch.equal(histogram.counts, expected.counts)
+        assert (histogram.low, histogram.high) == (expected.low, expected.high)
+    assert torch.equal(x, normal(2 * 5 * 7 * 3).view(2, 5, 7, 3))
+
+
 def test_memory_does_not_grow():
     histogram = LogHistogram()
     size = histogram.counts.shape

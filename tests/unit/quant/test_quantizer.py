@@ -13,6 +13,7 @@ from ricciq.quant.fake_quantize import fake_quantize
 from ricciq.quant.fixed import FixedActivations, FixedWeights
 from ricciq.quant.grid import LARGEST_CODE, UniformGrid, count_codes
 from ricciq.quant.lsq import LSQActivations, LSQWeights
+from ricciq.quant.odd import OddWeights
 from ricciq.quant.pact import PACTActivations
 
 WEIGHT_CODES = {
@@ -175,6 +176,23 @@ def test_a_step_of_the_logarithm_is_the_relative_step_of_learned_step_sizes():
     with torch.no_grad():
         quantizer.log_scale -= rate * quantizer.log_scale.grad
     torch.testing.assert_close((quantizer.scale - before) / rate, -lsq, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", [LSQWeights, OddWeights, CodebookWeights])
+def test_scales_are_the_same_if_rows_are_searched_in_pieces(kind, monkeypatch):
+    weight = normal(11, 3, 5) * torch.arange(11).view(-1, 1, 1)  # a row of zeros, too
+    whole, pieces = kind(11, 2), kind(11, 2)
+    whole.calibrate(weight)
+    monkeypatch.setattr("ricciq.quant.fake_quantize.CACHED", 2 * 15)
+    seen = []
+    round_rows = UniformGrid.round
+    monkeypatch.setattr(
+        UniformGrid, "round", lambda grid, ratio: seen.append(len(ratio)) or round_rows(grid, ratio)
+    )
+    pieces.calibrate(weight)
+    assert kind is CodebookWeights or set(seen) == {1, 2}
+    for name, value in whole.state_dict().items():
+        assert torch.equal(pieces.state_dict()[name], value)
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("SGD", 0.05), ("Adam", 0.5)])

@@ -47,6 +47,20 @@ def test_a_teacher_and_fewer_moments_are_counted():
     assert found.fixed == 3 * 4 * 110 + 4 * 330
 
 
+def test_what_is_kept_for_discrete_weights_does_not_grow_with_the_images(tiny_quantized, pictures):
+    model, plan = tiny_quantized(2, 2)
+    small, large = (step_memory(model, pictures[:n].clone(), None, moments=1) for n in (2, 16))
+    weights = [model.get_submodule(layer.name).latent for layer in plan.layers]
+    parameters = sum(p.numel() for p in model.parameters())
+    discrete = sum(weight.numel() for weight in weights)
+    for found in (small, large):
+        # Beside the parameters, their gradients and moments: every weight as it was rounded.
+        assert found.fixed >= 4 * (3 * parameters + discrete)
+        assert found.fixed == pytest.approx(4 * (3 * parameters + discrete), rel=0.05)
+    whole = [found.bytes(n) for found, n in ((small, 2), (large, 16))]
+    assert small.per_image == pytest.approx((whole[1] - whole[0]) / 14, rel=0.02)
+
+
 MEASURE = """
 import timm, torch
 from ricciq.convert.plan import plan_conversion

@@ -1,0 +1,55 @@
+"""The pace of training: what its first steps tell of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import NamedTuple
+
+FIRST_STEPS = 30
+"""Steps after which a run says how long it will take."""
+
+
+class Pace(NamedTuple):
+    """What is left to train.
+
+    Attributes:
+        step_seconds: usual time of an optimizer step, in seconds.
+        steps: optimizer steps that are left.
+        epochs: epochs that are left, the present one included.
+    """
+
+    step_seconds: float
+    steps: int
+    epochs: int
+
+
+class FirstSteps:
+    """Times the first steps of a process, and reports their pace once.
+
+    The first third is left out: a step is slower while kernels are chosen or compiled. Of the rest
+    it is the mean, not the median: where images are loaded too slowly, several fast steps are
+    followed by a wait.
+
+    Args:
+        report: called after the last of these steps. Its time does not count as training.
+        count: how many steps, 2 or more.
+    """
+
+    def __init__(self, report: Callable[[Pace], None], count: int = FIRST_STEPS) -> None:
+        self.report, self.count = report, count
+        self.seconds: list[float] = []
+
+    def add(self, seconds: float, steps: int, epochs: int) -> None:
+        """Count a step.
+
+        Args:
+            seconds: that it took, including the wait for its images.
+            steps: optimizer steps that are left.
+            epochs: epochs that are left.
+        """
+        if len(self.seconds) == self.count:
+            return
+        self.seconds.append(seconds)
+        if len(self.seconds) == self.count:
+            self.report(Pace(fmean(self.seconds[self.count // 3 :]), steps, epochs))
