@@ -84,21 +84,29 @@ class Constant(nn.Module):
         return self.value
 
 
+INT16_MAX = 2**15 - 1
+
+
 class DeployedWeight(Expression):
     """Packed codes -> table lookup -> reshape -> DequantizeLinear for each output channel.
 
     onnxruntime computes all but the last operator once, when it loads the file.
+
+    Codes are int8, or uint8 with zero point 128 where int8 would saturate: x86 CPUs without VNNI
+    multiply uint8 by int8 and add two such products in int16. For uint8 by uint8 they do not.
 
     Args:
         weights: the codes and scales.
         quantizer: the quantizer of these codes.
         axis: axis of the output channels: 0, or 1 to swap the first two.
         zero_points: whether to list zero points although they are 0, as onnxruntime wants for Gemm.
+        highest: the highest code of the layer's input; 0 for a float input.
     """
 
     scale: Tensor
     zero_point: Tensor | None
     sign: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -106,6 +114,7 @@ class DeployedWeight(Expression):
         quantizer: WeightQuantizer,
         axis: int = 0,
         zero_points: bool = False,
+        highest: int = 0,
     ) -> None:
         codes, flip = weights.codes, weights.flip.view(-1, *[1] * (weights.codes.dim() - 1))
         grid, bits = quantizer.grid, quantizer.bits
@@ -116,19 +125,23 @@ class DeployedWeight(Expression):
         super().__init__(codes.shape)
         self.axis, self.shape = axis, list(codes.shape)
         self.register_buffer("scale", weights.scale)
-        zeros = torch.zeros_like(weights.scale, dtype=torch.int8) if zero_points else None
-        self.register_buffer("zero_point", zeros)
         self.register_buffer("sign", 1 - 2 * flip.to(torch.int32) if flip.any() else None)
+        largest = int((codes.int() * weights.stretch).abs().max())
+        offset = 128 if 2 * highest * largest > INT16_MAX else 0
+        zero = torch.full_like(weights.scale, offset, dtype=torch.uint8 if offset else torch.int8)
+        self.register_buffer("zero_point", zero if zero_points or offset else None)
+        offsets = torch.tensor(offset, dtype=torch.int32, device=codes.device)
+        self.register_buffer("offset", offsets if offset else None)
         self.planes = 0
         if bits == 8:
-            self.register_buffer("codes", codes)
+            self.register_buffer("codes", (codes.int() + offset).to(zero.dtype))
             return
         for plane in pack(codes.cpu(), bits, grid):
             self.register_buffer(f"packed{self.planes}", plane.data)
             self.register_buffer(f"table{self.planes}", plane.table * weights.stretch)
             self.planes += 1
         self.to(codes.device)
-        if self.planes == 1 and self.sign is None:
+        if self.planes == 1 and self.sign is None and not offset:
             self.register_buffer("table0", self.get_buffer("table0").to(torch.int8))
 
     def value(self) -> Tensor:
@@ -139,7 +152,8 @@ class DeployedWeight(Expression):
     def integer_codes(self) -> Tensor:
         """The codes that kernels compute with: stretched, signs applied."""
         if not self.planes:
-            return self.get_buffer("codes")
+            codes = self.get_buffer("codes")
+            return codes if self.offset is None else codes.int() - self.offset
         codes = unpack(self._plane_list(), _count(self.shape)).view(self.shape)
         return codes if self.sign is None else codes * self.sign
 
@@ -157,7 +171,7 @@ class DeployedWeight(Expression):
         return operators.add("DequantizeLinear", operands, axis=self.axis)
 
     def _write_codes(self, operators: Operators) -> ir.Value:
-        """Unpack the codes to int8."""
+        """Unpack the codes to int8 or uint8."""
         if not self.planes:
             return operators.buffer("codes")
         parts, count = [], _count(self.shape)
@@ -177,7 +191,10 @@ class DeployedWeight(Expression):
             total = operators.add("Mul", [total, operators.buffer("sign")])
         if self.get_buffer("table0").dtype == torch.int8:
             return total
-        return operators.add("Cast", [total], to=ir.DataType.INT8)
+        if self.offset is None:
+            return operators.add("Cast", [total], to=ir.DataType.INT8)
+        total = operators.add("Add", [total, operators.buffer("offset")])
+        return operators.add("Cast", [total], to=ir.DataType.UINT8)
 
 
 class DeployedBias(Expression):
@@ -225,14 +242,18 @@ class DeployedLayer(nn.Module):
         self.function = None if layer.lent_to else layer.function()
         for name in layer.seen:
             setattr(self, name, getattr(layer, name))
-        weights = layer.integer_weights()
+        weights, given = layer.integer_weights(), layer.input_quantizer
         self.weight_quantizer: nn.Module = DeployedWeight(
-            weights, layer.weight_quantizer, layer.weight_axis, layer.zero_points
+            weights,
+            layer.weight_quantizer,
+            layer.weight_axis,
+            layer.zero_points,
+            highest=given.grid.high if given is not None else 0,
         )
         self.input_quantizer: nn.Module | None = None
         self.bias_quantizer: nn.Module = Constant(weights.bias)
-        if layer.input_quantizer is not None:
-            self.input_quantizer = DeployedActivation(layer.input_quantizer)
+        if given is not None:
+            self.input_quantizer = DeployedActivation(given)
             scales = self.input_quantizer.scale, weights.scale
             self.bias_quantizer = DeployedBias(weights.bias, *scales)
 

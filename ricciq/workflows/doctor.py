@@ -21,7 +21,7 @@ LITTLE = 2e9
 """Bytes of memory or disk that a usual run needs."""
 _MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
 INTEGER_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
-"""CPU flags of integer dot products. x86 CPUs without any (VNNI) may saturate in 8-bit kernels."""
+"""CPU flags of integer dot products; on x86, VNNI. Without any, 8-bit kernels are hardly faster."""
 _WIDE_INSTRUCTIONS = ("avx2", "avx512f")
 
 

@@ -16,7 +16,6 @@ import timm
 import torch
 from command import MAIN_JOB
 from command import json_of as ricciq
-from cpu import saturates
 from fashion import lay_out_fashion_mnist, needs_fashion
 from processes import start
 from safetensors.torch import load_file, save_file
@@ -68,9 +67,8 @@ def test_the_main_job_keeps_the_accuracy(run: tuple[Path, dict[str, Any]]) -> No
 def test_the_file_agrees_with_torch(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
     assert report["onnx"]["agreement_unoptimized"] == 100.0
-    assert report["onnx"]["agreement"] >= (98 if saturates() else 99.5)
-    near = 2 if saturates() else 0.5
-    assert report["onnx"]["top1"] == pytest.approx(report["quantized"]["top1"], abs=near)
+    assert report["onnx"]["agreement"] >= 99.5
+    assert report["onnx"]["top1"] == pytest.approx(report["quantized"]["top1"], abs=0.5)
 
 
 def test_a_run_leaves_everything_and_nothing_half_written(
@@ -108,7 +106,7 @@ def test_eval_finds_what_the_report_says_for_every_kind_of_target(
     for target, kind in kinds.items():
         found = ricciq("eval", target, "--data", "digits", "--reference", folder / "model.onnx")
         assert found["top1"] == report[kind]["top1"]
-        assert found["agreement"] >= (98 if saturates() else 100)
+        assert found["agreement"] >= 99.5
         assert found["latency_ms"] > 0
 
 
@@ -141,7 +139,7 @@ def test_export_writes_the_same_file_again_and_a_float_one_that_agrees(
     found = ricciq(
         "eval", tmp_path / "float.onnx", "--data", "digits", "--reference", folder / "model.onnx"
     )
-    assert found["agreement"] >= (98 if saturates() else 100)
+    assert found["agreement"] >= 99.5
 
 
 def test_bench_times_both_files(run: tuple[Path, dict[str, Any]]) -> None:
@@ -199,8 +197,7 @@ def test_other_widths(digits_run: Callable[..., Path], flags: list[str]) -> None
     assert report["onnx"]["agreement_unoptimized"] >= 99.7
     assert report["onnx"]["top1"] > 60
     if "0" in flags:
-        kind = "quantized" if saturates() else "onnx"
-        assert report[kind]["top1"] >= report["float"]["top1"] - 1
+        assert report["onnx"]["top1"] >= report["float"]["top1"] - 1
         assert report["training"]["steps"] == 0
     onnx.checker.check_model(onnx.load(folder / "model.onnx"), full_check=True)
 
@@ -244,10 +241,9 @@ def test_fashion_mnist_through_timm(tmp_path: Path) -> None:
     )  # fmt: skip
     assert report["float"]["top1"] >= 92
     assert report["float"]["samples"] == 10000
-    kind = "quantized" if saturates() else "onnx"
-    assert report[kind]["top1"] >= report["float"]["top1"] - 3
+    assert report["onnx"]["top1"] >= report["float"]["top1"] - 3
     assert report["onnx"]["agreement_unoptimized"] >= 99.95
-    assert saturates() or report["onnx"]["agreement"] >= 99.5
+    assert report["onnx"]["agreement"] >= 99.5
     assert inspect_onnx(tmp_path / "run" / "model.onnx").fused_share() == 100
 
 

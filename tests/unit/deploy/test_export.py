@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
-from cpu import saturates
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -24,10 +24,12 @@ from ricciq.deploy.modules import DeployedActivation, DeployedWeight, deploy
 from ricciq.deploy.packing import unpack
 from ricciq.deploy.session import METADATA_KEY, open_session, session_metadata, session_predictor
 from ricciq.errors import RicciqError
+from ricciq.layers.base import IntegerWeights
 from ricciq.layers.conv import QuantConv2d
 from ricciq.layers.linear import QuantLinear
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
+from ricciq.quant.grid import UniformGrid
 
 # Every weight width, with activation widths by turns.
 WIDTHS = [(1, 2), (2, 2), (3, 4), (4, 4), (5, 2), (6, 4), (7, 2), (8, 4), ("ternary", 2)]
@@ -88,7 +90,6 @@ def test_a_file_takes_any_batch_and_computes_what_torch_computes(
     assert expected.std(0).min() > 0  # the pictures are told apart
 
 
-@pytest.mark.skipif(saturates(), reason="8-bit kernels may saturate on this CPU")
 @each_export
 def test_optimizations_hardly_change_the_logits(exported, pictures, weight_bits, act_bits):
     made = exported(weight_bits, act_bits)
@@ -163,12 +164,12 @@ def codes_in_file(path, layers: list[str]) -> dict[str, np.ndarray]:
     """The codes that each layer's weight is dequantized from, as onnxruntime unpacks them."""
     model = onnx.load(path)
     made_by = {output: node for node in model.graph.node for output in node.output}
-    entries = {}
+    entries, zero_points = {}, {}
     for name in layers:
         node = made_by[layer_node(model, name).input[1]]
         while node.op_type != "DequantizeLinear":
             node = made_by[node.input[0]]
-        entries[name] = node.input[0]
+        entries[name], zero_points[name] = node.input[0], node.input[2:]
     stored = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     computed = [entry for entry in entries.values() if entry not in stored]
     model.graph.output.extend(
@@ -179,7 +180,12 @@ def codes_in_file(path, layers: list[str]) -> dict[str, np.ndarray]:
     session = ort.InferenceSession(model.SerializeToString(), options)
     feed = {"input": np.zeros((1, 3, 16, 16), np.float32)}
     stored |= dict(zip(computed, session.run(computed, feed) if computed else [], strict=True))
-    return {name: stored[entry] for name, entry in entries.items()}
+    found = {}
+    for name, entry in entries.items():
+        (zero,) = {int(n) for value in zero_points[name] for n in stored[value]} or {0}
+        assert zero == (128 if stored[entry].dtype == np.uint8 else 0)
+        found[name] = stored[entry].astype(int) - zero
+    return found
 
 
 @each_width
@@ -192,10 +198,28 @@ def test_the_file_holds_the_codes_of_torch(exported, weight_bits, act_bits):
         expected[weights.flip] *= -1
         if isinstance(layer, QuantLinear):
             expected = expected.t()
-        assert codes[name].dtype == np.int8
         assert torch.equal(torch.tensor(codes[name]).int(), expected)
         deployed = made.deployed.get_submodule(name).weight_quantizer
         assert torch.equal(deployed.integer_codes().int(), expected)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("highest", [0, 15, 128, 129, 255])
+@pytest.mark.parametrize("largest", [64, 127])
+def test_no_two_products_exceed_int16(bits, highest, largest):
+    """Where int8 codes could, they are uint8."""
+    largest -= bits == 7 and largest == 64  # odd
+    weight = torch.tensor([[1.0, largest], [-largest, 3.0]])
+    grid = UniformGrid.for_weights(bits, odd=bits == 7)
+    quantizer = SimpleNamespace(bits=bits, grid=grid)
+    codes, one = weight.to(torch.int8), torch.ones(2)
+    given = IntegerWeights(codes, 1, one < 0, one, torch.zeros(2), None)
+    deployed = DeployedWeight(given, quantizer, highest=highest)
+    kernel_codes = deployed.integer_codes()
+    saturates = 2 * highest * largest > 2**15 - 1
+    assert (deployed.offset is not None) == saturates
+    assert torch.equal(kernel_codes.float(), weight)
+    assert torch.equal(deployed.value(), weight)
 
 
 @each_width
@@ -232,7 +256,11 @@ def test_packed_bytes_are_as_few_as_promised(exported, weight_bits, act_bits):
     largest = max(made.model.get_submodule(n).weight.numel() for n in ("conv1", "fc"))
     if weight_bits != 8:
         assert all(x.size <= largest for x in inner)
-    planes = [x for x in stored.values() if x.dtype == np.uint8 and x.ndim == 1]
+    planes = [
+        x
+        for x in stored.values()
+        if x.dtype == np.uint8 and x.ndim == 1 and not (x == 128).all()  # zero points
+    ]
     inside = [layer for layer in made.plan.layers if layer.weight_bits != 8]
     promised = sum(
         -(-made.model.get_submodule(layer.name).weight.numel() // n)
