@@ -141,7 +141,8 @@ def predict(
     found = predict_images(target, images, top)
     if csv is not None and found["images"]:
         write_csv(csv, as_rows(found["images"]))
-    show(found, as_json, prediction_table)
+    if as_json or found["images"]:
+        show(found, as_json, prediction_table)
     failed = found["failed"]
     for entry in failed[:-1]:
         print(f"ricciq: {printable(entry['why'])}", file=sys.stderr)

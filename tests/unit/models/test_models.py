@@ -226,7 +226,7 @@ def test_a_head_of_another_size_is_replaced_with_a_message(tmp_path):
         load("digits_resnet8", channels=1, checkpoint=path, seed=seed) for seed in (1, 2)
     )
     same(first.model, weights, but=("fc.weight", "fc.bias"))
-    assert first.model.fc.weight.shape == (10, 64)
+    assert first.model.fc.weight.shape == (10, 256)
     assert not torch.equal(first.model.fc.weight, second.model.fc.weight)
     (message,) = first.messages
     assert "5 classes" in message
@@ -275,9 +275,9 @@ def broken(weights: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     [
         ("missing", ["missing: layer2.0.conv1.weight"]),
         ("unexpected", ["unexpected: layer9.weight"]),
-        ("of another shape", ["layer2.0.conv1.weight [32, 16, 5, 5] for [32, 16, 3, 3]"]),
+        ("of another shape", ["layer2.0.conv1.weight [32, 16, 5, 5] for [128, 64, 3, 3]"]),
         ("headless", ["missing: fc.weight, fc.bias"]),
-        ("wide head", ["fc.weight [10, 99] for [10, 64]"]),
+        ("wide head", ["fc.weight [10, 99] for [10, 256]"]),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_names_the_keys(tmp_path, how, words):
@@ -404,6 +404,7 @@ def test_the_nets_follow_timm_conventions(name):
     channels, height, width = config["input_size"]
     image = torch.rand(2, channels, height, width)
     stride = 2 if name == "fashion_resnet8" else 1
+    widths = (64, 128, 256) if name == "digits_resnet8" else (16, 32, 64)
     features = model.forward_features(image)
     assert features.shape == (2, model.num_features, -(-height // (4 * stride)), features.shape[3])
     assert model(image).shape == (2, 10)
@@ -412,7 +413,7 @@ def test_the_nets_follow_timm_conventions(name):
     assert model(image).shape == (2, 3)
     assert model.get_submodule(config["first_conv"]).in_channels == channels
     for info in model.feature_info:
-        assert info["num_chs"] in (16, 32, 64)
+        assert info["num_chs"] in widths
     backbone = timm.create_model(name, features_only=True, out_indices=(0, 1, 2, 3))
     for feature, info in zip(backbone(image), model.feature_info, strict=True):
         assert feature.shape[1] == info["num_chs"]
