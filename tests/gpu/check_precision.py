@@ -37,7 +37,7 @@ def test_bfloat16():
 
 
 def test_bfloat16_learns():
-    training = Training(DEVICE, {"amp": True, "training.lr": 5e-3})
+    training = Training(DEVICE, {"amp": True, "training.lr": 1e-3})
     losses = []
     for _ in range(4 if TINY else 20):
         before = float(training.tally.loss)

@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 from ricciq.errors import UsageError
 from ricciq.models.bundled import BUNDLED
+from ricciq.system.tensor_files import load_tensors, save_tensors
 from ricciq.workflows import finish
 from ricciq.workflows import quantize as pipeline
 from ricciq.workflows import train as training
@@ -80,7 +81,12 @@ def damaged(good: Path, name: str, mutation: Mutation) -> Path:
 
 @each(SURE | HEADERS | WEIGHTS | BEYOND)
 def test_safetensors(call: Call, mutation: Mutation) -> None:
-    file = damaged(BUNDLED / "digits_resnet8.safetensors", "x.safetensors", mutation)
+    stored, about = load_tensors(BUNDLED / "digits_resnet8.safetensors")
+    good = Path("float32.safetensors")
+    save_tensors(
+        good, {name: x.float() if x.is_floating_point() else x for name, x in stored.items()}, about
+    )
+    file = damaged(good, "x.safetensors", mutation)
     refused(call(CHECKPOINT, file), "x.safetensors")
 
 
