@@ -223,7 +223,8 @@ class MetricFlow(Rowwise):
         curvature, distance = sums[:, 2:].mean(dim=0).tolist()
         # The tiny floor is for gradients that are small without being zero.
         along = torch.cosine_similarity(x, g, dim=1, eps=1e-30).mean().item()
-        mismatch = torch.cosine_similarity(g.flatten(), c.flatten(), dim=0, eps=1e-30).item()
+        flat = g.flatten().double(), c.flatten().double()  # sums of a million float32 exceed 1
+        mismatch = torch.cosine_similarity(*flat, dim=0, eps=1e-30).item()
         decay = last / first if first > 0 else 1.0
         return Geometry(first, last, decay, curvature, distance, mismatch, along)
 
