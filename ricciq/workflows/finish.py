@@ -48,7 +48,7 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
     predictors: dict[str, Predict] = {
-        "quantized": lambda images: deployed(images.to(job.device)),
+        "quantized": deployed,
         "onnx": onnx_predictor(folder.onnx),
         "unoptimized": onnx_predictor(folder.onnx, optimize=False),
     }

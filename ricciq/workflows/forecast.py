@@ -12,11 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from ricciq.data.dataset import Split
 from ricciq.training.pace import Pace
 from ricciq.workflows.job import Job
 from ricciq.workflows.session import Session, in_first_process
-from ricciq.workflows.train_float import head_epochs_of
 
 HOLDOUT = 1.5
 """Time to evaluate the model in training / the float model, on the same device."""
@@ -93,12 +91,12 @@ def forecast(job: Job, pace: Pace, costs: Costs, processes: int = 1) -> Forecast
         costs: of the float model.
         processes: that share the hold-out.
     """
-    held_out = pace.epochs * count(job, "holdout") / processes * HOLDOUT * costs.image
+    held_out = pace.epochs * job.count("holdout") / processes * HOLDOUT * costs.image
     return Forecast(
         pace.step_seconds,
         pace.steps * pace.step_seconds + held_out,
         EXPORT * costs.export,
-        count(job, "val") * (DEPLOYED * costs.image + FILE * costs.file),
+        job.count("val") * (DEPLOYED * costs.image + FILE * costs.file),
     )
 
 
@@ -113,7 +111,7 @@ def forecast_rest(job: Job, session: Session, pace: Pace) -> Forecast:
             left out.
         pace: of training.
     """
-    image = file = session.seconds["evaluate_float"] / count(job, "val")
+    image = file = session.seconds["evaluate_float"] / job.count("val")
     if job.plan.layers:
         file = time_file(session.folder.float_onnx, job.preprocessing.input_size)
     costs = Costs(image, file, session.seconds["export_float"])
@@ -134,40 +132,36 @@ def forecast_from_float(job: Job, session: Session, pace: Pace, of_head: bool) -
         of_head: whether the head alone is trained, and all weights after it.
     """
     epochs, of_epoch = job.recipe.training.epochs, pace.steps / pace.epochs
-    image = session.seconds["evaluate_float"] / count(job, "val")
+    image = session.seconds["evaluate_float"] / job.count("val")
     step = pace.step_seconds * (WHOLE_STEP if of_head else 1)
-    left = pace.steps * pace.step_seconds
-    if of_head:
-        left += job.float_epochs * of_epoch * step
-    evaluations = pace.epochs + (job.float_epochs if of_head else 0)
-    left += evaluations * count(job, "holdout") / session.world.size * image
+    left = (pace.epochs, job.float_epochs) if of_head else (0, pace.epochs)
     discrete = Pace(DISCRETE_STEP * step, round(epochs * of_epoch), epochs)
     rest = forecast(job, discrete, Costs(image, image, 0.0), session.world.size)
-    return rest._replace(float_training=left)
+    training = float_seconds(job, step, of_epoch, image, left, session.world.size)
+    return rest._replace(float_training=training)
 
 
-def float_seconds(job: Job, discrete: Pace, image: float) -> float:
-    """How long the whole training of a job's float model takes.
+def float_seconds(
+    job: Job,
+    step: float,
+    of_epoch: float,
+    image: float,
+    left: tuple[int, int],
+    processes: int = 1,
+) -> float:
+    """How long the training of a job's float model takes.
 
     Args:
         job: from `prepare`.
-        discrete: the pace of the discrete model.
+        step: seconds of a step of all weights.
+        of_epoch: steps of an epoch.
         image: seconds to evaluate one.
+        left: epochs of the head alone, and of all weights.
+        processes: that share the hold-out.
     """
-    step, of_epoch = discrete.step_seconds / DISCRETE_STEP, discrete.steps / discrete.epochs
-    head, epochs = head_epochs_of(job), job.float_epochs
+    head, epochs = left
     steps = of_epoch * (head / WHOLE_STEP + epochs) * step
-    return steps + (head + epochs) * count(job, "holdout") * image
-
-
-def count(job: Job, split: Split) -> int:
-    """How many images a split has.
-
-    Args:
-        job: with the data.
-        split: of the data.
-    """
-    return len(job.loader(split).dataset)  # type: ignore[arg-type]
+    return steps + (head + epochs) * job.count("holdout") / processes * image
 
 
 def time_file(path: Path, size: tuple[int, int, int]) -> float:

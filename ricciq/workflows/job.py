@@ -99,6 +99,14 @@ class Job(NamedTuple):
             world=world,
         )
 
+    def count(self, split: Split) -> int:
+        """The number of images that the recipe takes of a split.
+
+        Args:
+            split: see `ImageData.loader`.
+        """
+        return len(self.loader(split).dataset)  # type: ignore[arg-type]
+
     def calibration_images(self, parts: int = 1, most: int | None = None) -> Iterator[Tensor]:
         """Batches of unaugmented training images, the classes in proportion.
 
@@ -108,8 +116,7 @@ class Job(NamedTuple):
         """
         settings = self.recipe.data
         wanted = settings.calibration_batches * settings.known_batch_size * parts
-        there = len(self.loader("fit").dataset)  # type: ignore[arg-type]
-        wanted = min(wanted, there, wanted if most is None else most)
+        wanted = min(wanted, self.count("fit"), wanted if most is None else most)
         for images, _ in self.loader("fit", samples=wanted):
             yield images
 

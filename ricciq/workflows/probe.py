@@ -23,9 +23,17 @@ from ricciq.quant.grid import FLOAT_BITS
 from ricciq.training.metrics import Tally
 from ricciq.training.pace import FirstSteps, Pace
 from ricciq.training.step import Trainer
-from ricciq.workflows.forecast import Costs, Forecast, count, float_seconds, forecast, time_file
+from ricciq.workflows.forecast import (
+    DISCRETE_STEP,
+    Costs,
+    Forecast,
+    float_seconds,
+    forecast,
+    time_file,
+)
 from ricciq.workflows.job import Job, is_distilled
 from ricciq.workflows.session import Session, random_state
+from ricciq.workflows.train_float import head_epochs_of
 
 STEPS = 20
 """Optimizer steps that are timed."""
@@ -62,12 +70,19 @@ def _measured(job: Job, session: Session, batch_size: int, steps: int) -> Foreca
     began = time.perf_counter()
     model = convert(job.model, job.plan, job.recipe.quantization.config)
     calibration = _time_calibration(job, model)
-    start = time.perf_counter() - began + calibration + count(job, "val") * image + export
+    start = time.perf_counter() - began + calibration + job.count("val") * image + export
     start += sum(session.seconds.values())  # automatic bits
     teacher = float_model if is_distilled(job) else None
     pace = _time_steps(job, model, teacher, session, batch_size, steps)
     found = forecast(job, pace, Costs(image, file, export))
-    return found._replace(start=start, float_training=float_seconds(job, pace, image))
+    float_training = float_seconds(
+        job,
+        pace.step_seconds / DISCRETE_STEP,
+        pace.steps / pace.epochs,
+        image,
+        (head_epochs_of(job), job.float_epochs),
+    )
+    return found._replace(start=start, float_training=float_training)
 
 
 @torch.inference_mode()
@@ -75,13 +90,13 @@ def _time_images(job: Job, model: nn.Module) -> float:
     """Seconds to load and evaluate an image."""
     batches = iter(job.loader("val"))
     images, _ = next(batches)
-    model(images.to(job.device)).cpu()  # the first call is slower, as are the first images
+    model(images).cpu()  # the first call is slower, as are the first images
     began, done = time.perf_counter(), 0
     for images, _ in islice(batches, BATCHES):
-        model(images.to(job.device)).cpu()
+        model(images).cpu()
         done += len(images)
     if not done:  # there is one batch only
-        model(images.to(job.device)).cpu()
+        model(images).cpu()
         done = len(images)
     return (time.perf_counter() - began) / done
 
@@ -95,7 +110,7 @@ def _time_calibration(job: Job, model: nn.Module) -> float:
     began = time.perf_counter()
     calibrate(model, images, settings.scale_search)
     wanted = job.recipe.data.calibration_batches * job.recipe.data.known_batch_size
-    others = min(wanted, count(job, "fit")) / len(images[0]) - 1
+    others = min(wanted, job.count("fit")) / len(images[0]) - 1
     return others * (time.perf_counter() - began)
 
 

@@ -41,9 +41,8 @@ def evaluate_float(job: Job, session: Session) -> Reference:
         DataError: an image cannot be read.
     """
     model = job.model.eval()
-    predictors = {"float": lambda images: model(images.to(job.device))}
     try:
-        metrics, predictions = evaluate_with_predictions(predictors, job.loader("val"))
+        metrics, predictions = evaluate_with_predictions({"float": model}, job.loader("val"))
     except DivergedError:  # before any training
         raise CheckpointError(
             f"the float weights of {job.recipe.model.checkpoint or job.recipe.model.name} give NaN "

@@ -112,5 +112,5 @@ def batch_size_for(job: Job, memory: StepMemory) -> int:
     _, processes = process_number()
     free = free_memory(job.device)
     size = largest_batch(memory, free if job.device.type == "cuda" else free // processes)
-    images = len(job.loader("fit").dataset) // processes  # type: ignore[arg-type]
+    images = job.count("fit") // processes
     return halve_until(lambda size: size <= max(images, 1), size)

@@ -55,7 +55,9 @@ def quantize(model: str, data: Path, output: Path, *options: object) -> dict[str
         given = ["--data", data, "--output", output, "--overwrite", "--quiet", *options]
         subprocess.run(["ricciq", "quantize", model, *map(str, given)], check=True)
     found: dict[str, Any] = json.loads(report.read_text())
-    return found
+    with (output / "summary.csv").open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    return found | {"train_loss": float(last["train_loss"])}
 
 
 def rows(model: str, checkpoint: Path, data: Path, seed: int) -> list[dict[str, Any]]:
@@ -81,7 +83,7 @@ def rows(model: str, checkpoint: Path, data: Path, seed: int) -> list[dict[str, 
             "judged_on": "validation",
             "top1": report["quantized"]["top1"],
             "loss": report["quantized"]["loss"],
-            "train_loss": 0.0,
+            "train_loss": report["train_loss"],
             "seconds": report["training"]["seconds"],
         }
         for method, report in reports.items()

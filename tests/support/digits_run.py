@@ -13,6 +13,7 @@ from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
 from ricciq.training.loop import correction_of, finetune
+from ricciq.training.pace import FirstSteps
 from ricciq.training.state import TrainingState
 from ricciq.training.step import Trainer
 from ricciq.workflows.job import prepare
@@ -49,7 +50,12 @@ class Run:
         convert(self.model, self.job.plan)
         calibrate(self.model, [images for images, _ in islice(self.job.loader("fit"), 2)])
 
-    def train(self, resume: bool = False, journal: Journal | None = None) -> TrainingState:
+    def train(
+        self,
+        resume: bool = False,
+        journal: Journal | None = None,
+        first_steps: FirstSteps | None = None,
+    ) -> TrainingState:
         return finetune(
             self.model,
             self.job.loader("fit", training=True),
@@ -62,6 +68,7 @@ class Run:
             metadata=self.job.metadata,
             journal=journal,
             resume=resume,
+            first_steps=first_steps,
         )
 
     def trainer(self) -> Trainer:

@@ -8,9 +8,7 @@ from types import SimpleNamespace
 import pytest
 from digits_run import RECIPE, STEPS, Run
 
-from ricciq.training.loop import finetune
 from ricciq.training.pace import FirstSteps, Pace
-from ricciq.training.state import TrainingState
 
 
 def test_the_pace_is_the_mean_without_the_first_third():
@@ -22,19 +20,6 @@ def test_the_pace_is_the_mean_without_the_first_third():
     assert found == [Pace(2.0, 94, 3)]
 
 
-def train(run: Run, first: FirstSteps, resume: bool = False) -> TrainingState:
-    return finetune(
-        run.model,
-        run.job.loader("fit", training=True),
-        run.job.loader("holdout"),
-        run.recipe,
-        run.correction,
-        folder=run.folder,
-        resume=resume,
-        first_steps=first,
-    )
-
-
 def test_training_reports_what_is_left_also_after_it_was_resumed(tmp_path):
     found: list[Pace] = []
 
@@ -44,8 +29,10 @@ def test_training_reports_what_is_left_also_after_it_was_resumed(tmp_path):
 
     run = Run(tmp_path, RECIPE.override({"training.epochs": 3}))
     with pytest.raises(ZeroDivisionError):
-        train(run, FirstSteps(stop, STEPS + 1))
-    train(run, FirstSteps(found.append, 2), resume=True)  # from the end of the first epoch
+        run.train(first_steps=FirstSteps(stop, STEPS + 1))
+    run.train(
+        first_steps=FirstSteps(found.append, 2), resume=True
+    )  # from the end of the first epoch
     assert [pace[1:] for pace in found] == [(2 * STEPS - 1, 2), (2 * STEPS - 2, 2)]
     assert all(pace.step_seconds > 0 for pace in found)
 
@@ -58,5 +45,5 @@ def test_the_time_of_the_report_is_not_training(tmp_path, monkeypatch):
         clock.now += 1000
 
     run = Run(tmp_path, RECIPE.override({"training.epochs": 1}))
-    assert train(run, FirstSteps(report, 2)).seconds == 0
+    assert run.train(first_steps=FirstSteps(report, 2)).seconds == 0
     assert clock.now == 1000

@@ -19,6 +19,7 @@ from ricciq.workflows.forecast import (
 from ricciq.workflows.job import prepare
 from ricciq.workflows.probe import probe
 from ricciq.workflows.session import Session, in_first_process
+from ricciq.workflows.train_float import head_epochs_of
 
 SESSION = Session(torch.device("cpu"))
 RECIPE = Recipe().override({"model.name": "digits_resnet8", "data.name": "digits", "device": "cpu"})
@@ -48,7 +49,7 @@ def test_float_training_is_counted_before_it_starts_and_while_it_runs():
     head = 0.5 / forecasts.WHOLE_STEP
     expected = 10 * (2 * head + 8 * whole) + 10 * held_out  # 2 epochs of 10 steps, then 8
 
-    before = float_seconds(job, Pace(discrete, 50, 5), 0.01)
+    before = float_seconds(job, whole, 10, 0.01, (head_epochs_of(job), job.float_epochs))
     in_head = forecast_from_float(job, session, Pace(head, 20, 2), of_head=True)
     assert before == pytest.approx(expected)
     assert in_head.float_training == pytest.approx(expected)
