@@ -288,7 +288,7 @@ def test_more_bits_never_lose_more_and_eight_lose_next_to_nothing(
     for layer in measured:
         lost = list(layer.divergence.values())
         assert lost == sorted(lost, reverse=True)
-        assert lost[0] > 1e-3
+        assert lost[0] > 1e-4
         assert abs(lost[-1]) < 1e-5
 
 
@@ -573,7 +573,7 @@ def test_a_resumed_run_takes_the_bits_that_were_found(
     assert sum(n * b for n, b in zip(sizes, bits, strict=True)) <= 2.5 * sum(sizes)
 
 
-LARGEST = 44_000
+LARGEST = 260_000
 WEIGHED = 4
 """Files that are weighed before measuring: one for each number of bit planes, and the smallest."""
 
@@ -597,7 +597,7 @@ def sized(run_once: Callable[..., Path], shared_folder: Path) -> Sized:
         sizes.write_text(json.dumps(tried))
         return tried[-1]
 
-    flags = ["--max-bytes", "44kB", "--recipe", recipe, "--epochs", "1"]
+    flags = ["--max-bytes", "260kB", "--recipe", recipe, "--epochs", "1"]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(autobits, "_size", note)
         folder = run_once("sized", *QUANTIZE, *flags)
@@ -625,7 +625,7 @@ def test_what_was_weighed_beforehand_is_what_the_file_takes(sized: Sized) -> Non
 def test_a_choice_whose_file_is_too_large_is_made_again_with_less(
     sized: Sized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = [*sized.tried[:WEIGHED], LARGEST + 3000, LARGEST + 1, LARGEST]
+    sizes = [*sized.tried[:WEIGHED], LARGEST + 10_000, LARGEST + 1, LARGEST]
     left = iter(sizes)
     monkeypatch.setattr(autobits, "_size", lambda *_: next(left))
     changes = {"average_bits": None, "max_bytes": LARGEST}
@@ -637,7 +637,7 @@ def test_a_choice_whose_file_is_too_large_is_made_again_with_less(
     weights = [int(row["parameters"]) for row in rows]
     first = sum(n * int(row["bits"]) for n, row in zip(weights, rows, strict=True))
     smaller = sum(n * int(b) for n, b in zip(weights, widths_of(chosen)[1:-1], strict=True))
-    assert smaller < first - 8 * 1500  # the first choice had a little to spare
+    assert smaller < first - 8 * 5000  # the first choice had a little to spare
 
 
 @pytest.mark.slow
@@ -673,8 +673,8 @@ def test_a_file_too_small_for_any_widths_is_refused(
     recipe = tmp_path / "short.yaml"
     recipe.write_text("data: {calibration_batches: 2}\n")
     monkeypatch.setattr(autobits, "measure_sensitivity", None)  # it is known before hours of it
-    answer = ricciq(*QUANTIZE, "--max-bytes", "20kB", "--recipe", recipe, "--json")
-    check_refusal(answer, "max_bytes 20000 is too small for digits_resnet8", "give more")
+    answer = ricciq(*QUANTIZE, "--max-bytes", "100kB", "--recipe", recipe, "--json")
+    check_refusal(answer, "max_bytes 100000 is too small for digits_resnet8", "give more")
     least = int(answer.err.split("takes about ")[1].split(" bytes")[0])
-    assert 20_000 < least == min(sized.tried)  # a bit each
+    assert 100_000 < least == min(sized.tried)  # a bit each
     assert list(tmp_path.iterdir()) == [recipe]
