@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, cast
 
 from pydantic import Field
@@ -33,6 +33,7 @@ class LayerPlan:
         act_bits: 1 to 8, or 32 for float activations.
         norm: the dotted name of the BatchNorm that it takes in, if any.
         parent: the module that uses the layer's weight directly instead of calling the layer.
+        input_of: an earlier layer that reads the same tensor, and whose input quantizer it uses.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerPlan:
     act_bits: Annotated[int, Field(ge=1, le=FLOAT_BITS)]
     norm: str | None
     parent: str | None = None
+    input_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def plan_conversion(
         layers.append(
             LayerPlan(name, edge_bits if at_edge else weight_bits, inputs, norms.get(name), parent)
         )
+    layers = list(_with_shared_inputs(layers, layer_of, recording))
     points: dict[str, str] = {}
     if act_bits != FLOAT_BITS:
         points, unquantized = _output_quantizers(layers, recording, modules)
@@ -183,6 +186,22 @@ def _alone_reads_argument(parent: str, lent: dict[Call, str], recording: Recordi
     return bool(readers) and all(reader in lent and reader.name == parent for reader in readers)
 
 
+def _with_shared_inputs(
+    layers: list[LayerPlan], layer_of: dict[Call, str], recording: Recording
+) -> Iterator[LayerPlan]:
+    """Layers of which those that read the same tensor at the same width share a quantizer.
+
+    The runtime then quantizes the tensor once, and an addition that it comes from ends in integers.
+    """
+    read = {name: call.inputs[0] for call, name in layer_of.items() if recording.times[name] == 1}
+    first: dict[tuple[Value, int], str] = {}
+    for layer in layers:
+        source = layer.name
+        if layer.name in read and layer.act_bits != FLOAT_BITS:
+            source = first.setdefault((read[layer.name], layer.act_bits), layer.name)
+        yield layer if source == layer.name else replace(layer, input_of=source)
+
+
 def _norms_behind(
     calls: list[Call], recording: Recording, modules: dict[str, nn.Module]
 ) -> dict[str, str]:
@@ -212,19 +231,20 @@ def _output_quantizers(
     """The outputs that must be quantized for the runtime to compute in integers.
 
     A convolution runs in integers only if its output, possibly behind a ReLU, is quantized in one
-    place. If a discrete layer is its only reader, that layer's input quantizer does it. Additions,
-    several readers, pooling and other activations need an output quantizer. All operands of an
-    addition need one if one of them comes from a convolution or such an addition. The output of
-    linear layers is float in any case.
+    place. If only discrete layers with one input quantizer read it, that quantizer does it.
+    Additions, other readers, pooling and other activations need an output quantizer. All operands
+    of an addition need one if one of them comes from a convolution or such an addition. The output
+    of linear layers is float in any case.
     """
-    discrete = {layer.name for layer in layers}
+    discrete = {layer.name: layer.input_of or layer.name for layer in layers}
     wanted: dict[Value, None] = {}
     kept = []
     integer: set[Value] = set()  # outputs of integer kernels
 
     def settled(value: Value) -> bool:
         readers = recording.readers[value]
-        return len(readers) == 1 and readers[0].is_module and readers[0].name in discrete
+        quantizers = {discrete.get(call.name) if call.is_module else None for call in readers}
+        return len(quantizers) == 1 and None not in quantizers
 
     for call in recording.calls:
         if call.kind in _ADDITIONS and not call.is_module and integer & set(call.inputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -24,13 +25,19 @@ def _check_plan(plan: Plan, model: nn.Module, config: QuantizerConfig) -> None:
     for name in named:
         if name is not None and name not in modules:
             raise ValueError(f"its plan has {name!r}, which is no Module of the model")
+    sources: dict[str, int] = {}
     for layer in plan.layers:
         kind = kind_of(modules.get(layer.name), lent=layer.parent is not None)
         if kind is None:
             raise ValueError(f"its plan has {layer.name!r}, which is no layer that it can quantize")
         if layer.norm is not None and not isinstance(modules.get(layer.norm), kind.norms):
             raise ValueError(f"its plan has {layer.norm!r}, which is no BatchNorm of {layer.name}")
+        if layer.input_of is not None and sources.get(layer.input_of) != layer.act_bits:
+            raise ValueError(
+                f"its plan has {layer.input_of!r}, whose input {layer.name} cannot use"
+            )
         config.check(layer.weight_bits, layer.act_bits)
+        sources[layer.name] = layer.act_bits
     if len(layers) < len(plan.layers):
         raise ValueError("its plan has a layer twice")
 
@@ -65,6 +72,9 @@ def convert(model: nn.Module, plan: Plan, config: QuantizerConfig = LSQ) -> nn.M
             config,
             turn=owners[id(module.weight)] == 1,
         )
+        if layer.input_of is not None:
+            reader = cast(QuantLayer, model.get_submodule(layer.input_of))
+            quantized.input_quantizer = reader.input_quantizer
         if layer.parent is not None and quantized.input_quantizer is not None:
             quantize_input(model.get_submodule(layer.parent), quantized.input_quantizer)
         for name in names_of(module, model):

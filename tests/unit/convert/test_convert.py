@@ -1,5 +1,7 @@
 """The plan: what becomes discrete, where points stand, what is kept and why; and the rewriting."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -297,6 +299,50 @@ def test_a_block_of_plain_layers_needs_no_point():
     plan = quantize(model, PICTURE, 2, 2)
     assert plan.kept == []
     assert plan.points == {"5": "5"}  # read by Flatten, which is a module
+
+
+def test_layers_that_read_the_same_tensor_share_a_quantizer(resnet):
+    plan, model, _ = resnet
+    sources = {layer.name: layer.input_of for layer in plan.layers if layer.input_of}
+    stages = (2, 3, 4)
+    assert sources == {f"layer{n}.0.downsample.0": f"layer{n}.0.conv1" for n in stages}
+    for name, source in sources.items():
+        used = model.get_submodule(name).input_quantizer
+        assert used is model.get_submodule(source).input_quantizer
+
+
+def test_branches_that_share_a_quantizer_need_no_point():
+    def forward(m, x):
+        x = m.start(x)
+        return m.end(torch.cat([m.one(x), m.two(x)], dim=1))
+
+    layers = {"start": conv(), "one": conv(), "two": conv(), "end": conv(6)}
+    model = Model(forward, **layers)
+    plan = quantize(model, PICTURE, 2, 2)
+    assert set(plan.points) == {"one", "two"}
+    assert model.two.input_quantizer is model.one.input_quantizer
+
+
+def test_layers_share_no_quantizer_if_their_widths_differ_or_one_runs_twice():
+    layers = {"start": conv(), "one": conv(), "two": conv(), "end": conv()}
+    widths = Model(lambda m, x: m.one(m.start(x)) + m.two(x) + m.end(x), **layers)
+    plan = plan_conversion(widths, PICTURE, 2, 2)
+    assert {layer.name: layer.input_of for layer in plan.layers} == {
+        "start": None, "one": None, "two": None, "end": "start"
+    }  # fmt: skip
+    twice = Model(lambda m, x: m.end(m.one(m.one(x)) + m.two(x)), **layers)
+    assert {layer.input_of for layer in plan_conversion(twice, PICTURE, 2, 2).layers} == {None}
+
+
+@pytest.mark.parametrize("source", ["two", "nowhere", "start"])
+def test_a_plan_whose_layers_cannot_share_is_refused(source):
+    layers = {"start": conv(), "one": conv(), "two": conv(), "end": conv()}
+    model = Model(lambda m, x: m.end(m.one(m.start(x)) + m.two(m.start(x))), **layers)
+    plan = plan_conversion(model, PICTURE, 2, 2)
+    first, one, *others = plan.layers
+    changed = replace(plan, layers=[first, replace(one, input_of=source), *others])
+    with pytest.raises(ValueError, match=f"'{source}', whose input one cannot use"):
+        convert(model, changed)
 
 
 def test_every_operand_of_a_chain_of_additions_gets_a_point():
