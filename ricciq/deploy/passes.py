@@ -43,7 +43,6 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
     _rules.apply_to_model(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass(size_limit=_LARGEST_SHARED)(model)
-    passes.CommonSubexpressionEliminationPass()(model)  # layers may share a quantizer
     passes.RemoveUnusedNodesPass()(model)
     used: dict[str, int] = {}
     scopes = {node: _scope(node) for node in model.graph}

@@ -235,8 +235,15 @@ def same_weights(graph: Any, tensors: Tensors, model: nn.Module) -> None:
         weights = layer.integer_weights()
         signs = torch.where(weights.flip, -1, 1).view(-1, *[1] * (weights.codes.dim() - 1))
         node = nodes[f"{name}.weight_quantizer/DequantizeLinear"]
-        codes = (weights.codes * signs * weights.stretch).movedim(0, node.attribute[0].i)
-        expected = codes.to(torch.int8), weights.scale, weights.bias, weights.bias_scale
+        codes = weights.codes.int() * signs * weights.stretch
+        zeros = [tensors[entry] for entry in node.input[2:]]
+        if zeros and zeros[0].any():  # uint8 where int8 would saturate
+            assert set(zeros[0].tolist()) == {128}
+            codes = (codes + 128).to(torch.uint8)
+        else:
+            codes = codes.to(torch.int8)
+        codes = codes.movedim(0, node.attribute[0].i)
+        expected = codes, weights.scale, weights.bias, weights.bias_scale
         entries = [*node.input[:2], *nodes[f"{name}.bias_quantizer/DequantizeLinear"].input]
         for entry, values in zip(entries, expected, strict=True):
             assert tensors[entry].dtype == values.numpy().dtype
