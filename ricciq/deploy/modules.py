@@ -100,7 +100,7 @@ class DeployedWeight(Expression):
         quantizer: the quantizer of these codes.
         axis: axis of the output channels: 0, or 1 to swap the first two.
         zero_points: whether to list zero points although they are 0, as onnxruntime wants for Gemm.
-        highest: the highest code of the layer's input; 0 for a float input.
+        highest: the highest code of the layer's input; 0 where the kernel is float.
     """
 
     scale: Tensor
@@ -248,7 +248,7 @@ class DeployedLayer(nn.Module):
             layer.weight_quantizer,
             layer.weight_axis,
             layer.zero_points,
-            highest=given.grid.high if given is not None else 0,
+            highest=0 if given is None or layer.float_kernel else given.grid.high,
         )
         self.input_quantizer: nn.Module | None = None
         self.bias_quantizer: nn.Module = Constant(weights.bias)

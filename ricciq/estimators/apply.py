@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -273,10 +274,11 @@ class ActivationCorrection:
         """Measure how far gradients are turned, during the forward and backward pass of the block.
 
         Yields:
-            For each quantizer, once the backward pass is done, the cosine between the gradient of
-            its inputs by the straight-through estimator and the corrected one.
+            For each quantizer, once the backward pass is done, the cosine between the gradients of
+            its inputs by the straight-through estimator and the corrected ones.
         """
         cosines: dict[nn.Module, float] = {}
+        products: dict[nn.Module, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
 
         def observe(quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
@@ -292,8 +294,11 @@ class ActivationCorrection:
                 part = (gradient * quantizer.slope_at(x)).flatten(1)
             else:
                 part = self.estimator.correct(plain, xi, mask=mask, progress=self.progress)
-            pair = plain.flatten(), part.flatten()
-            cosines[quantizer] = torch.cosine_similarity(*pair, dim=0, eps=1e-30).item()
+            # Of all layers that share the quantizer. By rows: sums of a million float32 exceed 1.
+            rows = [(a * b).sum(1) for a, b in ((plain, part), (plain, plain), (part, part))]
+            products[quantizer] += torch.stack(rows).double().sum(1).cpu()
+            inner, *squares = products[quantizer].tolist()
+            cosines[quantizer] = inner / max(math.sqrt(math.prod(squares)), 1e-30)
 
         handles = [quantizer.register_forward_hook(observe) for quantizer in self.quantizers]
         try:

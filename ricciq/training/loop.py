@@ -258,7 +258,8 @@ class _Running:
                 tally.seconds += now - started
                 if first_steps is not None:
                     left = self.trainer.updates - state.steps
-                    first_steps.add(now - started, left, self.settings.epochs - state.epoch)
+                    epochs, of_epoch = self.settings.epochs - state.epoch, steps
+                    first_steps.add(now - started, left, epochs, of_epoch)
                     now = time.perf_counter()
                 started = now
                 advance(tally.describe)

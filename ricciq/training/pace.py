@@ -17,11 +17,24 @@ class Pace(NamedTuple):
         step_seconds: usual time of an optimizer step, in seconds.
         steps: optimizer steps that are left.
         epochs: epochs that are left, the present one included.
+        of_epoch: optimizer steps of a whole epoch.
     """
 
     step_seconds: float
     steps: int
     epochs: int
+    of_epoch: int
+
+    @classmethod
+    def of_epochs(cls, step_seconds: float, epochs: int, of_epoch: int) -> Pace:
+        """The pace of whole epochs.
+
+        Args:
+            step_seconds: usual time of an optimizer step, in seconds.
+            epochs: how many.
+            of_epoch: optimizer steps of one.
+        """
+        return cls(step_seconds, epochs * of_epoch, epochs, of_epoch)
 
 
 class FirstSteps:
@@ -40,16 +53,18 @@ class FirstSteps:
         self.report, self.count = report, count
         self.seconds: list[float] = []
 
-    def add(self, seconds: float, steps: int, epochs: int) -> None:
+    def add(self, seconds: float, steps: int, epochs: int, of_epoch: int) -> None:
         """Count a step.
 
         Args:
             seconds: that it took, including the wait for its images.
             steps: optimizer steps that are left.
             epochs: epochs that are left.
+            of_epoch: optimizer steps of a whole epoch.
         """
         if len(self.seconds) == self.count:
             return
         self.seconds.append(seconds)
         if len(self.seconds) == self.count:
-            self.report(Pace(fmean(self.seconds[self.count // 3 :]), steps, epochs))
+            usual = fmean(self.seconds[self.count // 3 :])
+            self.report(Pace(usual, steps, epochs, of_epoch))

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Self, cast
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +25,7 @@ from ricciq.system.distributed import World
 from ricciq.training.losses import feature_distance, loss_function
 from ricciq.training.memory import halve_until, is_out_of_memory
 from ricciq.training.metrics import Codes, Tally
+from ricciq.training.moving_average import MovingAverage
 from ricciq.training.optim import WithFeatures, optimizer_and_schedule
 from ricciq.training.oscillation import Damping, Freezing
 from ricciq.training.stages import Progression
@@ -93,9 +93,9 @@ class Trainer:
         self.changing = nn.ModuleDict(
             {"model": model, "freezing": self.freezing, "codes": self.codes}
         )
-        self.ema: ModelEmaV3 | None = None
+        self.ema: MovingAverage | None = None
         if self.settings.ema is not None:
-            self.ema = ModelEmaV3(model, self.settings.ema)
+            self.ema = MovingAverage(model, self.settings.ema)
             self.changing["ema"] = self.ema
         stages = self.settings.progressive, self.settings.epochs
         self.progressions = [
@@ -189,7 +189,7 @@ class Trainer:
                 self.scaler.step(self.optimizer)
             self.freezing(progress)
             if self.ema is not None:
-                self.ema.update(self.model)
+                self.ema.update_parameters(self.model)
         else:
             self._copy(self.saved_buffers, self.buffers)
         self.scaler.update()
@@ -272,7 +272,7 @@ class Trainer:
         progression.fit_weights(self.scale_search)
         calibrate(self.model, (x.to(self.device) for x in images()), self.scale_search)
         if self.ema is not None:
-            self.ema.set(self.model)  # type: ignore[no-untyped-call]
+            self.ema.restart(self.model)
 
     def reestimate(self, images: CalibrationImages) -> None:
         """Estimate the BatchNorm statistics of `outcome` again, if the recipe asks for it."""

@@ -131,37 +131,28 @@ def forecast_from_float(job: Job, session: Session, pace: Pace, of_head: bool) -
         pace: of this training.
         of_head: whether the head alone is trained, and all weights after it.
     """
-    epochs, of_epoch = job.recipe.training.epochs, pace.steps / pace.epochs
     image = session.seconds["evaluate_float"] / job.count("val")
-    step = pace.step_seconds * (WHOLE_STEP if of_head else 1)
-    left = (pace.epochs, job.float_epochs) if of_head else (0, pace.epochs)
-    discrete = Pace(DISCRETE_STEP * step, round(epochs * of_epoch), epochs)
-    rest = forecast(job, discrete, Costs(image, image, 0.0), session.world.size)
-    training = float_seconds(job, step, of_epoch, image, left, session.world.size)
-    return rest._replace(float_training=training)
+    step, of_epoch, processes = pace.step_seconds, pace.of_epoch, session.world.size
+    parts = [pace]
+    if of_head:
+        step *= WHOLE_STEP
+        parts.append(Pace.of_epochs(step, job.float_epochs, of_epoch))
+    discrete = Pace.of_epochs(DISCRETE_STEP * step, job.recipe.training.epochs, of_epoch)
+    rest = forecast(job, discrete, Costs(image, image, 0.0), processes)
+    return rest._replace(float_training=float_seconds(job, parts, image, processes))
 
 
-def float_seconds(
-    job: Job,
-    step: float,
-    of_epoch: float,
-    image: float,
-    left: tuple[int, int],
-    processes: int = 1,
-) -> float:
+def float_seconds(job: Job, parts: list[Pace], image: float, processes: int = 1) -> float:
     """How long the training of a job's float model takes.
 
     Args:
         job: from `prepare`.
-        step: seconds of a step of all weights.
-        of_epoch: steps of an epoch.
+        parts: what is left of them: of the head alone, and of all weights.
         image: seconds to evaluate one.
-        left: epochs of the head alone, and of all weights.
         processes: that share the hold-out.
     """
-    head, epochs = left
-    steps = of_epoch * (head / WHOLE_STEP + epochs) * step
-    return steps + (head + epochs) * job.count("holdout") / processes * image
+    steps = sum(part.steps * part.step_seconds for part in parts)
+    return steps + sum(part.epochs for part in parts) * job.count("holdout") / processes * image
 
 
 def time_file(path: Path, size: tuple[int, int, int]) -> float:

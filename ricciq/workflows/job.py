@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -62,6 +63,11 @@ class Job(NamedTuple):
             return settings.epochs if self.has_new_head else 0
         return settings.float_epochs
 
+    @property
+    def head_epochs(self) -> int:
+        """Epochs to train the head of the float model for, alone, before all of it."""
+        return math.ceil(self.float_epochs / 4) if self.has_new_head else 0
+
     def loader(
         self,
         split: Split,
@@ -105,7 +111,8 @@ class Job(NamedTuple):
         Args:
             split: see `ImageData.loader`.
         """
-        return len(self.loader(split).dataset)  # type: ignore[arg-type]
+        wanted = self.recipe.data.train_samples if split == "fit" else None
+        return self.data.count(split) if wanted is None else min(wanted, self.data.count(split))
 
     def calibration_images(self, parts: int = 1, most: int | None = None) -> Iterator[Tensor]:
         """Batches of unaugmented training images, the classes in proportion.

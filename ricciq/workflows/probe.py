@@ -25,6 +25,7 @@ from ricciq.training.pace import FirstSteps, Pace
 from ricciq.training.step import Trainer
 from ricciq.workflows.forecast import (
     DISCRETE_STEP,
+    WHOLE_STEP,
     Costs,
     Forecast,
     float_seconds,
@@ -33,7 +34,6 @@ from ricciq.workflows.forecast import (
 )
 from ricciq.workflows.job import Job, is_distilled
 from ricciq.workflows.session import Session, random_state
-from ricciq.workflows.train_float import head_epochs_of
 
 STEPS = 20
 """Optimizer steps that are timed."""
@@ -74,14 +74,13 @@ def _measured(job: Job, session: Session, batch_size: int, steps: int) -> Foreca
     start += sum(session.seconds.values())  # automatic bits
     teacher = float_model if is_distilled(job) else None
     pace = _time_steps(job, model, teacher, session, batch_size, steps)
-    found = forecast(job, pace, Costs(image, file, export))
-    float_training = float_seconds(
-        job,
-        pace.step_seconds / DISCRETE_STEP,
-        pace.steps / pace.epochs,
-        image,
-        (head_epochs_of(job), job.float_epochs),
-    )
+    found = forecast(job, pace, Costs(image, file, export), session.world.size)
+    step = pace.step_seconds / DISCRETE_STEP
+    parts = [
+        Pace.of_epochs(step / WHOLE_STEP, job.head_epochs, pace.of_epoch),
+        Pace.of_epochs(step, job.float_epochs, pace.of_epoch),
+    ]
+    float_training = float_seconds(job, parts, image, session.world.size)
     return found._replace(start=start, float_training=float_training)
 
 
@@ -146,7 +145,8 @@ def _time_steps(
                 trainer.step(group, tally, number, measure=False)
                 seconds = time.perf_counter() - began
                 tally.seconds += seconds
-                first_steps.add(seconds, steps, recipe.training.epochs)
+                epochs = recipe.training.epochs
+                first_steps.add(seconds, steps, epochs, trainer.updates_per_epoch)
                 advance(tally.describe)
     finally:
         close(loader)

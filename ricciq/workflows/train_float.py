@@ -6,7 +6,6 @@ Training everything at once would distort the features while the head is still r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -41,11 +40,6 @@ class FloatTraining(NamedTuple):
     holdout_top1: float
 
 
-def head_epochs_of(job: Job) -> int:
-    """Epochs for which the head of a job's float model is trained alone."""
-    return math.ceil(job.float_epochs / 4) if job.has_new_head else 0
-
-
 def train_float(
     job: Job,
     session: Session,
@@ -71,7 +65,7 @@ def train_float(
     if not epochs:
         return None
     folder = folder or session.folder.float_training
-    head_epochs = head_epochs_of(job)
+    head_epochs = job.head_epochs
     session.journal.say(
         "training the float model first: "
         f"{f'{head_epochs} epochs of its head, ' if head_epochs else ''}{epochs} epochs of all "

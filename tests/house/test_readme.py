@@ -96,27 +96,31 @@ def test_any_classifier_is_quantized(in_a_shell: Path, capsys: pytest.CaptureFix
     assert [path.name for path in in_a_shell.iterdir()] == ["own.onnx"]
 
 
-COLOURS = ["rot", "grün", "blau"]
-"""Classes, in the order of the channels."""
+LIGHTS = {3: ["rot", "grün", "blau"], 1: ["hell", "dunkel"]}
+"""Classes of files with as many channels."""
 
 
-@pytest.fixture
-def images(in_a_shell: Path) -> Iterator[str]:
-    """The colours of noisy images, each in cat.png, beside a file that tells their colours."""
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
-    model[2].weight.data = torch.eye(3)
-    about = Preprocessing((3, 12, 16), (0.5, 0.4, 0.3), (0.25,) * 3)
+@pytest.fixture(params=LIGHTS)
+def images(in_a_shell: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The classes of noisy images, each in cat.png, beside a file that tells them."""
+    channels: int = request.param
+    weight = torch.eye(3) if channels == 3 else torch.tensor([[1.0], [-1.0]])
+    linear = nn.Linear(channels, len(weight), bias=False)
+    linear.weight.data = weight
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    about = Preprocessing((channels, 12, 16), (0.5, 0.4, 0.3)[:channels], (0.25,) * channels)
     path = in_a_shell / "model-uint8.onnx"
-    export_onnx(model, path, about, {"class_names": COLOURS}, input_type="uint8")
+    export_onnx(model, path, about, {"class_names": LIGHTS[channels]}, input_type="uint8")
 
     def each() -> Iterator[str]:
-        for channel, colour in enumerate(COLOURS):
+        for number, name in enumerate(LIGHTS[channels]):
             pixels = np.random.default_rng(0).integers(0, 128, (12, 16, 3), dtype=np.uint8)
-            pixels[..., channel] += 100
+            lit = [number] if channels == 3 else [0, 1, 2][: 3 - 3 * number]
+            pixels[..., lit] += 100
             Image.fromarray(pixels).save("cat.png")
             (row,) = json_of("predict", path, "cat.png")["images"]
-            assert row["classes"][0]["class"] == colour
-            yield colour
+            assert row["classes"][0]["class"] == name
+            yield name
 
     return each()
 

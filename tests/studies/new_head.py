@@ -20,9 +20,11 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ricciq.recipe.recipe import Recipe
+
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 KINDS = ("animals", "food", "plants", "town", "vehicles")
-FIELDS = ("setting", "method", "seed", "judged_on", "top1", "loss", "train_loss", "seconds")
+FIELDS = ("setting", "method", "opt", "seed", "judged_on", "top1", "loss", "train_loss", "seconds")
 
 
 def write_digits(folder: Path) -> None:
@@ -64,13 +66,14 @@ def rows(model: str, checkpoint: Path, data: Path, seed: int) -> list[dict[str, 
     """One seed's row of each way."""
     given = ("--bits", 4, "--seed", seed)
     start, runs = ("--checkpoint", checkpoint), data.parent / f"{data.name}-{seed}"
-    labels = data.parent / "labels.yaml"
-    labels.write_text("training: {distill: 0.0, float_epochs: 0}\n")
-    by_hand = runs / "float"
+    by_hand, first, labels = runs / "float", runs / "first", runs / "labels.yaml"
     quantize(model, data, by_hand, *start, "--bits", 32, "--seed", seed)
-    reports = {
-        "float first": quantize(model, data, runs / "first", *start, *given),
-        "labels alone": quantize(model, data, runs / "labels", *start, *given, "--recipe", labels),
+    reports = {"float first": quantize(model, data, first, *start, *given)}
+    recipe = Recipe.load(first / "recipe.yaml")
+    recipe = recipe.override({"training.distill": 0.0, "training.float_epochs": 0})
+    labels.write_text(recipe.to_yaml())
+    reports |= {
+        "labels alone": quantize(model, data, runs / "labels", *given, "--recipe", labels),
         "float by hand": quantize(
             model, data, runs / "hand", "--checkpoint", by_hand / "best.safetensors", *given
         ),
@@ -79,6 +82,7 @@ def rows(model: str, checkpoint: Path, data: Path, seed: int) -> list[dict[str, 
         {
             "setting": f"{model} {data.name} W4A4",
             "method": method,
+            "opt": "adamw",
             "seed": seed,
             "judged_on": "validation",
             "top1": report["quantized"]["top1"],

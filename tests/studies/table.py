@@ -73,6 +73,11 @@ def taught(teacher: str) -> str:
     return usual.get(teacher, f", the teacher's share {teacher}")
 
 
+def rate(key: tuple[str, ...]) -> str:
+    """The optimizer and its learning rate, where a method does not derive it itself."""
+    return f"{key[1]} {float(key[2]):g} x {key[-1]}" if key[2] else key[1]
+
+
 def print_across(found: dict[tuple[str, ...], list[Row]]) -> None:
     """A row for each method and recipe, a column for each setting."""
     settings = list(dict.fromkeys(key[0] for key in found))
@@ -111,8 +116,7 @@ def main() -> None:
         for both in methods:
             (first, other), (_, loss) = both["top1"], both["loss"]
             print(
-                f"| {key[0]}{taught(key[5])} "
-                f"| {key[1]} {float(key[2]):g} x {key[-1]} | {other['method']} "
+                f"| {key[0]}{taught(key[5])} | {rate(key)} | {other['method']} "
                 f"| {other['seeds']} | {first['mean']:.2f} ± {first['std']:.2f} "
                 f"| {other['mean']:.2f} ± {other['std']:.2f} "
                 f"| {other['difference']:+.2f} [{other['low']:+.2f}, {other['high']:+.2f}] "

@@ -16,8 +16,8 @@ def test_the_pace_is_the_mean_without_the_first_third():
     first = FirstSteps(found.append, 6)
     for number, seconds in enumerate([90.0, 50.0, 1.0, 1.0, 1.0, 5.0, 70.0, 80.0], start=1):
         assert len(found) == (number > 6)
-        first.add(seconds, steps=100 - number, epochs=3)
-    assert found == [Pace(2.0, 94, 3)]
+        first.add(seconds, steps=100 - number, epochs=3, of_epoch=40)
+    assert found == [Pace(2.0, 94, 3, 40)]
 
 
 def test_training_reports_what_is_left_also_after_it_was_resumed(tmp_path):
@@ -33,7 +33,8 @@ def test_training_reports_what_is_left_also_after_it_was_resumed(tmp_path):
     run.train(
         first_steps=FirstSteps(found.append, 2), resume=True
     )  # from the end of the first epoch
-    assert [pace[1:] for pace in found] == [(2 * STEPS - 1, 2), (2 * STEPS - 2, 2)]
+    left = [(2 * STEPS - 1, 2, STEPS), (2 * STEPS - 2, 2, STEPS)]
+    assert [pace[1:] for pace in found] == left
     assert all(pace.step_seconds > 0 for pace in found)
 
 

@@ -19,7 +19,6 @@ from ricciq.workflows.forecast import (
 from ricciq.workflows.job import prepare
 from ricciq.workflows.probe import probe
 from ricciq.workflows.session import Session, in_first_process
-from ricciq.workflows.train_float import head_epochs_of
 
 SESSION = Session(torch.device("cpu"))
 RECIPE = Recipe().override({"model.name": "digits_resnet8", "data.name": "digits", "device": "cpu"})
@@ -29,7 +28,9 @@ HOLDOUT, VALIDATION = 72, 360
 
 def test_every_part_is_counted_once():
     job = prepare(RECIPE, SESSION)
-    found = forecast(job, Pace(0.5, 1000, 7), Costs(image=0.01, file=0.02, export=4.0), processes=2)
+    found = forecast(
+        job, Pace(0.5, 1000, 7, 200), Costs(image=0.01, file=0.02, export=4.0), processes=2
+    )
     held_out = 7 * HOLDOUT / 2 * 0.01 * forecasts.HOLDOUT
     assert found.training == pytest.approx(500 + held_out)
     assert found.export == 4 * forecasts.EXPORT
@@ -49,12 +50,13 @@ def test_float_training_is_counted_before_it_starts_and_while_it_runs():
     head = 0.5 / forecasts.WHOLE_STEP
     expected = 10 * (2 * head + 8 * whole) + 10 * held_out  # 2 epochs of 10 steps, then 8
 
-    before = float_seconds(job, whole, 10, 0.01, (head_epochs_of(job), job.float_epochs))
-    in_head = forecast_from_float(job, session, Pace(head, 20, 2), of_head=True)
-    assert before == pytest.approx(expected)
-    assert in_head.float_training == pytest.approx(expected)
-    later = forecast_from_float(job, session, Pace(whole, 60, 6), of_head=False)
-    assert later.float_training == pytest.approx(6 * (10 * whole + held_out))
+    parts = [Pace.of_epochs(head, job.head_epochs, 10), Pace.of_epochs(whole, 8, 10)]
+    assert float_seconds(job, parts, 0.01) == pytest.approx(expected)
+    # A pace is reported when some steps of an epoch are done.
+    in_head = forecast_from_float(job, session, Pace(head, 13, 2, 10), of_head=True)
+    assert in_head.float_training == pytest.approx(expected - 7 * head)
+    later = forecast_from_float(job, session, Pace(whole, 51, 6, 10), of_head=False)
+    assert later.float_training == pytest.approx(51 * whole + 6 * held_out)
     for found in (in_head, later):
         assert found.step == pytest.approx(discrete)
         assert found.training == pytest.approx(50 * discrete + 5 * held_out * forecasts.HOLDOUT)
