@@ -153,3 +153,24 @@ def test_measured_cosines_by_hand():
     assert turned < 0.999
     assert cosines[net[1]] == pytest.approx(1, abs=1e-6)  # 8 bits are not corrected
     assert not net[0]._forward_hooks
+
+
+def test_the_cosine_is_of_all_that_share_a_quantizer():
+    shared = quantizer(2)
+    correction = ActivationCorrection(nn.Sequential(shared), METHODS["ricci"])
+    x = torch.tensor([[0.3, 0.5, 0.75, 1.0]], requires_grad=True)
+    upstream = torch.tensor([[1.0, -2.0, 3.0, 4.0], [-5.0, 1.0, 0.0, 2.0]])
+    with correction.measuring() as cosines:
+        torch.stack([shared(x)[0], shared(x)[0]]).backward(upstream)
+    turned = (upstream * shared.slope_at(x)).flatten()
+    expected = torch.cosine_similarity(turned, upstream.flatten(), dim=0).item()
+    assert cosines[shared] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_cosine_of_a_million_gradients_with_themselves_is_one():
+    wide = quantizer(8, scale=0.01)  # 8 bits are not corrected
+    correction = ActivationCorrection(nn.Sequential(wide), METHODS["ricci"])
+    x = torch.rand(4, 1_000_000, requires_grad=True)
+    with correction.measuring() as cosines:
+        wide(x).backward(torch.randn(x.shape))
+    assert cosines[wide] == pytest.approx(1, abs=1e-6)
