@@ -258,7 +258,8 @@ class _Running:
                 tally.seconds += now - started
                 if first_steps is not None:
                     left = self.trainer.updates - state.steps
-                    epochs, of_epoch = self.settings.epochs - state.epoch, steps
+                    epochs = self.settings.epochs - state.epoch
+                    of_epoch = self.trainer.updates_per_epoch  # `steps` are fewer after resuming
                     first_steps.add(now - started, left, epochs, of_epoch)
                     now = time.perf_counter()
                 started = now

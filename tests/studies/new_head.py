@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from rows import write_rows
 from sklearn.datasets import load_digits
 
 from ricciq.recipe.recipe import Recipe
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 KINDS = ("animals", "food", "plants", "town", "vehicles")
-FIELDS = ("setting", "method", "opt", "seed", "judged_on", "top1", "loss", "train_loss", "seconds")
 
 
 def write_digits(folder: Path) -> None:
@@ -108,10 +108,7 @@ def main() -> None:
             write(folder / name)
         for seed in range(options.seeds):
             found += rows(options.model, options.checkpoint.resolve(), folder / name, seed)
-            with (folder / "rows.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(found)
+            write_rows(folder / "rows.csv", found)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import yaml
+from rows import write_rows
 
 NETWORKS, WIDTHS, COUNTS = ("fashion_resnet8", "fashion_mobilenet"), (2, 4), (500, 5000)
 STARTING = 45_000
 PLAIN = "ricci:training.epochs=20:training.lr=0.002"
 METHODS = {"ricci": "derived", PLAIN: "plain defaults"}
-FIELDS = ("setting", "method", "opt", "seed", "judged_on", "top1", "loss", "train_loss", "seconds")
 
 
 def write_part(fashion: Path, folder: Path, count: int) -> None:
@@ -100,10 +100,7 @@ def main() -> None:
         for bits in WIDTHS:
             for network in NETWORKS:
                 found += rows(folder, network, bits, count, options.seeds)
-                with (folder / "rows.csv").open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    writer.writeheader()
-                    writer.writerows(found)
+                write_rows(folder / "rows.csv", found)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,19 @@ def test_training_reports_what_is_left_also_after_it_was_resumed(tmp_path):
     assert all(pace.step_seconds > 0 for pace in found)
 
 
+def test_an_epoch_has_all_its_steps_when_resumed_inside_it(tmp_path):
+    found: list[Pace] = []
+
+    def stop(_: Pace) -> None:
+        raise ZeroDivisionError
+
+    run = Run(tmp_path, RECIPE.override({"training.epochs": 2, "training.save_minutes": 0}))
+    with pytest.raises(ZeroDivisionError):
+        run.train(first_steps=FirstSteps(stop, 3))  # the state is that of two steps
+    run.train(first_steps=FirstSteps(found.append, 2), resume=True)
+    assert [pace[1:] for pace in found] == [(2 * STEPS - 4, 2, STEPS)]
+
+
 def test_the_time_of_the_report_is_not_training(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0, monotonic=time.monotonic, perf_counter=lambda: clock.now)
     monkeypatch.setattr("ricciq.training.loop.time", clock)
