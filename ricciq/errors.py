@@ -86,6 +86,17 @@ def on_one_line(error: object, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch means that memory ran out, on a GPU or a CPU."""
+    # Known by its name, as this module must not import torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "could not create a primitive" in text
+    )
+
+
 def did_you_mean(given: str, known: Iterable[str], otherwise: str, most: int = 3) -> str:
     """The remedy for an unknown name: the known names most like it, best first.
 

@@ -16,7 +16,13 @@ from ricciq._version import __version__
 from ricciq.cli import finished, options, recipes
 from ricciq.cli.request import requested_recipe
 from ricciq.cli.start import begin, importing, is_first
-from ricciq.errors import InterruptedRunError, RicciqError, UsageError, on_one_line
+from ricciq.errors import (
+    InterruptedRunError,
+    RicciqError,
+    UsageError,
+    is_out_of_memory,
+    on_one_line,
+)
 from ricciq.report.terminal import (
     comparison_table,
     doctor_tables,
@@ -272,6 +278,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         what = on_one_line(f"{type(error).__name__}: {error}", 300)
         message = f"failed unexpectedly ({what}); `ricciq --debug` shows where"
+        if is_out_of_memory(error):
+            message = f"there is not enough memory ({what}); lower --batch-size or --input-size"
         _fail(message, RicciqError.exit_code, debug)
 
 

@@ -71,13 +71,14 @@ class Expression(nn.Module, ABC):
 
     Args:
         shape: of the tensor.
+        device: of the tensor.
     """
 
     placeholder: Tensor
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         super().__init__()
-        one = torch.zeros(())  # all elements share its memory
+        one = torch.zeros((), device=device)  # all elements share its memory
         self.register_buffer("placeholder", one.expand(*shape), persistent=False)
 
     def forward(self) -> Tensor:

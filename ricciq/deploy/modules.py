@@ -122,7 +122,7 @@ class DeployedWeight(Expression):
             codes, flip = torch.where(flip, -codes, codes), torch.zeros_like(flip)
         if axis == 1:
             codes, flip = codes.transpose(0, 1).contiguous(), flip.transpose(0, 1)
-        super().__init__(codes.shape)
+        super().__init__(codes.shape, codes.device)
         self.axis, self.shape = axis, list(codes.shape)
         self.register_buffer("scale", weights.scale)
         self.register_buffer("sign", 1 - 2 * flip.to(torch.int32) if flip.any() else None)
@@ -213,7 +213,7 @@ class DeployedBias(Expression):
     weight_scale: Tensor
 
     def __init__(self, codes: Tensor, input_scale: Tensor, weight_scale: Tensor) -> None:
-        super().__init__(codes.shape)
+        super().__init__(codes.shape, codes.device)
         self.register_buffer("codes", codes)
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("weight_scale", weight_scale)

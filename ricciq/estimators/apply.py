@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -311,12 +311,7 @@ class ActivationCorrection:
         self, quantizer: nn.Module, inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
         (x,) = inputs
-        if not x.requires_grad:
-            return None
-        view = x.view_as(x)  # other uses of x keep their own gradients
-        hook = partial(self._correct, x=x.detach(), quantizer=quantizer)
-        view.register_hook(hook)  # type: ignore[no-untyped-call]
-        return (view,)
+        return (_WithCorrection.apply(x, self._correct, quantizer),) if x.requires_grad else None
 
     @torch.no_grad()
     def _correct(self, gradient: Tensor, x: Tensor, quantizer: nn.Module) -> Tensor:
@@ -325,6 +320,26 @@ class ActivationCorrection:
         rows = gradient.flatten(1)
         corrected = self.estimator.correct(rows, xi, mask=mask, progress=self.progress)
         return corrected.view_as(gradient)
+
+
+class _WithCorrection(torch.autograd.Function):
+    """A view whose gradient is corrected; other uses of the tensor keep their own gradients.
+
+    torch 2.11 compiles a hook of a tensor to code that reads the tensor before it is computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, correct: Callable[[Tensor, Tensor, nn.Module], Tensor], q: nn.Module
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.correct, ctx.quantizer = correct, q
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.correct(grads[0], x, ctx.quantizer), None, None
 
 
 def _grouped(weights: Iterable[DiscreteWeight]) -> Iterator[list[DiscreteWeight]]:

@@ -13,6 +13,9 @@ from ricciq.evaluation import evaluating
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.fake_quantize import dense, pieces
 
+AT_ONCE = 64
+"""Images of a forward pass: whole activations are counted, which takes several times their memory,
+and batches may be so large that a training step of them does not fit."""
 _OCTAVES = 48
 _PER_OCTAVE = 32
 _SMALLEST = 2.0**-24
@@ -124,7 +127,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], candidates: int = 100
             quantizer.observer = histogram
         with evaluating(model):
             for images in batches:
-                model(images)
+                for some in torch.split(images, AT_ONCE):
+                    model(some)
                 seen += len(images)
     finally:
         for quantizer in quantizers:

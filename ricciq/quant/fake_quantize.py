@@ -45,12 +45,12 @@ class _FakeQuantize(torch.autograd.Function):
         slope: Tensor | None,
     ) -> Tensor:
         del gain, clip_only, slope
-        x = dense(x)
+        x, scales = dense(x), positive(log_scale)
+        if not is_in_pieces(x):
+            return discretized(x, scales, zero_point, grid)
         result = torch.empty_like(x)
-        for scale, part, rounded in pieces([positive(log_scale)], [x, result]):
-            # float32, as are codes and scales under mixed precision
-            codes = round_codes(part.float() / scale, zero_point, grid)
-            rounded.copy_(codes.mul_(scale))
+        for scale, part, rounded in pieces([scales], [x, result]):
+            rounded.copy_(discretized(part, scale, zero_point, grid))
         return result
 
     @staticmethod
@@ -98,6 +98,11 @@ def _order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
+def is_in_pieces(x: Tensor) -> bool:
+    """Whether `pieces` may divide the tensor: it is on a CPU, and nothing is compiled."""
+    return not torch.compiler.is_compiling() and x.is_cpu
+
+
 def pieces(scales: Sequence[Tensor], numbers: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """Matching parts of scales and numbers that fit a CPU's cache; other devices get them whole.
 
@@ -110,7 +115,7 @@ def pieces(scales: Sequence[Tensor], numbers: Sequence[Tensor]) -> Iterator[Sequ
         A part of each scale, then of each of the numbers.
     """
     first = numbers[0]
-    if torch.compiler.is_compiling() or not first.is_cpu:
+    if not is_in_pieces(first):
         yield *scales, *numbers
         return
     held = CACHED * torch.get_num_threads()
@@ -158,6 +163,15 @@ def _sum_like(scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def positive(log_scale: Tensor) -> Tensor:
     """exp, kept between 2**-40 and 2**40: a far too high learning rate must not end in NaN."""
     return log_scale.clamp(math.log(MIN_SCALE), -math.log(MIN_SCALE)).exp()
+
+
+def discretized(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """``scale * (code - zero_point)`` of the nearest codes, same shape and dtype as x."""
+    # In float32, as are codes and scales under mixed precision.
+    result = round_codes(x.float() / scale, zero_point, grid) * scale
+    # torch 2.9 to 2.11 compile an autograd.Function that ends in an operator which returns one of
+    # its arguments, as `copy_` and a `to` of the same dtype, to one whose gradients are 0.
+    return result if result.dtype == x.dtype else result.to(x.dtype)
 
 
 def round_codes(ratio: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:

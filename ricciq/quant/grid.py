@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -82,6 +81,11 @@ class Grid(ABC):
         """
 
 
+def _next_to(size: int) -> float:
+    """From an integer to the next larger float32."""
+    return 2.0 ** (size.bit_length() - 24) if size else torch.finfo(torch.float32).tiny
+
+
 @dataclass(frozen=True)
 class UniformGrid(Grid):
     """Evenly spaced codes: low, low + step, …, high.
@@ -100,18 +104,15 @@ class UniformGrid(Grid):
     step: int = 1
     clips: bool = True
     """Whether gradients are masked where a number lies beyond the ends."""
-    just_outside: tuple[float, float] = field(init=False, repr=False, compare=False)
-    """The float32 numbers next to the ends, below the lowest code and above the highest.
 
-    Beside 0 it is the first normal one, as some devices take what is smaller for 0.
-    """
+    @property
+    def just_outside(self) -> tuple[float, float]:
+        """The float32 numbers next to the ends, below the lowest code and above the highest.
 
-    def __post_init__(self) -> None:
-        """Find what lies next to the ends."""
-        ends = torch.tensor([self.low, self.high], dtype=torch.float32)
-        below, above = torch.nextafter(ends, ends.new_tensor([-math.inf, math.inf])).tolist()
-        below = min(below, self.low - torch.finfo(torch.float32).tiny)
-        object.__setattr__(self, "just_outside", (below, above))
+        Beside 0 it is the first normal one, as some devices take what is smaller for 0.
+        """
+        # Plain arithmetic: torch.compile evaluates it.
+        return self.low - _next_to(-self.low), self.high + _next_to(self.high)
 
     @classmethod
     def for_weights(cls, bits: Bits, odd: bool = False) -> UniformGrid:

@@ -119,16 +119,6 @@ def free_memory(device: torch.device) -> int:
     return max(min(free), 0)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch means that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "could not create a primitive" in text
-    )
-
-
 def halve_until(fits: Callable[[int], bool], size: int) -> int:
     """The first of size, size / 2, … that fits.
 

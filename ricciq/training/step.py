@@ -16,14 +16,14 @@ from torch.profiler import record_function
 
 from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.loader import Batch
-from ricciq.errors import RecipeError, RicciqError
+from ricciq.errors import RecipeError, RicciqError, is_out_of_memory
 from ricciq.estimators.apply import Attachment, Correction, DiscreteWeight
 from ricciq.estimators.metric_flow import Geometry
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
 from ricciq.training.losses import feature_distance, loss_function
-from ricciq.training.memory import halve_until, is_out_of_memory
+from ricciq.training.memory import halve_until
 from ricciq.training.metrics import Codes, Tally
 from ricciq.training.moving_average import MovingAverage
 from ricciq.training.optim import WithFeatures, optimizer_and_schedule

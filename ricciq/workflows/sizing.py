@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ricciq.convert.rewrite import convert
+from ricciq.errors import is_out_of_memory
 from ricciq.quant.grid import count_codes
 from ricciq.system.distributed import World, process_number
 from ricciq.training.memory import (
     StepMemory,
     free_memory,
     halve_until,
-    is_out_of_memory,
     largest_batch,
     step_memory,
 )

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from networks import DEVICE, TINY, Training
+from networks import DEVICE, TINY, Training, a_step, without_tf32
 
 from ricciq.evaluation import evaluate
 
@@ -40,11 +40,30 @@ def test_no_graph_breaks(flags):
         assert (gradient - same).norm() <= 2e-2 * same.norm() + 1e-6
 
 
-def test_three_epochs_compile_only_in_the_first(monkeypatch):
-    torch._dynamo.reset()
-    if TINY:  # compiling C++ takes a minute; what is captured is the same
+def plain_compile_on_a_cpu(monkeypatch):
+    """Compiling C++ takes a minute; what is captured is the same."""
+    if TINY:
         plain = functools.partial(torch.compile, backend="eager")
         monkeypatch.setattr(torch, "compile", plain)
+
+
+def test_a_compiled_step_is_a_step(monkeypatch):
+    torch._dynamo.reset()
+    without_tf32()
+    plain_compile_on_a_cpu(monkeypatch)
+    eager, compiled = (
+        a_step(DEVICE, {"training.distill": 0.5, "compile": flag}) for flag in (False, True)
+    )
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-3)
+    for name, change in eager.changes.items():
+        assert change.any() == compiled.changes[name].any(), name
+        apart = (compiled.changes[name] - change).norm()
+        assert apart <= 2e-2 * change.norm() + eager.rounding(name), name
+
+
+def test_three_epochs_compile_only_in_the_first(monkeypatch):
+    torch._dynamo.reset()
+    plain_compile_on_a_cpu(monkeypatch)
     flags = {"compile": True, "amp": not TINY, "training.epochs": 3}
     flags |= {"data.batch_size": 256, "training.distill": 0.0 if TINY else 0.5}
     training = Training(DEVICE, flags)

@@ -149,9 +149,9 @@ def quantize_folder(context: Context, tell: Tell) -> None:
     torch.manual_seed(0)
     save_file(timm.create_model(model, num_classes=CLASSES).state_dict(), checkpoint)
     watch = Watch(tell, batch_size, steps, warm_up, alone)
-    workers = 2 if tiny else min(16, os.cpu_count() or 1)
+    fewer = ["--workers", "2"] if tiny else []
     job = [model, "--data", context.folder / "data", "--checkpoint", checkpoint, "--bits", "2"]
-    job += ["--batch-size", str(batch_size), "--workers", str(workers)]
+    job += ["--batch-size", str(batch_size), *fewer]
     try:
         quantize(context, *job, "--epochs", "1", "--output", context.folder / "run")
     except RuntimeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from ricciq.convert.rewrite import convert
 from ricciq.data.loader import Batch
+from ricciq.estimators.metric_flow import Geometry
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.training.loop import correction_of
@@ -103,3 +105,33 @@ class Training:
         """Copies of all of them, on the CPU, by name."""
         named = self.model.named_parameters()
         return {name: p.detach().cpu().clone() for name, p in named}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did.
+
+    Attributes:
+        loss: of its batch.
+        before: the parameters that it began with, by name.
+        changes: what it added to them.
+        geometry: if it was measured.
+    """
+
+    loss: float
+    before: dict[str, torch.Tensor]
+    changes: dict[str, torch.Tensor]
+    geometry: dict[str, Geometry]
+
+    def rounding(self, name: str) -> torch.Tensor:
+        """How far two float32 parameters may lie apart whose changes are the same."""
+        return 2 * torch.finfo(torch.float32).eps * self.before[name].norm()
+
+
+def a_step(device: torch.device, flags: Mapping[str, Any], measure: bool = False) -> Step:
+    """The first step of a training by SGD with momentum."""
+    training = Training(device, {"training.opt": "momentum", "training.lr": 0.05, **flags})
+    before = training.parameters()
+    assert training.step(measure=measure)
+    changes = {name: after - before[name] for name, after in training.parameters().items()}
+    return Step(float(training.tally.loss), before, changes, training.trainer.geometry)

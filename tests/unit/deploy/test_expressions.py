@@ -19,7 +19,7 @@ class Double(Expression):
     """A vector times two."""
 
     def __init__(self, numbers: list[float]) -> None:
-        super().__init__([len(numbers)])
+        super().__init__([len(numbers)], torch.device("cpu"))
         self.register_buffer("numbers", torch.tensor(numbers))
 
     def value(self) -> Tensor:

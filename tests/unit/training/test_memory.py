@@ -13,14 +13,13 @@ from torch import nn
 
 from ricciq.convert.plan import plan_conversion
 from ricciq.convert.rewrite import convert
-from ricciq.errors import RicciqError
+from ricciq.errors import RicciqError, is_out_of_memory
 from ricciq.recipe import Recipe
 from ricciq.training import loop as train
 from ricciq.training import memory
 from ricciq.training.memory import (
     StepMemory,
     halve_until,
-    is_out_of_memory,
     largest_batch,
     step_memory,
 )
