@@ -16,6 +16,7 @@ from ricciq.quant.grid import FLOAT_BITS, Bits
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+_POOLING = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d", "avg_pool2d", "AvgPool2d"}
 _WEIGHTED_CALLS = {"conv1d", "conv2d", "conv3d", "linear"}
 _RECTIFIERS = {"ReLU", "relu", "relu_", "ReLU6", "relu6", "Hardtanh", "hardtanh", "hardtanh_"}
 """What the runtime fuses into a convolution's kernel, or the exporter into a quantizer's range."""
@@ -233,8 +234,9 @@ def _output_quantizers(
     A convolution runs in integers only if its output, possibly behind a ReLU, is quantized in one
     place. If only discrete layers with one input quantizer read it, that quantizer does it.
     Additions, other readers, pooling and other activations need an output quantizer. All operands
-    of an addition need one if one of them comes from a convolution or such an addition. The output
-    of linear layers is float in any case.
+    of an addition need one if one of them comes from a convolution or such an addition, and so does
+    a sum that is only pooled: an 8-bit sum is faster than a float one. The output of linear layers
+    is float in any case.
     """
     discrete = {layer.name: layer.input_of or layer.name for layer in layers}
     wanted: dict[Value, None] = {}
@@ -249,8 +251,10 @@ def _output_quantizers(
     for call in recording.calls:
         if call.kind in _ADDITIONS and not call.is_module and integer & set(call.inputs):
             if all(_owner(value, recording) for value in call.inputs):
-                wanted.update(dict.fromkeys(call.inputs))
-                integer.update(_rectified(call.outputs[0], recording))
+                ends = _rectified(call.outputs[0], recording)
+                integer.update(ends)
+                averaged = ends[:1] if _is_only_pooled(ends[0], recording) else []
+                wanted.update(dict.fromkeys([*call.inputs, *averaged]))
             else:
                 why = "an operand is not the output of a module that runs once"
                 kept.append(Kept(call.name, "addition", why))
@@ -279,6 +283,12 @@ def _output_quantizers(
             if source is not None:
                 points[pooled] = source
     return points, kept
+
+
+def _is_only_pooled(value: Value, recording: Recording) -> bool:
+    """Whether averages over positions are all that is taken of a value."""
+    readers = {reader.kind for reader in recording.readers[value]}
+    return bool(readers) and readers <= _POOLING
 
 
 def _owner(value: Value, recording: Recording) -> str | None:

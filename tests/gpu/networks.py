@@ -125,7 +125,7 @@ class Step:
 
     def rounding(self, name: str) -> torch.Tensor:
         """How far two float32 parameters may lie apart whose changes are the same."""
-        return 2 * torch.finfo(torch.float32).eps * self.before[name].norm()
+        return 4 * torch.finfo(torch.float32).eps * self.before[name].norm()
 
 
 def a_step(device: torch.device, flags: Mapping[str, Any], measure: bool = False) -> Step:

@@ -93,6 +93,7 @@ def test_points_stand_where_the_runtime_needs_them_and_nowhere_else(resnet_plan)
         expected[f"layer{stage}.0.act2"] = f"layer{stage}.0.act2"
         if stage > 1:
             expected[f"layer{stage}.0.downsample.1"] = f"layer{stage}.0.downsample.1"
+    expected["layer4.1.act2"] = "layer4.1.act2"  # a sum that is only pooled
     assert resnet_plan.points == expected
 
 
@@ -269,6 +270,29 @@ def test_an_addition_of_what_no_module_returned_is_listed():
     assert (kept.name, kept.kind) == ("inner", "addition")
     assert "not the output of a module" in kept.why
     assert list(plan.points) == ["inner.a"]
+
+
+@pytest.mark.parametrize(
+    ("read", "is_quantized"),
+    [
+        (lambda m, x: m.fc(x.mean((2, 3))), True),
+        (lambda m, x: m.fc(m.pool(x).flatten(1)), True),
+        (lambda m, x: m.fc(x.mean((2, 3)) + x.amax((2, 3))), False),
+        (lambda m, x: m.fc(x.flatten(1)), False),
+        (lambda m, x: x, False),  # noqa: ARG005
+    ],
+    ids=["mean", "a module", "also the maximum", "flattened", "returned"],
+)
+def test_a_sum_that_is_only_pooled_has_a_point(read, is_quantized):
+    def forward(m, x):
+        return read(m, m.relu(m.a(x) + m.b(x)))
+
+    head = nn.LazyLinear(2)
+    parts = {"a": conv(), "b": conv(), "relu": nn.ReLU(), "pool": nn.AdaptiveAvgPool2d(1)}
+    model = Model(forward, **parts, fc=head)
+    model(PICTURE)
+    points = quantize(model, PICTURE, 2, 2).points
+    assert set(points) == ({"a", "b", "relu"} if is_quantized else {"a", "b"})
 
 
 def test_an_addition_of_a_number_needs_no_point():
