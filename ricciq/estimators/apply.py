@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ricciq.estimators.base import Estimator, Perturbing
 from ricciq.estimators.catalog import Target
+from ricciq.estimators.cosine import Cosine
 from ricciq.estimators.flow_time import stage
 from ricciq.estimators.metric_flow import Geometry, MetricFlow
 from ricciq.estimators.projection import Projection
@@ -278,7 +278,7 @@ class ActivationCorrection:
             its inputs by the straight-through estimator and the corrected ones.
         """
         cosines: dict[nn.Module, float] = {}
-        products: dict[nn.Module, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+        sums: dict[nn.Module, Cosine] = defaultdict(Cosine)  # over all layers that share it
 
         def observe(quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
@@ -294,11 +294,8 @@ class ActivationCorrection:
                 part = (gradient * quantizer.slope_at(x)).flatten(1)
             else:
                 part = self.estimator.correct(plain, xi, mask=mask, progress=self.progress)
-            # Of all layers that share the quantizer. By rows: sums of a million float32 exceed 1.
-            rows = [(a * b).sum(1) for a, b in ((plain, part), (plain, plain), (part, part))]
-            products[quantizer] += torch.stack(rows).double().sum(1).cpu()
-            inner, *squares = products[quantizer].tolist()
-            cosines[quantizer] = inner / max(math.sqrt(math.prod(squares)), 1e-30)
+            sums[quantizer].add(plain, part)
+            cosines[quantizer] = sums[quantizer].value
 
         handles = [quantizer.register_forward_hook(observe) for quantizer in self.quantizers]
         try:

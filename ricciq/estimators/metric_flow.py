@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ricciq.estimators.catalog import Block, Coordinate, Flow, MetricRule, Schedule
+from ricciq.estimators.cosine import Cosine
 from ricciq.estimators.flow_time import STAGES, flow_time, stage
 from ricciq.estimators.ricci import (
     Metric,
@@ -223,10 +224,10 @@ class MetricFlow(Rowwise):
         curvature, distance = sums[:, 2:].mean(dim=0).tolist()
         # The tiny floor is for gradients that are small without being zero.
         along = torch.cosine_similarity(x, g, dim=1, eps=1e-30).mean().item()
-        flat = g.flatten().double(), c.flatten().double()  # sums of a million float32 exceed 1
-        mismatch = torch.cosine_similarity(*flat, dim=0, eps=1e-30).item()
+        mismatch = Cosine()
+        mismatch.add(g, c)
         decay = last / first if first > 0 else 1.0
-        return Geometry(first, last, decay, curvature, distance, mismatch, along)
+        return Geometry(first, last, decay, curvature, distance, mismatch.value, along)
 
     def _tau(self, xi: Tensor) -> Tensor:
         return tau(xi, self.rho, self.tau_max)
