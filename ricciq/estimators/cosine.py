@@ -15,7 +15,12 @@ class Cosine:
         self._products = torch.zeros(3, dtype=torch.float64)
 
     def add(self, first: Tensor, second: Tensor) -> None:
-        """Add a part of both, (rows, n) float32."""
+        """Add a part of both.
+
+        Args:
+            first: of one gradient, (rows, n) in float32 or float64.
+            second: of the other, same shape.
+        """
         # By rows: float32 sums of a million numbers are so far off that a cosine exceeds 1.
         pairs = (first, second), (first, first), (second, second)
         rows = torch.stack([(a * b).sum(1) for a, b in pairs])

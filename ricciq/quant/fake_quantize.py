@@ -166,7 +166,17 @@ def positive(log_scale: Tensor) -> Tensor:
 
 
 def discretized(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
-    """``scale * (code - zero_point)`` of the nearest codes, same shape and dtype as x."""
+    """The nearest numbers that codes stand for: ``scale * (code - zero_point)``.
+
+    Args:
+        x: any shape.
+        scale: one number, or one for each row of x.
+        zero_point: the code of 0.0, or None for 0.
+        grid: the codes.
+
+    Returns:
+        The same shape and dtype as x.
+    """
     # In float32, as are codes and scales under mixed precision.
     result = round_codes(x.float() / scale, zero_point, grid) * scale
     # torch 2.9 to 2.11 compile an autograd.Function that ends in an operator which returns one of
