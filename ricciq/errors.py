@@ -86,14 +86,23 @@ def on_one_line(error: object, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "could not create a primitive",
+    "STATUS_ALLOC_FAILED",
+)
+"""Parts of what torch and the libraries below it say where memory ran out."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch means that memory ran out, on a GPU or a CPU."""
     # Known by its name, as this module must not import torch.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "could not create a primitive" in text
+    names = {kind.__name__ for kind in type(error).__mro__}
+    said = str(error)
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and any(part in said for part in _NO_MEMORY)
     )
 
 

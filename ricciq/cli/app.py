@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         what = on_one_line(f"{type(error).__name__}: {error}", 300)
         message = f"failed unexpectedly ({what}); `ricciq --debug` shows where"
         if is_out_of_memory(error):
-            message = f"there is not enough memory ({what}); lower --batch-size or --input-size"
+            message = f"there is not enough memory ({what}); use smaller batches, images or models"
         _fail(message, RicciqError.exit_code, debug)
 
 

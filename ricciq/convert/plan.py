@@ -286,9 +286,9 @@ def _output_quantizers(
 
 
 def _is_only_pooled(value: Value, recording: Recording) -> bool:
-    """Whether averages over positions are all that is taken of a value."""
+    """Whether averages are all that is taken of a value."""
     readers = {reader.kind for reader in recording.readers[value]}
-    return bool(readers) and readers <= _POOLING
+    return bool(readers) and readers <= _POOLING and value not in recording.result
 
 
 def _owner(value: Value, recording: Recording) -> str | None:

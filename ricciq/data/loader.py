@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -328,7 +328,8 @@ def _prepare_worker(worker: int) -> None:  # noqa: ARG001
     which ends its workers. An alarm ends a worker that is stuck. There are as many workers as
     cores, and a GPU waits for the process that queues its work.
     """
-    os.nice(NICER)
+    with suppress(AttributeError, OSError):  # not on every system, nor in every sandbox
+        os.nice(NICER)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
 

@@ -224,8 +224,8 @@ class ActivationCorrection:
     """Corrects the gradients of a model's activations, at its activation quantizers.
 
     An estimator whose factor depends only on the residual becomes the slope of the quantizers with
-    fewer than 8 bits, as part of their backward pass. Any other estimator is called from a hook,
-    with a row for each image and one activation as the kernel.
+    fewer than 8 bits, as part of their backward pass. Any other estimator is called in front of
+    them, with a row for each image and one activation as the kernel.
     """
 
     def __init__(self, model: nn.Module, estimator: Estimator) -> None:

@@ -82,7 +82,7 @@ class Grid(ABC):
 
 
 def _next_to(size: int) -> float:
-    """From an integer to the next larger float32."""
+    """From an integer that is not negative to the next larger float32."""
     return 2.0 ** (size.bit_length() - 24) if size else torch.finfo(torch.float32).tiny
 
 

@@ -131,7 +131,8 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path
     except RuntimeError as error:
         reason = on_one_line(error, 200)
         raise CheckpointError(
-            f"{path} does not fit the model of the recipe ({reason}); give the file of this run"
+            f"{path} does not fit the model of the recipe ({reason}); give the file of this run, "
+            "or start a run that another version of ricciq began again with --overwrite"
         ) from None
 
 

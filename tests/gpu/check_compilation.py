@@ -41,9 +41,9 @@ def test_no_graph_breaks(flags):
 
 
 def plain_compile_on_a_cpu(monkeypatch):
-    """Compiling C++ takes a minute; what is captured is the same."""
+    """Generating C++ takes a minute; what is captured and differentiated is the same."""
     if TINY:
-        plain = functools.partial(torch.compile, backend="eager")
+        plain = functools.partial(torch.compile, backend="aot_eager")
         monkeypatch.setattr(torch, "compile", plain)
 
 

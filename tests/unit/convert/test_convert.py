@@ -280,8 +280,9 @@ def test_an_addition_of_what_no_module_returned_is_listed():
         (lambda m, x: m.fc(x.mean((2, 3)) + x.amax((2, 3))), False),
         (lambda m, x: m.fc(x.flatten(1)), False),
         (lambda m, x: x, False),  # noqa: ARG005
+        (lambda m, x: (m.fc(x.mean((2, 3))), x), False),
     ],
-    ids=["mean", "a module", "also the maximum", "flattened", "returned"],
+    ids=["mean", "a module", "also the maximum", "flattened", "returned", "pooled and returned"],
 )
 def test_a_sum_that_is_only_pooled_has_a_point(read, is_quantized):
     def forward(m, x):
