@@ -52,10 +52,16 @@ class _Axis:
 
     @classmethod
     def around(cls, values: Iterable[float], is_log: bool = False) -> _Axis:
-        """An axis with a margin around all values."""
+        """An axis with a margin around all values.
+
+        It spans at least a hundredth of them, so that labels of four digits differ: cosines of
+        nearly 1 are a level line.
+        """
         scaled = [math.log10(value) if is_log else value for value in values]
         low, high = min(scaled, default=0.0), max(scaled, default=1.0)
-        margin = 0.05 * (high - low) or max(0.5, abs(high) / 1000)
+        span = high - low
+        least = math.log10(1.01) if is_log else max(abs(low), abs(high)) / 100
+        margin = max(0.05 * span, (least - span) / 2) or 0.5  # all are 0
         return cls(low - margin, high + margin, is_log)
 
     def share(self, value: float) -> float:

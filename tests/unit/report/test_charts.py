@@ -45,6 +45,16 @@ def test_ticks_are_round_and_those_of_epochs_are_whole() -> None:
     assert ticks(element) == [1, 2, 3, 0.2, 0.25, 0.3, 0.35, 0.4]
 
 
+@pytest.mark.parametrize("is_log", [False, True])
+@pytest.mark.parametrize("values", [[1.0, 1 - 1e-16], [0.99999, 1.0], [1e5, 1e5 + 1], [7.0, 7.1]])
+def test_labels_of_values_that_hardly_differ_are_different(
+    values: list[float], is_log: bool
+) -> None:
+    found = ticks(chart(Line(list(enumerate(values, 30)), RED), is_log=is_log))
+    assert found[:2] == [30, 31]
+    assert len(found) == len(set(found)) > 3
+
+
 def test_a_logarithmic_axis_has_powers_of_ten_unless_there_are_too_few() -> None:
     points = [(0.0, 1e-4), (0.5, 1.0)]
     assert ticks(chart(Line(points, RED), is_log=True))[-5:] == [1e-4, 1e-3, 1e-2, 1e-1, 1]
