@@ -106,16 +106,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def did_you_mean(given: str, known: Iterable[str], otherwise: str, most: int = 3) -> str:
+def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
     """The remedy for an unknown name: the known names most like it, best first.
 
     Args:
         given: the unknown name.
         known: the known names, in lower case.
         otherwise: the remedy if no known name is similar.
-        most: the largest number of names to suggest.
     """
-    near = difflib.get_close_matches(given.lower(), list(known), most, cutoff=0.5)
+    near = difflib.get_close_matches(given.lower(), list(known), cutoff=0.5)
     return f"did you mean {' or '.join(near)}" if near else otherwise
 
 

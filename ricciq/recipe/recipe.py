@@ -6,6 +6,7 @@ the command line override the file; the merged recipe is saved in the run's fold
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ricciq.data.augmentation import Augmentation
-from ricciq.errors import RecipeError, did_you_mean
+from ricciq.errors import RecipeError, did_you_mean, listed
 from ricciq.quant.catalog import QUANTIZERS
 from ricciq.recipe.sections import (
     DataSection,
@@ -192,6 +193,21 @@ def find_recipe(name_or_file: str | Path) -> Path:
     raise RecipeError(f"there is no recipe {name_or_file}; {hint}")
 
 
+def _nearest_key(unknown: str) -> str:
+    """The remedy for an unknown dotted key: the key of the most similar last name."""
+    keys = list(Recipe.model_fields)
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
+    keys += [f"data.augmentation.{name}" for name in Augmentation.__dataclass_fields__]
+    section, _, name = unknown.rpartition(".")
+    names = [key.rpartition(".")[2] for key in keys]
+    near = difflib.get_close_matches(name.lower(), names, 1, cutoff=0.5)
+    found = [key for key in keys if key.rpartition(".")[2] in near]
+    here = [key for key in found if key.rpartition(".")[0] == section]
+    return f"did you mean {listed(here or found)}" if found else "remove it"
+
+
 def _sentence(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     # pydantic appends the member of a union, as in method.block.literal['row','kernel'].
@@ -201,11 +217,7 @@ def _sentence(error: ValidationError, source: str) -> str:
     where = ".".join(parts)
     value = " ".join(str(first["input"]).split())[:80]
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = [*Recipe.model_fields, *Augmentation.__dataclass_fields__]
-        for section in Recipe.model_fields.values():
-            if isinstance(section.annotation, type) and issubclass(section.annotation, Section):
-                known += section.annotation.model_fields
-        hint = did_you_mean(str(first["loc"][-1]), known, "remove it", most=1)
+        hint = _nearest_key(where)
         return f"{source} has an unknown key {where}; {hint}"
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "literal_error":
