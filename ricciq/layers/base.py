@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ricciq.layers.norm import BatchNorm, affine, turn_negative_rows
+from ricciq.layers.rows import Place
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.config import LSQ, QuantizerConfig
 from ricciq.quant.fake_quantize import MIN_SCALE
@@ -173,6 +174,18 @@ class QuantLayer(nn.Module):
 
     def function(self) -> Function:
         """What the layer computes from quantized inputs, a weight and a bias."""
+        raise NotImplementedError
+
+    def rows_at(self, x: Tensor, place: Place) -> Tensor:
+        """What some outputs are computed from, as a linear regression.
+
+        Args:
+            x: the layer's input.
+            place: of n outputs.
+
+        Returns:
+            (n, groups, inputs of an output), before the input quantizer; see `outputs`.
+        """
         raise NotImplementedError
 
     def pass_weight_through(self, module: nn.Module) -> None:

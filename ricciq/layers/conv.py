@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ricciq.layers.base import QuantLayer
 from ricciq.layers.operators import onnx_operator
 from ricciq.layers.registry import quantizes
+from ricciq.layers.rows import Place, Taps, gather
 
 STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
@@ -175,6 +176,17 @@ class QuantConv(QuantLayer):
     def function(self) -> Convolution:
         """The convolution itself."""
         return Convolution(self.window, cast(int, self.groups))
+
+    def rows_at(self, x: Tensor, place: Place) -> Tensor:
+        """See `QuantLayer.rows_at`."""
+        window = self.window
+        before = window.edges(x.shape[2:])[::2][::-1]
+        moves = zip(window.kernel_size, window.stride, window.dilation, before, strict=True)
+        axes = [
+            Taps(at[:, None] * step - edge + torch.arange(size, device=x.device) * apart)
+            for at, (size, step, apart, edge) in zip(place[1:], moves, strict=True)
+        ]
+        return gather(x, place[0], axes, cast(int, self.groups))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) -> (B, rows, *size)."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ricciq.layers.base import QuantLayer
 from ricciq.layers.operators import onnx_operator
 from ricciq.layers.registry import quantizes
+from ricciq.layers.rows import Place, Taps, gather
 
 Sizes = tuple[int, ...]
 
@@ -132,6 +133,16 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
             self.groups,
             swapped,
         )
+
+    def rows_at(self, x: Tensor, place: Place) -> Tensor:
+        """See `QuantLayer.rows_at`."""
+        axes, padding = [], cast(Sizes, self.padding)
+        moves = zip(self.kernel_size, self.stride, self.dilation, padding, strict=True)
+        for at, (size, step, apart, cut) in zip(place[1:], moves, strict=True):
+            # Input i is added to the outputs i * step - cut + tap * apart.
+            moved = at[:, None] + cut - torch.arange(size, device=x.device) * apart
+            axes.append(Taps(moved.div(step, rounding_mode="floor"), moved % step == 0))
+        return gather(x, place[0], axes, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, H, W) -> (B, rows, H', W')."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ricciq.layers.base import Function, QuantLayer
 from ricciq.layers.operators import onnx_operator
 from ricciq.layers.registry import quantizes
+from ricciq.layers.rows import Place
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -53,6 +54,10 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     def function(self) -> Function:
         """The product with the weight."""
         return product
+
+    def rows_at(self, x: Tensor, place: Place) -> Tensor:
+        """See `QuantLayer.rows_at`."""
+        return x[place].unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

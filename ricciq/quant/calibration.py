@@ -26,9 +26,16 @@ class LogHistogram:
     """Counts of numbers by sign and magnitude in bins 2 % wide; the order of batches is irrelevant.
 
     Magnitudes below 2**-24 count as zero, in the middle bin; those from 2**24 on fall in the last.
+
+    Args:
+        name: where the numbers are, for messages.
+        most: of a tensor with more numbers, so many are counted, drawn with repetition; the least
+            and the greatest are of all. None counts all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "", most: int | None = None) -> None:
+        self.name, self.most = name, most
+        self._chance = torch.Generator().manual_seed(0)
         self.counts = torch.zeros(2 * _BINS + 1, dtype=torch.float64)
         self.low = math.inf
         self.high = -math.inf
@@ -39,17 +46,25 @@ class LogHistogram:
         Raises:
             InputError: the tensor holds NaN or an infinity.
         """
-        for (part,) in pieces([], [dense(x.detach())]):
+        x = dense(x.detach())
+        if self.most is not None and x.numel() > self.most:
+            self._widen(x)
+            chosen = torch.randint(x.numel(), (self.most,), generator=self._chance)
+            x = torch.as_strided(x, (x.numel(),), (1,))[chosen.to(x.device)]
+        for (part,) in pieces([], [x]):
+            self._widen(part)
             self._add(part.float())
 
-    def _add(self, x: Tensor) -> None:
+    def _widen(self, x: Tensor) -> None:
         low, high = (float(end) for end in x.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
-                "the float model gives NaN or infinite activations on the calibration images; "
+                f"activations are NaN or infinite at {self.name} on the calibration images; "
                 "check the checkpoint and the preprocessing"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def _add(self, x: Tensor) -> None:
         # In place, and in 32 bits: memory costs more time than arithmetic.
         octave = x.abs().clamp_min_(_SMALLEST / 2).div_(_SMALLEST).log2_()
         magnitude = octave.mul_(_PER_OCTAVE).floor_().add_(1).clamp_(0, _BINS)
@@ -119,8 +134,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], candidates: int = 100
     Raises:
         InputError: there is no batch, or activations are not finite.
     """
-    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
-    histograms = [LogHistogram() for _ in quantizers]
+    named = [(n, m) for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)]
+    quantizers = [quantizer for _, quantizer in named]
+    histograms = [LogHistogram(name) for name, _ in named]
     seen = 0
     try:
         for quantizer, histogram in zip(quantizers, histograms, strict=True):

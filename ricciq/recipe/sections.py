@@ -132,6 +132,8 @@ class QuantizationSection(Section):
     """With weight_bits auto: average bits over all layers but the first and the last."""
     max_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
     """With weight_bits auto: largest size of the ONNX file, such as 4MB."""
+    sensitivity: Literal["fisher", "measured"] = "fisher"
+    """With weight_bits auto: estimate what bits cost, or measure it, which takes far longer."""
     act_bits: ActBits = 4
     """Bits of activations; 32 keeps them in float."""
     edge_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8

@@ -20,17 +20,23 @@ from torch import nn
 from ricciq.convert.allocation import Overhead, allocate, average_bits
 from ricciq.convert.plan import Plan
 from ricciq.convert.rewrite import convert
-from ricciq.convert.sensitivity import Sensitivity, measure_sensitivity, widths_of
+from ricciq.convert.sensitivity import (
+    Sensitivity,
+    estimate_sensitivity,
+    measure_sensitivity,
+    widths_of,
+)
 from ricciq.errors import UsageError
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
 from ricciq.report.terminal import as_text, sensitivity_table
+from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.workflows.job import Job
 from ricciq.workflows.session import Session, in_first_process
 
-IMAGES = 512
-"""Images that the sensitivity of a layer is measured on."""
+IMAGES = {"fisher": 256, "measured": 512}
+"""Images that sensitivities are estimated or measured on."""
 FEW = 8
 """Images to calibrate a model on whose file is only weighed."""
 SPARE = 1000
@@ -109,11 +115,8 @@ def choose_bits(job: Job, budget: Budget | None, session: Session) -> Job:
 def _chosen_plan(job: Job, budget: Budget, session: Session) -> Plan:
     if budget.chosen is not None:
         return _planned(job.plan, budget.chosen)
-    names = [layer.name for layer in job.plan.layers[1:-1]]
-    config = job.recipe.quantization.config
-    batches = list(job.calibration_images(most=IMAGES))
-    found = measure_sensitivity(job.model, job.plan, names, config, batches, session.journal)
-    chosen = _allocated(job, found, budget, [batches[0][:FEW]])
+    found = find_sensitivity(job, session.journal)
+    chosen = _allocated(job, found, budget)
     rows = _rows(found, chosen)
     session.journal.say(as_text(sensitivity_table(rows, average_bits(found, chosen))))
     if session.has_folder:
@@ -124,15 +127,29 @@ def _chosen_plan(job: Job, budget: Budget, session: Session) -> Plan:
     return _planned(job.plan, chosen)
 
 
-def _allocated(
-    job: Job, found: Sequence[Sensitivity], budget: Budget, few: list[torch.Tensor]
-) -> Mapping[str, int]:
+def find_sensitivity(job: Job, journal: Journal) -> list[Sensitivity]:
+    """What each width of each layer between the first and the last costs, as the recipe wants it.
+
+    Args:
+        job: from `prepare`.
+        journal: shows progress.
+    """
+    quantization = job.recipe.quantization
+    names = [layer.name for layer in job.plan.layers[1:-1]]
+    batches = list(job.calibration_images(most=IMAGES[quantization.sensitivity]))
+    find = {"fisher": estimate_sensitivity, "measured": measure_sensitivity}
+    return find[quantization.sensitivity](
+        job.model, job.plan, names, quantization.config, batches, journal
+    )
+
+
+def _allocated(job: Job, found: Sequence[Sensitivity], budget: Budget) -> Mapping[str, int]:
     """The best widths within the budget. If it is one of bytes, the file is weighed."""
     largest = job.recipe.quantization.max_bytes
     if largest is None:
         return allocate(found, budget.bits)
     assert budget.smallest is not None
-    bits = budget.bits
+    bits, few = budget.bits, list(job.calibration_images(most=FEW))
     while True:
         try:
             chosen = allocate(found, bits, budget.overhead)

@@ -15,10 +15,10 @@ from ricciq.quant.calibration import calibrate
 from ricciq.quant.grid import FLOAT_BITS
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.system.tensor_files import load_model_state, load_tensors, save_tensors
-from ricciq.training.adaround import IMAGES, reconstruct
 from ricciq.training.loop import finetune
 from ricciq.training.memory import LARGEST_BATCH
 from ricciq.training.pace import FirstSteps, Pace
+from ricciq.training.reconstruction import IMAGES, reconstruct
 from ricciq.training.state import TrainingState, last_state
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.job import Job, is_distilled
@@ -74,19 +74,22 @@ def train(job: Job, session: Session, under_way: UnderWay | None = None) -> Trai
         f"converted {len(job.plan.layers)} layers, added {len(job.plan.points)} 8-bit output "
         f"quantizers, kept {len(job.plan.kept)} parts float"
     )
-    if job.plan.layers and recipe.quantization.act_bits != FLOAT_BITS:
-        calibrate(model, images(), recipe.quantization.scale_search)
+    quantization = recipe.quantization
     if recipe.training.epochs == 0:
         is_under_way()  # before what takes long
-    if recipe.training.epochs == 0 and recipe.quantization.reconstruction:
+    if recipe.training.epochs == 0 and quantization.reconstruction:
+        norms = {layer.name: layer.norm for layer in job.plan.layers}
         reconstruct(
             model,
             teacher,
-            [layer.name for layer in job.plan.layers],
+            norms,
             images(IMAGES),
-            recipe.quantization.reconstruction,
+            quantization.reconstruction,
             journal,
+            quantization.scale_search,
         )
+    elif job.plan.layers and quantization.act_bits != FLOAT_BITS:
+        calibrate(model, images(), quantization.scale_search)
     done = finetune(
         model,
         job.loader("fit", training=True, batch_size=batch_size, world=world),

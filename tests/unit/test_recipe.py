@@ -83,8 +83,16 @@ def test_the_yaml_of_a_recipe_is_that_recipe(recipe_file):
     [
         ({"trainin": {}}, "trainin", "training"),
         ({"training": {"epoch": 3}}, "training.epoch", "training.epochs"),
-        ({"quantization": {"weight_bit": 3}}, "quantization.weight_bit", "quantization.weight_bits"),
-        ({"data": {"augmentation": {"hflp": 0.1}}}, "data.augmentation.hflp", "data.augmentation.hflip"),
+        (
+            {"quantization": {"weight_bit": 3}},
+            "quantization.weight_bit",
+            "quantization.weight_bits",
+        ),
+        (
+            {"data": {"augmentation": {"hflp": 0.1}}},
+            "data.augmentation.hflp",
+            "data.augmentation.hflip",
+        ),
         ({"input_size": 32}, "input_size", "data.input_size"),
         ({"model": {"input_size": 32}}, "model.input_size", "data.input_size"),
         ({"data": {"nam": "digits"}}, "data.nam", "data.name"),

@@ -89,7 +89,12 @@ def test_all_recipes_are_checked_and_invalid_ones_are_reported(tmp_path):
         "none is invalid",
     ]
     (sentence,) = answer.err.splitlines()
-    for words in ("epoch; did you mean training.epochs", "dsq has no rho", "sgdd", "no recipe none"):
+    for words in (
+        "epoch; did you mean training.epochs",
+        "dsq has no rho",
+        "sgdd",
+        "no recipe none",
+    ):
         assert words in sentence
     answer = ricciq("recipes", "check", "digits-float", "key.yaml", "--json")
     good, bad = json.loads(answer.out)["recipes"]

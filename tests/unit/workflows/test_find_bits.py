@@ -348,7 +348,7 @@ def widths_of(job: Job) -> list[int | str]:
 
 
 def test_a_recipe_with_a_width_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autobits, "measure_sensitivity", None)
+    monkeypatch.setattr(autobits, "find_sensitivity", None)
     job = job_of({"quantization.weight_bits": 3, "quantization.average_bits": None})
     assert find_budget(job, SESSION) is None
     assert choose_bits(job, None, SESSION) is job
@@ -508,7 +508,7 @@ def test_flags_take_the_place_of_the_budget_in_a_recipe(tmp_path: Path) -> None:
 def test_bits_on_top_of_a_recipe_that_finds_them_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autobits, "measure_sensitivity", None)
+    monkeypatch.setattr(autobits, "find_sensitivity", None)
     file = tmp_path / "auto.yaml"
     file.write_text("quantization: {weight_bits: auto, max_bytes: 44kB}\n")
     answer = ricciq(*QUANTIZE, "--recipe", file, "--bits", "2", "--dry-run", "--json")
@@ -562,7 +562,7 @@ def test_a_resumed_run_takes_the_bits_that_were_found(
     def measure(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(autobits, "measure_sensitivity", measure)
+    monkeypatch.setattr(autobits, "find_sensitivity", measure)
     resumed = ricciq(*command, "--resume")
     assert resumed.code == 0, resumed.err
     assert (folder / "sensitivity.csv").read_bytes() == found
@@ -672,7 +672,7 @@ def test_a_file_too_small_for_any_widths_is_refused(
     monkeypatch.setattr(autobits, "_size", lambda *_: next(sizes))
     recipe = tmp_path / "short.yaml"
     recipe.write_text("data: {calibration_batches: 2}\n")
-    monkeypatch.setattr(autobits, "measure_sensitivity", None)  # it is known before hours of it
+    monkeypatch.setattr(autobits, "find_sensitivity", None)  # it is known before hours of it
     answer = ricciq(*QUANTIZE, "--max-bytes", "100kB", "--recipe", recipe, "--json")
     check_refusal(answer, "max_bytes 100000 is too small for digits_resnet8", "give more")
     least = int(answer.err.split("takes about ")[1].split(" bytes")[0])
