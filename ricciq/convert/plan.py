@@ -14,11 +14,11 @@ from ricciq.errors import ModelError
 from ricciq.layers.registry import kind_of, norm_classes, why_not
 from ricciq.quant.grid import FLOAT_BITS, Bits
 
-_ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
 _POOLING = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d", "avg_pool2d", "AvgPool2d"}
 _WEIGHTED_CALLS = {"conv1d", "conv2d", "conv3d", "linear"}
-_RECTIFIERS = {"ReLU", "relu", "relu_", "ReLU6", "relu6", "Hardtanh", "hardtanh", "hardtanh_"}
+RECTIFIERS = {"ReLU", "relu", "relu_", "ReLU6", "relu6", "Hardtanh", "hardtanh", "hardtanh_"}
 """What the runtime fuses into a convolution's kernel, or the exporter into a quantizer's range."""
 OUTPUT_BITS = 8
 """Width of the output quantizers at additions and behind convolutions without another quantizer."""
@@ -249,7 +249,7 @@ def _output_quantizers(
         return len(quantizers) == 1 and None not in quantizers
 
     for call in recording.calls:
-        if call.kind in _ADDITIONS and not call.is_module and integer & set(call.inputs):
+        if call.kind in ADDITIONS and not call.is_module and integer & set(call.inputs):
             if all(_owner(value, recording) for value in call.inputs):
                 ends = _rectified(call.outputs[0], recording)
                 integer.update(ends)
@@ -309,7 +309,7 @@ def _ends(call: Call, layers: list[LayerPlan], recording: Recording) -> list[Val
 def _rectified(value: Value, recording: Recording) -> list[Value]:
     """A value, preceded by the output of a rectifier if that is its only reader."""
     readers = recording.readers[value]
-    if len(readers) == 1 and readers[0].kind in _RECTIFIERS:
+    if len(readers) == 1 and readers[0].kind in RECTIFIERS:
         return [readers[0].outputs[0], value]
     return [value]
 

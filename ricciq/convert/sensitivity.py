@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ricciq.convert.plan import Plan
 from ricciq.convert.rewrite import convert, quantized_layers
+from ricciq.errors import InputError
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.quant.activation import ActivationQuantizer
@@ -140,35 +142,43 @@ def estimate_sensitivity(
     leaves out how errors of the same channel add up.
 
     Args:
-        model: as for `measure_sensitivity`, as are the others.
+        model: the float model; it is not changed.
         plan: the layers to quantize.
         names: the layers to estimate.
         config: the quantizers.
-        batches: (B, C, H, W) calibration images on the model's device.
+        batches: (B, C, H, W) calibration images on the model's device. What layers return for an
+            image must be together along their first axis, as (B, ...) or (B * tokens, ...).
         journal: shows progress.
+
+    Returns:
+        For each layer and width, the estimated divergence.
+
+    Raises:
+        InputError: activations are not finite, or do not depend on the images as autograd sees it.
     """
     probed = _Probed(model, plan, config)
     parents = {layer.name: layer.parent for layer in plan.layers}
     layers = {name: probed.layer(name) for name in names}
     # A layer whose weight a parent uses does not run itself.
     runs = {name: probed.net.get_submodule(parents[name] or name) for name in names}
-    quantizers = {name: probed.quantizers(layer) for name, layer in layers.items()}
     lost = {name: dict.fromkeys(probed.widths, 0.0) for name in names}
     chance = torch.Generator().manual_seed(0)
     parts = [part for images in batches for part in torch.split(images, AT_ONCE)]
-    with evaluating(probed.net), journal.bar("sensitivity", len(parts)) as advance:
+    steps = len(layers) + len(parts)
+    with evaluating(probed.net), journal.bar("sensitivity", steps) as advance:
+        quantizers = {}
+        for name, layer in layers.items():
+            quantizers[name] = probed.quantizers(layer)
+            advance(lambda name=name: name)  # type: ignore[misc]
         for images in parts:
             calls = _gradients(probed.net, runs, images, chance)
             for name, layer in layers.items():
                 for bits, quantizer in quantizers[name].items():
-                    with probed.quantized(layer, quantizer), torch.no_grad():
-                        change = sum(
-                            ((runs[name](*call.args, **call.kwargs) - call.output) * call.gradient)
-                            .flatten(1)
-                            .sum(1)
-                            for call in calls[name]
-                        )
-                    lost[name][bits] += float(torch.as_tensor(change).double().square().sum()) / 2
+                    with probed.quantized(layer, quantizer):
+                        change = torch.zeros(len(images), device=images.device)
+                        for call in calls[name]:
+                            change = change + call.change(runs[name], len(images))
+                    lost[name][bits] += float(change.double().square().sum()) / 2
             advance(lambda: "")
     count = sum(map(len, batches))
     return [
@@ -185,34 +195,75 @@ class _Call(NamedTuple):
     output: Tensor
     gradient: Tensor
 
+    @torch.no_grad()
+    def change(self, module: nn.Module, images: int) -> Tensor:
+        """How much the log-likelihood of each image changes, to first order: (images,)."""
+        output = _tensor(module(*_copied(self.args), **self.kwargs))
+        return ((output - self.output) * self.gradient).reshape(images, -1).sum(1)
+
+
+def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
+
+
+def _tensor(output: Any) -> Tensor:
+    """The first tensor of what a module returns."""
+    first: Tensor = output if isinstance(output, Tensor) else tree_leaves(output)[0]
+    return first
+
+
+def _check_finite(found: Tensor, name: str) -> None:
+    if not found.isfinite().all():
+        raise InputError(
+            f"the float model gives NaN or infinite activations at {name} on the calibration "
+            "images; check the checkpoint and the preprocessing"
+        )
+
 
 def _gradients(
     net: nn.Module, runs: Mapping[str, nn.Module], images: Tensor, chance: torch.Generator
 ) -> dict[str, list[_Call]]:
     """The calls of some modules for a batch of images, by name."""
+    given: list[tuple[Any, ...]] = []
     seen: list[tuple[str, tuple[Any, ...], dict[str, Any], Tensor]] = []
 
-    def watch(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:  # noqa: ARG001
-            # What follows may change both in place.
-            kept = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
-            seen.append((name, kept, kwargs, output))
-            return output.clone()
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+        given.append(_copied(args))  # the module or what follows may change them in place
+
+    def after(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
+            found = _tensor(output)
+            _check_finite(found, name)
+            if not found.requires_grad:
+                raise InputError(
+                    f"no gradient reaches {name}, so the sensitivity of its bits cannot be "
+                    "estimated; set quantization.sensitivity to measured"
+                )
+            seen.append((name, given.pop(), kwargs, found))
+            if output is found:
+                return found.clone()  # which may be changed in place
+            return tree_map(lambda x: found.clone() if x is found else x, output)
 
         return hook
 
     with ExitStack() as hooks, torch.enable_grad():
         for name, module in runs.items():
-            handle = module.register_forward_hook(watch(name), with_kwargs=True)
-            hooks.callback(handle.remove)
-        logits = net(images.detach().requires_grad_()).float()
+            for handle in (
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after(name), with_kwargs=True),
+            ):
+                hooks.callback(handle.remove)
+        logits = net(images.detach().requires_grad_().clone()).float()
+        _check_finite(logits, "its end")
         shares = logits.detach().softmax(1)
         drawn = torch.multinomial(shares.cpu(), 1, generator=chance)[:, 0].to(logits.device)
         likelihood = F.log_softmax(logits, 1).gather(1, drawn[:, None]).sum()
-        gradients = torch.autograd.grad(likelihood, [output for *_, output in seen])
+        outputs = [output for *_, output in seen]
+        gradients = torch.autograd.grad(likelihood, outputs, allow_unused=True)
     calls: dict[str, list[_Call]] = {name: [] for name in runs}
     for (name, args, kwargs, output), gradient in zip(seen, gradients, strict=True):
-        calls[name].append(_Call(args, kwargs, output.detach(), gradient))
+        if gradient is not None:  # what it returned is used
+            calls[name].append(_Call(args, kwargs, output.detach(), gradient))
     return calls
 
 

@@ -7,18 +7,23 @@ ONNX operators.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from ricciq.deploy.expressions import Expression, Operators
+from ricciq.deploy.kernels import Codes, Sums, products, quantize
 from ricciq.deploy.packing import Plane, pack, unpack
-from ricciq.layers.base import IntegerWeights, QuantLayer, names_of
+from ricciq.layers.base import Function, IntegerWeights, QuantLayer, names_of
 from ricciq.layers.hooks import quantize_output
 from ricciq.layers.operators import onnx_operator
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.weight import WeightQuantizer
+
+T = TypeVar("T")
 
 
 def in_float(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -39,9 +44,57 @@ def in_float(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Te
     return (codes - zero) * scale
 
 
-class DeployedActivation(nn.Module):
-    """QuantizeLinear to uint8, Clip to the codes of the width, DequantizeLinear."""
+class Kept(Generic[T]):
+    """What others read as often as they have reserved; then its memory is free."""
 
+    def __init__(self) -> None:
+        self._reads = self._left = 0
+        self._value: T | None = None
+
+    def reserve(self) -> None:
+        """Read once more in each forward pass."""
+        self._reads += 1
+
+    def put(self, value: T) -> None:
+        """Keep a value, if anyone reads it."""
+        self._left, self._value = self._reads, value if self._reads else None
+
+    def take(self) -> T:
+        """Read it."""
+        value = self._value
+        assert value is not None, "read more often than reserved"
+        self._left -= 1
+        if not self._left:
+            self._value = None
+        return value
+
+
+class Source(ABC):
+    """What an integer kernel computes the codes of a quantizer from."""
+
+    @abstractmethod
+    def codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The codes of the quantizer, 0 to 255.
+
+        Args:
+            scale: of the quantizer.
+            zero_point: of the quantizer.
+        """
+
+    @abstractmethod
+    def reserve(self) -> None:
+        """Read once more in each forward pass."""
+
+
+class DeployedActivation(nn.Module):
+    """QuantizeLinear to uint8, Clip to the codes of the width, DequantizeLinear.
+
+    Attributes:
+        source: what its codes are computed from instead of its input: see `ricciq.deploy.links`.
+        codes: of the last forward pass, for those that read them.
+    """
+
+    source: Source | None = None
     scale: Tensor
     zero_point: Tensor
     lowest: Tensor
@@ -54,11 +107,25 @@ class DeployedActivation(nn.Module):
         self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
         self.register_buffer("lowest", torch.zeros_like(self.zero_point))
         self.register_buffer("highest", torch.full_like(self.zero_point, quantizer.grid.high))
+        self.codes = Kept[Codes]()
+
+    def quantize(self, x: Tensor) -> Codes:
+        """The codes of x, same shape."""
+        zero = self.zero_point.float()
+        if self.source is None:
+            codes = quantize(x, self.scale, zero)
+        else:
+            codes = self.source.codes(self.scale, zero).view(x.shape)
+        codes = codes.clamp(self.lowest.float(), self.highest.float())
+        found = Codes(codes, self.scale, zero)
+        self.codes.put(found)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
         if not torch.onnx.is_in_onnx_export():
-            return in_float(x, self.scale, self.zero_point, self.lowest, self.highest)
+            found = self.quantize(x)
+            return (found.values - found.zero_point) * found.scale
         quantized = [self.scale, self.zero_point]
         codes = onnx_operator("QuantizeLinear", [x, *quantized], torch.uint8, x.shape)
         if self.bits < 8:  # between the two: a Clip in front would keep the kernels float
@@ -252,6 +319,9 @@ class DeployedLayer(nn.Module):
         )
         self.input_quantizer: nn.Module | None = None
         self.bias_quantizer: nn.Module = Constant(weights.bias)
+        self.sums = Kept[Sums]()
+        self.is_integer = given is not None and not layer.float_kernel and not layer.lent_to
+        self.channel_axis = layer.channel_axis
         if given is not None:
             self.input_quantizer = DeployedActivation(given)
             scales = self.input_quantizer.scale, weights.scale
@@ -272,9 +342,24 @@ class DeployedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's function of the quantized input and weight."""
         assert self.function is not None, "a parent uses the weight"
+        if self.is_integer and not torch.onnx.is_in_onnx_export():
+            return self._in_integers(self.function, x)
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         return self.function(x, self.weight_quantizer(), self.bias_quantizer())
+
+    def _in_integers(self, function: Function, x: Tensor) -> Tensor:
+        assert isinstance(self.input_quantizer, DeployedActivation)
+        assert isinstance(self.weight_quantizer, DeployedWeight)
+        assert isinstance(self.bias_quantizer, DeployedBias)
+        given, weight = self.input_quantizer.quantize(x), self.weight_quantizer.integer_codes()
+        found = products(function, given.values - given.zero_point, weight, self.axis)
+        bias = self.bias_quantizer
+        rows = [-1, *[1] * (-1 - self.channel_axis % -found.dim())]
+        scale = (bias.input_scale * bias.weight_scale).view(rows)
+        sums = Sums(found + bias.codes.view(rows), scale)
+        self.sums.put(sums)
+        return sums.values * sums.scale
 
 
 def deploy(model: nn.Module) -> nn.Module:
@@ -287,9 +372,16 @@ def deploy(model: nn.Module) -> nn.Module:
         if isinstance(module, ActivationQuantizer):
             made[module] = DeployedActivation(module)
     for old, new in made.items():
+        if isinstance(old, QuantLayer) and old.input_quantizer is not None:
+            new.add_module("input_quantizer", made[old.input_quantizer])  # which layers may share
+    for old, replacement in made.items():
+        new = replacement
         quantizer = getattr(old, "output_quantizer", None)
         if quantizer is not None:
             quantize_output(new, made[quantizer])
         for alias in names_of(old, deployed):
+            # An output quantizer may be shared by modules of which one reads the other, as pooling.
+            if isinstance(old, ActivationQuantizer) and alias.endswith("output_quantizer"):
+                new = DeployedActivation(old)
             deployed.set_submodule(alias, new)
     return deployed

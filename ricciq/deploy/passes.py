@@ -18,7 +18,6 @@ from ricciq.deploy.expressions import SCOPES
 IR_VERSION = 10
 """The newest version that onnxruntime 1.20 reads."""
 
-_UNPACKING = {"Cast", "Gather", "Reshape", "Slice", "Add", "Mul", "DequantizeLinear"}
 _LARGEST_SHARED = 2**16
 _WEIGHT = ".weight_quantizer"
 _CONSTANTS = (_WEIGHT, ".bias_quantizer")
@@ -38,9 +37,10 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
         The same model.
     """
     optimizer.optimize_ir(
-        model, should_fold=lambda node: False if node.op_type in _UNPACKING else None
+        model, should_fold=lambda node: False if _scope(node).endswith(_CONSTANTS) else None
     )
     _rules.apply_to_model(model)
+    _pool_globally(model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass(size_limit=_LARGEST_SHARED)(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -68,6 +68,28 @@ def tidy(model: ir.Model, names: Mapping[str, str]) -> ir.Model:
     model.ir_version = IR_VERSION
     model.producer_name = "ricciq"
     return model
+
+
+def _pool_globally(graph: ir.Graph) -> None:
+    """Replace means over height and width, which runtimes have integer kernels for by this name."""
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2 or node.inputs[1] is None:
+            continue
+        image, axes = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1])
+        if image is None or image.shape is None or image.shape.rank() != 4 or axes is None:
+            continue
+        if sorted(axis % 4 for axis in axes.numpy().tolist()) != [2, 3]:
+            continue
+        tape = ir.tape.Tape()
+        scopes = dict(node.metadata_props)
+        result = tape.op("GlobalAveragePool", [image], metadata_props=scopes)
+        if node.attributes.get_int("keepdims", 1) == 0:
+            axes_2_3 = tape.op("Constant", [], {"value": ir.tensor([2, 3])}, metadata_props=scopes)
+            result = tape.op("Squeeze", [result, axes_2_3], metadata_props=scopes)
+        result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], tape.nodes, node.outputs, [result]
+        )
 
 
 def _scope(node: ir.Node) -> str:

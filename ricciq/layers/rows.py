@@ -63,22 +63,17 @@ def outputs(rows: Tensor, weight: Tensor) -> Tensor:
 def random_places(
     shape: Sequence[int], channel: int, most: int, generator: torch.Generator
 ) -> Place:
-    """Some outputs of each image, without repetition.
+    """Some outputs of a layer, without repetition.
 
     Args:
-        shape: of the output; images are along the first axis.
+        shape: of the output.
         channel: the axis of the channels.
-        most: how many outputs of an image.
+        most: how many outputs.
         generator: of random numbers, on the CPU.
     """
-    channel %= len(shape)
-    size = [n for axis, n in enumerate(shape) if axis not in (0, channel)]
-    count = torch.Size(size).numel()
-    chosen = torch.stack(
-        [torch.randperm(count, generator=generator)[:most] for _ in range(shape[0])]
-    )
-    batch = torch.arange(shape[0])[:, None].expand_as(chosen)
-    return (batch.flatten(), *torch.unravel_index(chosen.flatten(), size))
+    size = [n for axis, n in enumerate(shape) if axis != channel % len(shape)]
+    chosen = torch.randperm(torch.Size(size).numel(), generator=generator)[:most]
+    return tuple(torch.unravel_index(chosen, size))
 
 
 def values_at(y: Tensor, channel: int, place: Place) -> Tensor:
@@ -89,4 +84,4 @@ def values_at(y: Tensor, channel: int, place: Place) -> Tensor:
         channel: the axis of its channels.
         place: from `random_places`.
     """
-    return y.movedim(channel, -1)[tuple(index.to(y.device) for index in place)]
+    return y.movedim(channel, -1)[place]

@@ -29,8 +29,8 @@ class LogHistogram:
 
     Args:
         name: where the numbers are, for messages.
-        most: of a tensor with more numbers, so many are counted, drawn with repetition; the least
-            and the greatest are of all. None counts all.
+        most: of a tensor with more numbers, so many are counted, drawn with repetition, besides the
+            least and the greatest of all. None counts all.
     """
 
     def __init__(self, name: str = "", most: int | None = None) -> None:
@@ -48,9 +48,9 @@ class LogHistogram:
         """
         x = dense(x.detach())
         if self.most is not None and x.numel() > self.most:
-            self._widen(x)
             chosen = torch.randint(x.numel(), (self.most,), generator=self._chance)
-            x = torch.as_strided(x, (x.numel(),), (1,))[chosen.to(x.device)]
+            drawn = torch.as_strided(x, (x.numel(),), (1,))[chosen.to(x.device)]
+            x = torch.cat([drawn, torch.stack(x.aminmax())])
         for (part,) in pieces([], [x]):
             self._widen(part)
             self._add(part.float())

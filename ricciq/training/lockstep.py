@@ -13,37 +13,39 @@ from greenlet import getcurrent, greenlet
 
 
 class Lockstep:
-    """Where runs of the same function wait for each other.
+    """Barriers that all runs of a function reach before any goes on.
 
     Attributes:
-        handle: called with a key and a value of each run, in order; returns a result for each run.
+        handle: called with the name of a barrier and a value of each run, in order; returns a
+            result for each run.
     """
 
     def __init__(self, handle: Callable[[Any, list[Any]], Sequence[Any]]) -> None:
         self.handle = handle
         self._handling: greenlet | None = None
 
-    def meet(self, key: Any, value: Any) -> Any:
+    def meet(self, name: Any, value: Any) -> Any:
         """Wait within a run until all runs are here, and return what `handle` has for this one.
 
         Args:
-            key: what is met at; the same in all runs.
+            name: of the barrier, the same in all runs.
             value: what this run brings.
         """
         assert self._handling is not None, "only within a run"
-        return self._handling.switch((key, value))
+        return self._handling.switch((name, value))
 
     def run(self, function: Callable[[Any], Any], inputs: Sequence[Any]) -> None:
         """Call a function with each input.
 
-        An exception in a run, or in `handle`, ends all of them.
+        An exception in a run, or in `handle`, ends all of them. What the function keeps in places
+        that all runs share, such as attributes of a module, they write over each other.
 
         Args:
-            function: meets at the same points, in the same order, whatever its input.
+            function: reaches the same barriers in the same order, whatever its input.
             inputs: what it is called with.
 
         Raises:
-            RuntimeError: two runs met at different points.
+            PartedError: two runs reached different barriers.
         """
         self._handling = getcurrent()
 
@@ -51,11 +53,29 @@ class Lockstep:
             function(given)
 
         runs = [greenlet(to_the_end) for _ in inputs]
-        met = [run.switch(given) for run, given in zip(runs, inputs, strict=True)]
-        while not all(run.dead for run in runs):
-            keys = {None if run.dead else at[0] for run, at in zip(runs, met, strict=True)}
-            if len(keys) > 1:
-                raise RuntimeError(f"runs in lockstep met at different points: {keys}")
-            results = self.handle(keys.pop(), [value for _, value in met])
-            met.clear()  # what was met with is kept alive by the runs alone
-            met += [run.switch(result) for run, result in zip(runs, results, strict=True)]
+        try:
+            met = [run.switch(given) for run, given in zip(runs, inputs, strict=True)]
+            while not all(run.dead for run in runs):
+                names = [None if run.dead else at[0] for run, at in zip(runs, met, strict=True)]
+                if len(set(names)) > 1:
+                    raise PartedError(names)
+                results = self.handle(names[0], [value for _, value in met])
+                met.clear()  # so that only the runs hold the values, each until it goes on
+                met += [run.switch(result) for run, result in zip(runs, results, strict=True)]
+        finally:
+            for run in reversed(runs):  # their `with` blocks end now, the last one's first
+                if not run.dead:
+                    run.throw()
+            self._handling = None
+
+
+class PartedError(Exception):
+    """Runs in lockstep reached different barriers.
+
+    Args:
+        names: the barrier of each run; None where it has ended.
+    """
+
+    def __init__(self, names: Sequence[Any]) -> None:
+        super().__init__(f"runs in lockstep reached {', '.join(map(str, dict.fromkeys(names)))}")
+        self.names = names

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ricciq.errors import InputError, listed
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.layers.norm import BatchNorm, affine
@@ -24,15 +25,15 @@ from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import LogHistogram, choose_range
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import learn_rounding
-from ricciq.training.lockstep import Lockstep
+from ricciq.training.lockstep import Lockstep, PartedError
 
 IMAGES = 256
-"""How many images are enough; what a layer is given for all of them is in memory at once."""
+"""How many images are enough; what they have in memory at a layer is there for all at once."""
 CHUNK = 8
 """Images in a forward pass: with more, large tensors are not kept for the next one by the CPU's
 allocator, and take twice the time."""
 POSITIONS = 16
-"""Outputs of an image that rounding is learned from; each is a row of a linear regression."""
+"""Outputs for each image that rounding is learned from, as rows of a linear regression."""
 SAMPLE = 2**16
 """Numbers of a chunk that a range is found from, apart from the least and the greatest."""
 
@@ -49,10 +50,11 @@ def reconstruct(
 ) -> None:
     """Fit the outputs of a converted model's layers to the float model's, in place.
 
-    Rounding is learned where the quantizer can (see
-    `ricciq.quant.weight.WeightQuantizer.can_learn_rounding`); other weights are rounded to the
-    nearest level as before. Layers whose weight a parent uses itself are left out. A layer that
-    runs more than once is fitted where it runs first.
+    It need not be calibrated: the ranges of all activations are found, too. Rounding is learned
+    where the quantizer can (see `ricciq.quant.weight.WeightQuantizer.can_learn_rounding`); other
+    weights are rounded to the nearest level as before. Layers whose weight a parent uses itself are
+    left out. A layer that runs more than once is fitted where it runs first. What a module keeps in
+    its attributes from one layer to the next is not kept for each image.
 
     Args:
         model: converted; its latent weights become levels.
@@ -64,29 +66,31 @@ def reconstruct(
         candidates: how many scales to try for each range; see `choose_range`.
 
     Raises:
-        InputError: activations are not finite.
+        InputError: there is no image, activations are not finite, or images take different paths
+            through the model.
     """
-    chunks = torch.split(torch.cat(list(batches)), CHUNK)
+    shown = list(batches)
+    if not shown:
+        raise InputError("there is no image to calibrate on; give at least one batch")
+    chunks = torch.split(torch.cat(shown), CHUNK)
     layers = {
         name: layer
         for name in norms
         if isinstance(layer := model.get_submodule(name), QuantLayer) and layer.lent_to is None
     }
     with evaluating(model), evaluating(teacher):
-        watched = [_watch(teacher, name, norms[name], layer) for name, layer in layers.items()]
-        goals = dict(zip(layers, watched, strict=True))
-        with journal.bar("float network", len(chunks)) as advance:
-            for chunk in chunks:
-                for goal in goals.values():
-                    goal.is_due = True
-                teacher(chunk)
-                advance(lambda: "")
-        for goal in goals.values():
-            goal.handle.remove()
+        goals = _run_float(teacher, layers, norms, chunks, journal)
         sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
         with journal.bar("rounding", len(layers)) as advance:
             fitting = _Fitting(model, layers, goals, sizes / sizes.sum(), steps, candidates)
-            fitting.run(chunks, advance)
+            try:
+                fitting.run(chunks, advance)
+            except PartedError as error:
+                paths = [fitting.names[at[1]] if at else "the end" for at in error.names]
+                raise InputError(
+                    f"images take different paths through the model, to {listed(set(paths))}; set "
+                    "quantization.reconstruction to 0"
+                ) from None
 
 
 @dataclass
@@ -97,36 +101,60 @@ class _Goal:
         places: for each chunk, the outputs whose values are kept.
         values: for each chunk, (n, channels) these values.
         means: for each chunk, (channels,) the mean, float64.
-        is_due: whether the layer has not run yet in this forward pass.
     """
 
     places: list[Place] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     means: list[Tensor] = field(default_factory=list)
-    is_due: bool = False
-    handle: Any = None
 
 
-def _watch(teacher: nn.Module, name: str, norm_name: str | None, layer: QuantLayer) -> _Goal:
-    """Note what a float layer returns from now on, until the handle is removed."""
-    norm = teacher.get_submodule(norm_name) if norm_name else None
-    factor, shift = affine(norm) if isinstance(norm, BatchNorm) else (1.0, 0.0)
-    goal, channel = _Goal(), layer.channel_axis
+def _run_float(
+    teacher: nn.Module,
+    layers: Mapping[str, QuantLayer],
+    norms: Mapping[str, str | None],
+    chunks: Sequence[Tensor],
+    journal: Journal,
+) -> dict[str, _Goal]:
+    """What each layer's counterpart returns where it runs first."""
+    goals = {name: _Goal() for name in layers}
+    due: set[str] = set()
     chance = torch.Generator().manual_seed(0)
 
-    def note(module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG001
-        if not goal.is_due:
-            return
-        goal.is_due = False
-        goal.means.append(_channel_means(output, channel) * factor + shift)
-        if layer.weight_quantizer.can_learn_rounding:
-            chosen = random_places(output.shape, channel, POSITIONS, chance)
-            place = tuple(index.to(output.device) for index in chosen)
-            goal.places.append(place)
-            goal.values.append((values_at(output, channel, place) * factor + shift).float())
+    def watch(name: str) -> Callable[..., None]:
+        goal, layer, norm_name = goals[name], layers[name], norms[name]
+        norm = teacher.get_submodule(norm_name) if norm_name else None
+        factor, shift = affine(norm) if isinstance(norm, BatchNorm) else (1.0, 0.0)
+        channel = layer.channel_axis
 
-    goal.handle = teacher.get_submodule(name).register_forward_hook(note)
-    return goal
+        def note(module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG001
+            if name not in due:
+                return
+            due.remove(name)
+            mean = _channel_means(output, channel) * factor + shift
+            if not mean.isfinite().all():
+                raise InputError(
+                    f"the float model gives NaN or infinite activations at {name} on the "
+                    "calibration images; check the checkpoint and the preprocessing"
+                )
+            goal.means.append(mean)
+            if layer.weight_quantizer.can_learn_rounding:
+                chosen = random_places(output.shape, channel, POSITIONS * count, chance)
+                place = tuple(index.to(output.device) for index in chosen)
+                goal.places.append(place)
+                goal.values.append((values_at(output, channel, place) * factor + shift).float())
+
+        return note
+
+    with ExitStack() as hooks, journal.bar("float network", len(chunks)) as advance:
+        for name in layers:
+            handle = teacher.get_submodule(name).register_forward_hook(watch(name))
+            hooks.callback(handle.remove)
+        for chunk in chunks:
+            due.update(layers)
+            count = len(chunk)
+            teacher(chunk)
+            advance(lambda: "")
+    return goals
 
 
 class _Fitting:
@@ -176,16 +204,19 @@ class _Fitting:
         self._meet(self._find_range, module, args[0])
 
     def _before_layer(self, layer: QuantLayer, args: tuple[Tensor]) -> None:
-        if layer.input_quantizer is not None:
+        if (
+            layer.input_quantizer is not None
+        ):  # which comes after this, but rounding needs its range
             self._meet(self._find_range, layer.input_quantizer, args[0])
         self._meet(self._learn, layer, args[0])
 
     def _after_layer(self, layer: QuantLayer, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002
+        if _bias(layer) is None or (self._correct_bias, layer) in self.done:
+            return output
         channel = layer.channel_axis % output.dim()
-        change = self._meet(self._correct_bias, layer, _channel_means(output, channel))
-        if change is not None:
-            output = output + change.view(-1, *[1] * (output.dim() - 1 - channel))
-        return output
+        means = _channel_means(output, channel)
+        change: Tensor = self._meet(self._correct_bias, layer, means)
+        return output + change.view(-1, *[1] * (output.dim() - 1 - channel))
 
     def _find_range(self, quantizer: ActivationQuantizer, inputs: list[Tensor]) -> None:
         histogram = LogHistogram(self.names[quantizer], SAMPLE)
@@ -196,25 +227,30 @@ class _Fitting:
     def _learn(self, layer: QuantLayer, inputs: list[Tensor]) -> None:
         goal = self.goals[layer]
         if goal.values:
+            quantize = layer.input_quantizer or nn.Identity()
             parts = zip(inputs, goal.places, strict=True)
-            rows = torch.cat([layer.rows_at(x, place) for x, place in parts])
-            if layer.input_quantizer is not None:
-                rows = layer.input_quantizer(rows)
+            rows = torch.cat([quantize(layer.rows_at(x, place)) for x, place in parts])
             learn_rounding(layer, rows, torch.cat(goal.values), self.steps)
+            goal.values.clear()
+            goal.places.clear()
         self.advance(lambda: self.names[layer])
 
-    def _correct_bias(self, layer: QuantLayer, means: list[Tensor]) -> Tensor | None:
-        """Subtract the mean error of each channel; what was added, if the layer has a bias."""
-        bias = layer.bias if layer.norm is None else layer.norm.bias
-        if bias is None:
-            return None
+    def _correct_bias(self, layer: QuantLayer, means: list[Tensor]) -> Tensor:
+        """Subtract the mean error of each channel from the bias; returns what was added."""
+        bias = _bias(layer)
+        assert bias is not None
         errors = torch.stack(self.goals[layer].means) - torch.stack(means)
         change = (self.shares.to(errors.device) @ errors).to(bias)
         bias += change
         return change
 
 
+def _bias(layer: QuantLayer) -> Tensor | None:
+    """The bias behind the layer's BatchNorm."""
+    return layer.bias if layer.norm is None else layer.norm.bias
+
+
 def _channel_means(output: Tensor, channel: int) -> Tensor:
-    """(channels,) float64."""
+    """(channels,) as float64, to be added up over chunks."""
     axes = [axis for axis in range(output.dim()) if axis != channel % output.dim()]
     return output.mean(axes).double()

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import TypeAdapter
 
 from ricciq.data.open import open_data
+from ricciq.deploy.links import link
 from ricciq.deploy.modules import deploy
 from ricciq.errors import (
     DivergedError,
@@ -245,7 +246,8 @@ def _judged(trial: Trial, base: Recipe, study: StudyFolder, split: Split, sessio
                 workers=recipe.data.workers,
                 training=False,
             )
-            metrics = evaluate({"quantized": deploy(trained.model)}, batches)["quantized"]
+            deployed = link(deploy(trained.model), trained.metadata.preprocessing.input_size)
+            metrics = evaluate({"quantized": deployed}, batches)["quantized"]
             row |= {"top1": metrics.top1, "loss": metrics.loss}
         write_atomically(result, json.dumps(row) + "\n")
     return row

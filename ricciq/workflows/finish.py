@@ -12,6 +12,7 @@ from ricciq.convert.rewrite import quantized_layers
 from ricciq.deploy.export import add_metadata, export_onnx
 from ricciq.deploy.inspection import Inspection, inspect_onnx
 from ricciq.deploy.latency import Latency, measure_latency
+from ricciq.deploy.links import link
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.evaluation import Metrics, Predict, evaluate_with_predictions, in_float32
@@ -48,7 +49,7 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
     predictors: dict[str, Predict] = {
-        "quantized": deployed,
+        "quantized": link(deployed, job.preprocessing.input_size),
         "onnx": onnx_predictor(folder.onnx),
         "unoptimized": onnx_predictor(folder.onnx, optimize=False),
     }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ricciq.convert.rewrite import convert
 from ricciq.data.preprocessing import InputType, Preprocessing
+from ricciq.deploy.links import link
 from ricciq.deploy.modules import deploy
 from ricciq.deploy.session import image_input, open_session, session_metadata, session_predictor
 from ricciq.errors import CheckpointError, ModelError, on_one_line
@@ -161,7 +162,8 @@ def open_target(path: Path) -> Target:
     if path.is_dir() or path.suffix.lower() != ".onnx":
         trained = rebuild(path)
         data = _data_of(trained.metadata.to_dict())
-        return Target(deploy(trained.model), *_described(trained.metadata), data)
+        deployed = link(deploy(trained.model), trained.metadata.preprocessing.input_size)
+        return Target(deployed, *_described(trained.metadata), data)
     session = open_session(path)
     stored = session_metadata(session, path)
     predict = session_predictor(session, path)

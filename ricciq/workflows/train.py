@@ -77,7 +77,7 @@ def train(job: Job, session: Session, under_way: UnderWay | None = None) -> Trai
     quantization = recipe.quantization
     if recipe.training.epochs == 0:
         is_under_way()  # before what takes long
-    if recipe.training.epochs == 0 and quantization.reconstruction:
+    if job.plan.layers and recipe.training.epochs == 0 and quantization.reconstruction:
         norms = {layer.name: layer.norm for layer in job.plan.layers}
         reconstruct(
             model,

@@ -51,4 +51,4 @@ def test_a_depthwise_net_keeps_its_accuracy_at_four_bits(tmp_path: Path) -> None
     report, _ = run(recipe, tmp_path / "run")
     assert report.float_.top1 > 75  # or there would be nothing to lose
     assert report.onnx.top1 > report.float_.top1 - 2
-    assert report.onnx.agreement_unoptimized >= 99.9
+    assert report.onnx.agreement_unoptimized >= 99.5

@@ -33,11 +33,12 @@ def apply(deployed: nn.Module) -> nn.Module:
         deployed: from `ricciq.deploy.modules.deploy`.
 
     Returns:
-        The same model, with the same outputs.
+        The same model, with the same outputs, up to numbers halfway between two codes.
     """
     modules = list(deployed.modules())
     for module in modules:
         if isinstance(module, DeployedLayer):
+            module.is_integer = False
             module.weight_quantizer = Constant(module.weight_quantizer())
             module.bias_quantizer = Constant(module.bias_quantizer())
     for module in modules:

@@ -348,12 +348,25 @@ def test_deployed_layers_say_what_models_ask_of_layers(tiny_quantized):
             assert getattr(deployed.get_submodule(name), attribute) == expected
 
 
-def test_a_shared_point_stays_shared(tiny_quantized):
+def test_a_shared_point_has_one_grid(tiny_quantized):
     model, plan = tiny_quantized(2, 2)
     assert plan.points["pool"] == "act1"
     deployed = deploy(model)
-    assert deployed.pool.output_quantizer is deployed.act1.output_quantizer
-    assert isinstance(deployed.pool.output_quantizer, DeployedActivation)
+    first, other = deployed.act1.output_quantizer, deployed.pool.output_quantizer
+    # One reads the other, so in torch they are two.
+    assert first is not other
+    assert isinstance(other, DeployedActivation)
+    assert first.scale == other.scale == model.act1.output_quantizer.scale
+    assert first.zero_point == other.zero_point
+
+
+def test_layers_that_share_an_input_quantizer_share_it_when_deployed(tiny_quantized):
+    model, _ = tiny_quantized(2, 2)
+    layers = list(quantized_layers(model))
+    model.get_submodule(layers[2]).input_quantizer = model.get_submodule(layers[1]).input_quantizer
+    deployed = deploy(model)
+    first, other = (deployed.get_submodule(name).input_quantizer for name in layers[1:3])
+    assert first is other
 
 
 @pytest.mark.parametrize("bits", [2, 7, "ternary"])

@@ -36,12 +36,12 @@ def test_single_outputs_are_those_of_the_layer(module: nn.Module, shape: Any) ->
     weight: Tensor = layer.weight_quantizer(layer.latent)
     with torch.no_grad():
         whole = layer(x)
-    place = random_places(whole.shape, layer.channel_axis, 5, chance)
+    place = random_places(whole.shape, layer.channel_axis, 20, chance)
     single = outputs(layer.rows_at(x, place), weight)
     expected = values_at(whole, layer.channel_axis, place)
     assert layer.bias is not None
     torch.testing.assert_close(single + layer.bias, expected)
-    assert len(expected) == 4 * min(5, whole[0].numel() // whole.shape[layer.channel_axis])
+    assert len(expected) == min(20, whole.numel() // whole.shape[layer.channel_axis])
 
 
 def test_places_do_not_repeat_and_reach_everywhere() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
-from ricciq.training.lockstep import Lockstep
+from ricciq.training.lockstep import Lockstep, PartedError
 
 
 def test_all_runs_reach_a_point_before_any_goes_on() -> None:
@@ -58,13 +58,30 @@ def test_an_exception_ends_all_runs(where: str) -> None:
 
     with pytest.raises(ZeroDivisionError):
         lockstep.run(run, [1, 2, 3])
-    gc.collect()
     assert sorted(ended) == [1, 2, 3]
+
+
+def test_the_blocks_of_runs_that_are_ended_leave_nothing_behind() -> None:
+    def stop(_: str, values: list[int]) -> Sequence[int]:
+        if values:
+            raise KeyboardInterrupt
+        return values
+
+    lockstep = Lockstep(stop)
+
+    def run(given: int) -> None:
+        with torch.no_grad():
+            lockstep.meet("here", given)
+
+    assert torch.is_grad_enabled()
+    with pytest.raises(KeyboardInterrupt):
+        lockstep.run(run, [1, 2, 3])
+    assert torch.is_grad_enabled()
 
 
 def test_runs_that_part_are_an_error() -> None:
     lockstep = Lockstep(lambda _, values: values)
-    with pytest.raises(RuntimeError, match="different points"):
+    with pytest.raises(PartedError, match="reached a, "):
         lockstep.run(lambda given: lockstep.meet(given, None), ["a", "b"])
-    with pytest.raises(RuntimeError, match="different points"):
+    with pytest.raises(PartedError, match="reached a, "):
         lockstep.run(lambda given: given and lockstep.meet("a", None), [True, False])

@@ -1,0 +1,167 @@
+"""Which integer kernels a runtime fuses: where a quantizer reads a layer, a sum or an average.
+
+A runtime computes such a quantizer's codes from integers, without a float number between. So does a
+deployed model in torch, once it is linked. The modules in between run as before, on float numbers
+that nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from ricciq.convert.plan import ADDITIONS
+from ricciq.convert.trace import Call, Recording, Value, record
+from ricciq.deploy.kernels import add, average, requantize
+from ricciq.deploy.modules import DeployedActivation, DeployedLayer, Source
+
+_SHAPING = {"flatten", "view", "reshape", "squeeze", "Flatten"}
+_AVERAGES = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d"}
+_RECTIFIERS: dict[str, tuple[float, float | None]] = {
+    **dict.fromkeys(("ReLU", "relu", "relu_"), (0.0, None)),
+    **dict.fromkeys(("ReLU6", "relu6"), (0.0, 6.0)),
+}
+"""The ends that activations clip to."""
+
+
+@dataclass
+class _Layer(Source):
+    """A layer's sums, perhaps rectified."""
+
+    layer: DeployedLayer
+    low: float | None = None
+    high: float | None = None
+
+    def codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        codes = requantize(self.layer.sums.take(), scale, zero_point)
+        ends = [
+            None if end is None else (codes.new_tensor(end) / scale).round() + zero_point
+            for end in (self.low, self.high)
+        ]
+        return codes if ends == [None, None] else codes.clamp(*ends)
+
+    def reserve(self) -> None:
+        self.layer.sums.reserve()
+
+
+@dataclass
+class _Sum(Source):
+    """The sum of what two quantizers return."""
+
+    first: DeployedActivation
+    second: DeployedActivation
+
+    def codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return add(self.first.codes.take(), self.second.codes.take(), scale, zero_point)
+
+    def reserve(self) -> None:
+        self.first.codes.reserve()
+        self.second.codes.reserve()
+
+
+@dataclass
+class _Average(Source):
+    """The average over height and width of what a quantizer returns."""
+
+    of: DeployedActivation
+
+    def codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return average(self.of.codes.take(), scale, zero_point)
+
+    def reserve(self) -> None:
+        self.of.codes.reserve()
+
+
+def link(deployed: nn.Module, input_size: Sequence[int]) -> nn.Module:
+    """Let quantizers of a deployed model compute their codes as a runtime's kernels do, in place.
+
+    Args:
+        deployed: from `ricciq.deploy.modules.deploy`.
+        input_size: of an image, (channels, height, width).
+
+    Returns:
+        The same model.
+    """
+    device = next(chain(deployed.parameters(), deployed.buffers())).device
+    return _Linking(deployed, record(deployed, torch.zeros(1, *input_size, device=device))).link()
+
+
+class _Linking:
+    """Finds what each quantizer reads in a recorded pass."""
+
+    def __init__(self, deployed: nn.Module, recording: Recording) -> None:
+        self.deployed, self.recording = deployed, recording
+        self.modules = dict(deployed.named_modules())
+        self.made_by: dict[Value, Call] = {}
+        for call in recording.calls:
+            self.made_by.update(dict.fromkeys(call.outputs, call))
+
+    def link(self) -> nn.Module:
+        """Link all quantizers that can be."""
+        users: Counter[DeployedActivation] = Counter()
+        read: dict[DeployedActivation, set[Value]] = {}
+        for name, value in self.recording.first_argument.items():
+            quantizer = self._quantizer(name)
+            if quantizer is not None:
+                users[quantizer] += self.recording.times[name]
+                read.setdefault(quantizer, set()).add(value)
+        for quantizer, values in read.items():
+            source = self._source(quantizer, *values) if len(values) == 1 else None
+            quantizer.source = source
+            for _ in range(users[quantizer] if source else 0):
+                assert source is not None
+                source.reserve()
+        return self.deployed
+
+    def _quantizer(self, name: str) -> DeployedActivation | None:
+        """The quantizer that is a module, or that quantizes its input."""
+        module = self.modules[name]
+        if isinstance(module, DeployedLayer):
+            module = module.input_quantizer
+        return module if isinstance(module, DeployedActivation) else None
+
+    def _source(self, quantizer: DeployedActivation, value: Value) -> Source | None:
+        """What a quantizer reads, if an integer kernel ends in it."""
+        call = self._maker(value, quantizer)
+        while call is not None and call.kind in _SHAPING:
+            call = self._maker(call.inputs[0])
+        if call is None:
+            return None
+        if call.kind in _AVERAGES:
+            of = self._returned(call.inputs[0])
+            return _Average(of) if of else None
+        ends: tuple[float | None, float | None] = (None, None)
+        if call.kind in _RECTIFIERS:
+            if quantizer.zero_point != 0:
+                return None
+            ends = _RECTIFIERS[call.kind]
+            call = self._maker(call.inputs[0])
+        if call is None:
+            return None
+        layer = self.modules[call.name]
+        if isinstance(layer, DeployedLayer) and layer.is_integer:
+            return _Layer(layer, *ends)
+        if call.kind in ADDITIONS and len(call.inputs) == 2:
+            first, second = map(self._returned, call.inputs)
+            if first and second and ends[1] is None:
+                return _Sum(first, second)
+        return None
+
+    def _maker(self, value: Value, quantizer: DeployedActivation | None = None) -> Call | None:
+        """What made a value that is read once, or by one quantizer alone."""
+        readers = {
+            self._quantizer(call.name) or call.name for call in self.recording.readers[value]
+        }
+        alone = readers == {quantizer} if quantizer else len(readers) == 1
+        return self.made_by.get(value) if alone and value not in self.recording.result else None
+
+    def _returned(self, value: Value) -> DeployedActivation | None:
+        """The quantizer that returned a value."""
+        call = self.made_by.get(value)
+        module = self.modules[call.name] if call and call.is_module else None
+        return module if isinstance(module, DeployedActivation) else None
