@@ -25,6 +25,7 @@ PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
         ["brevitas_own.csv", "--recipes", "--first", "brevitas, without a teacher"],
         ["distillation.csv", "--first", "ricci:training.distill=0.5"],
         ["new_head.csv", "--first", "labels alone"],
+        ["sensitivity.csv", "--first", "measured"],
     ],
     ids=" ".join,
 )
