@@ -34,6 +34,7 @@ class Call:
         is_module: whether a module was called.
         inputs: the tensors read, in order.
         outputs: the tensors returned.
+        integers: of a function, the integers among its arguments, such as axes.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Call:
     is_module: bool
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    integers: tuple[int, ...] = ()
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Recording:
         first_argument: the first argument of each module's last call, if it was a tensor.
         result: the values the model returned.
         constants: parameters, buffers, and what was computed from them alone.
+        shapes: the shape of each value that a call returned.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -64,6 +67,7 @@ class Recording:
     first_argument: dict[str, Value] = field(default_factory=dict)
     result: tuple[Value, ...] = ()
     constants: set[Value] = field(default_factory=set)
+    shapes: dict[Value, torch.Size] = field(default_factory=dict)
 
     def add(self, call: Call) -> None:
         """Append a call, unless it returned its input unchanged, as Identity does."""
@@ -90,7 +94,9 @@ def value_of(tensor: Tensor) -> Value:
 class _FunctionRecorder(TorchFunctionMode):
     """Reports every function that torch calls."""
 
-    def __init__(self, report: Callable[[str, tuple[Value, ...], Any], None]) -> None:
+    def __init__(
+        self, report: Callable[[str, tuple[Value, ...], Any, tuple[int, ...]], None]
+    ) -> None:
         super().__init__()
         self.report = report
 
@@ -99,8 +105,9 @@ class _FunctionRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         inputs = tuple(value_of(t) for t in _tensors(args, kwargs))
+        integers = tuple(x for x in tree_leaves((args, kwargs)) if type(x) is int)
         result = func(*args, **kwargs)
-        self.report(getattr(func, "__name__", str(func)), inputs, result)
+        self.report(getattr(func, "__name__", str(func)), inputs, result, integers)
         return result
 
 
@@ -130,23 +137,30 @@ def record(model: nn.Module, example: Tensor) -> Recording:
 
         return hook
 
+    def returned(output: Any) -> tuple[Value, ...]:
+        shapes = {value_of(t): t.shape for t in _tensors(output)}
+        recording.shapes.update(shapes)
+        return tuple(shapes)
+
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
         alive.append(output)
         name, whole, inputs = running.pop()
-        outputs = tuple(value_of(t) for t in _tensors(output))
+        outputs = returned(output)
         recording.times[name] += 1
         if isinstance(output, Tensor):  # a tuple has no output quantizer
             recording.returned_by[outputs[0]].append(name)
         if whole and not any(outer for _, outer, _ in running):
             recording.add(Call(name, type(module).__name__, True, inputs, outputs))
 
-    def note(function: str, inputs: tuple[Value, ...], result: Any) -> None:
-        outputs = tuple(value_of(t) for t in _tensors(result))
+    def note(
+        function: str, inputs: tuple[Value, ...], result: Any, integers: tuple[int, ...]
+    ) -> None:
+        outputs = returned(result)
         if not inputs or not outputs or any(whole for _, whole, _ in running):
             return
         alive.append(result)
         name = running[-1][0] if running else ""
-        recording.add(Call(name, function, False, inputs, outputs))
+        recording.add(Call(name, function, False, inputs, outputs, integers))
 
     with evaluating(model), ExitStack() as hooks:
         for name, module in model.named_modules():

@@ -87,8 +87,10 @@ def link(deployed: nn.Module, input_size: Sequence[int]) -> nn.Module:
     Returns:
         The same model.
     """
+    if not any(isinstance(module, DeployedActivation) for module in deployed.modules()):
+        return deployed
     device = next(chain(deployed.parameters(), deployed.buffers())).device
-    return _Linking(deployed, record(deployed, torch.zeros(1, *input_size, device=device))).link()
+    return _Linking(deployed, record(deployed, torch.zeros(2, *input_size, device=device))).link()
 
 
 class _Linking:
@@ -105,17 +107,20 @@ class _Linking:
         """Link all quantizers that can be."""
         users: Counter[DeployedActivation] = Counter()
         read: dict[DeployedActivation, set[Value]] = {}
+        several = set()
         for name, value in self.recording.first_argument.items():
             quantizer = self._quantizer(name)
             if quantizer is not None:
-                users[quantizer] += self.recording.times[name]
+                users[quantizer] += 1
                 read.setdefault(quantizer, set()).add(value)
+                if self.recording.times[name] > 1:
+                    several.add(quantizer)
         for quantizer, values in read.items():
-            source = self._source(quantizer, *values) if len(values) == 1 else None
-            quantizer.source = source
-            for _ in range(users[quantizer] if source else 0):
-                assert source is not None
-                source.reserve()
+            if len(values) == 1 and quantizer not in several:
+                quantizer.source = self._source(quantizer, *values)
+            if quantizer.source is not None:
+                for _ in range(users[quantizer]):
+                    quantizer.source.reserve()
         return self.deployed
 
     def _quantizer(self, name: str) -> DeployedActivation | None:
@@ -134,7 +139,7 @@ class _Linking:
             return None
         if call.kind in _AVERAGES:
             of = self._returned(call.inputs[0])
-            return _Average(of) if of else None
+            return _Average(of) if of and self._is_global(call) else None
         ends: tuple[float | None, float | None] = (None, None)
         if call.kind in _RECTIFIERS:
             if quantizer.zero_point != 0:
@@ -145,7 +150,7 @@ class _Linking:
             return None
         layer = self.modules[call.name]
         if isinstance(layer, DeployedLayer) and layer.is_integer:
-            return _Layer(layer, *ends)
+            return _Layer(layer, *ends) if self.recording.times[call.name] == 1 else None
         if call.kind in ADDITIONS and len(call.inputs) == 2:
             first, second = map(self._returned, call.inputs)
             if first and second and ends[1] is None:
@@ -160,8 +165,21 @@ class _Linking:
         alone = readers == {quantizer} if quantizer else len(readers) == 1
         return self.made_by.get(value) if alone and value not in self.recording.result else None
 
+    def _is_global(self, call: Call) -> bool:
+        """Whether an average is over height and width."""
+        given, found = (
+            self.recording.shapes.get(value) for value in (call.inputs[0], call.outputs[0])
+        )
+        if given is None or found is None or len(given) != 4:
+            return False
+        if call.kind == "mean" and sorted(axis % 4 for axis in call.integers) != [2, 3]:
+            return False
+        return found[:2] == given[:2] and found[2:].numel() == 1
+
     def _returned(self, value: Value) -> DeployedActivation | None:
         """The quantizer that returned a value."""
         call = self.made_by.get(value)
-        module = self.modules[call.name] if call and call.is_module else None
+        if call is None or not call.is_module or self.recording.times[call.name] != 1:
+            return None
+        module = self.modules[call.name]
         return module if isinstance(module, DeployedActivation) else None

@@ -115,7 +115,7 @@ class DeployedActivation(nn.Module):
         if self.source is None:
             codes = quantize(x, self.scale, zero)
         else:
-            codes = self.source.codes(self.scale, zero).view(x.shape)
+            codes = self.source.codes(self.scale, zero).reshape(x.shape)
         codes = codes.clamp(self.lowest.float(), self.highest.float())
         found = Codes(codes, self.scale, zero)
         self.codes.put(found)

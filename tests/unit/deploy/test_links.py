@@ -1,0 +1,97 @@
+"""Which quantizers compute codes from integers, and which must not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ricciq.convert.rewrite import quantize
+from ricciq.deploy.links import link
+from ricciq.deploy.modules import DeployedActivation, Kept, deploy
+from ricciq.quant.calibration import calibrate
+
+SIZE = (3, 8, 8)
+
+
+class Net(nn.Module):
+    """Two branches that are added, pooled by a function, and classified."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], twice: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.act, self.last_act = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+        self.head = nn.Linear(8, 4)
+        self.pool, self.twice = pool, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        if self.twice:
+            x = self.left(self.left(x))
+        x = self.last_act(self.left(x) + self.right(x))
+        return self.head(self.pool(x))
+
+
+POOLS = {
+    "mean": lambda x: x.mean((2, 3)),
+    "kept": lambda x: x.mean((2, 3), keepdim=True).flatten(1),
+    "others": lambda x: x.mean((1, 2)),  # width and channels, of the same number
+    "half": lambda x: x.mean(2).mean(2),
+    "largest": lambda x: x.amax((2, 3)),
+}
+
+
+def linked(pool: str, twice: bool = False) -> tuple[dict[str, str], nn.Module, nn.Module, Tensor]:
+    """The kind of each quantizer's source, the model linked and not, and images."""
+    torch.manual_seed(0)
+    model = Net(POOLS[pool], twice).eval()
+    images = torch.randn(16, *SIZE)
+    quantize(model, images[:1], 8, 8)
+    calibrate(model, [images])
+    plain = deploy(model)
+    joined = link(copy.deepcopy(plain), SIZE)
+    sources = {
+        name: type(module.source).__name__
+        for name, module in joined.named_modules()
+        if isinstance(module, DeployedActivation)
+    }
+    return sources, joined, plain, images
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_linked_or_not_a_model_computes_the_same_but_for_ties(pool: str) -> None:
+    sources, joined, plain, images = linked(pool)
+    with torch.no_grad():
+        expected = plain(images)
+        for _ in range(2):  # nothing is left from the first
+            torch.testing.assert_close(joined(images), expected, atol=0.05, rtol=0)
+    assert sources["head.input_quantizer"] == (
+        "_Average" if pool in ("mean", "kept") else "NoneType"
+    )
+    assert sources["left.output_quantizer"] == sources["right.output_quantizer"] == "_Layer"
+
+
+def test_a_layer_that_runs_twice_is_not_linked() -> None:
+    sources, joined, plain, images = linked("mean", twice=True)
+    assert sources["left.input_quantizer"] == "NoneType"
+    with torch.no_grad():
+        torch.testing.assert_close(joined(images), plain(images), atol=0.05, rtol=0)
+
+
+def test_no_tensor_is_kept_after_a_forward_pass() -> None:
+    _, joined, _, images = linked("mean")
+    with torch.no_grad():
+        joined(images)
+    for module in joined.modules():
+        for name in ("codes", "sums"):
+            kept = getattr(module, name, None)
+            assert not isinstance(kept, Kept) or kept._value is None
+
+
+def test_a_float_model_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    assert link(model, SIZE) is model
