@@ -78,7 +78,8 @@ def test_a_batch_in_parts_gives_the_losses_of_the_whole(
     assert len(rows) == 2
     for row, same in zip(rows, expected, strict=True):
         for name in ("train_loss", "holdout_loss"):
-            assert float(row[name]) == pytest.approx(float(same[name]), rel=1e-4)
+            # Sums in another order may round a number beside a threshold to another code.
+            assert float(row[name]) == pytest.approx(float(same[name]), rel=5e-4)
         assert float(row["lr"]) == float(same["lr"])
 
 
