@@ -26,6 +26,7 @@ PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
         ["distillation.csv", "--first", "ricci:training.distill=0.5"],
         ["new_head.csv", "--first", "labels alone"],
         ["sensitivity.csv", "--first", "measured"],
+        ["schedule.csv", "--first", "plain defaults"],
     ],
     ids=" ".join,
 )
