@@ -18,7 +18,7 @@ ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
 _POOLING = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d", "avg_pool2d", "AvgPool2d"}
 _WEIGHTED_CALLS = {"conv1d", "conv2d", "conv3d", "linear"}
-RECTIFIERS = {"ReLU", "relu", "relu_", "ReLU6", "relu6", "Hardtanh", "hardtanh", "hardtanh_"}
+_RECTIFIERS = {"ReLU", "relu", "relu_", "ReLU6", "relu6", "Hardtanh", "hardtanh", "hardtanh_"}
 """What the runtime fuses into a convolution's kernel, or the exporter into a quantizer's range."""
 OUTPUT_BITS = 8
 """Width of the output quantizers at additions and behind convolutions without another quantizer."""
@@ -309,7 +309,7 @@ def _ends(call: Call, layers: list[LayerPlan], recording: Recording) -> list[Val
 def _rectified(value: Value, recording: Recording) -> list[Value]:
     """A value, preceded by the output of a rectifier if that is its only reader."""
     readers = recording.readers[value]
-    if len(readers) == 1 and readers[0].kind in RECTIFIERS:
+    if len(readers) == 1 and readers[0].kind in _RECTIFIERS:
         return [readers[0].outputs[0], value]
     return [value]
 

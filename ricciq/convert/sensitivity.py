@@ -18,6 +18,7 @@ from ricciq.errors import InputError
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.quant.activation import ActivationQuantizer
+from ricciq.quant.calibration import check_finite
 from ricciq.quant.config import QuantizerConfig
 from ricciq.quant.weight import WeightQuantizer
 from ricciq.system.journal import Journal
@@ -212,14 +213,6 @@ def _tensor(output: Any) -> Tensor:
     return first
 
 
-def _check_finite(found: Tensor, name: str) -> None:
-    if not found.isfinite().all():
-        raise InputError(
-            f"the float model gives NaN or infinite activations at {name} on the calibration "
-            "images; check the checkpoint and the preprocessing"
-        )
-
-
 def _gradients(
     net: nn.Module, runs: Mapping[str, nn.Module], images: Tensor, chance: torch.Generator
 ) -> dict[str, list[_Call]]:
@@ -233,7 +226,7 @@ def _gradients(
     def after(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
             found = _tensor(output)
-            _check_finite(found, name)
+            check_finite(found, name)
             if not found.requires_grad:
                 raise InputError(
                     f"no gradient reaches {name}, so the sensitivity of its bits cannot be "
@@ -254,7 +247,7 @@ def _gradients(
             ):
                 hooks.callback(handle.remove)
         logits = net(images.detach().requires_grad_().clone()).float()
-        _check_finite(logits, "its end")
+        check_finite(logits, "its end")
         shares = logits.detach().softmax(1)
         drawn = torch.multinomial(shares.cpu(), 1, generator=chance)[:, 0].to(logits.device)
         likelihood = F.log_softmax(logits, 1).gather(1, drawn[:, None]).sum()

@@ -22,6 +22,23 @@ _SMALLEST = 2.0**-24
 _BINS = _OCTAVES * _PER_OCTAVE
 
 
+def check_finite(found: Tensor, name: str) -> None:
+    """Refuse what a float model returns if it is not finite.
+
+    Args:
+        found: of any shape.
+        name: of the module that returned it, for the message.
+
+    Raises:
+        InputError: it holds NaN or an infinity.
+    """
+    if not found.isfinite().all():
+        raise InputError(
+            f"the float model gives NaN or infinite activations at {name} on the calibration "
+            "images; check the checkpoint and the preprocessing"
+        )
+
+
 class LogHistogram:
     """Counts of numbers by sign and magnitude in bins 2 % wide; the order of batches is irrelevant.
 

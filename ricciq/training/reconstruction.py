@@ -22,7 +22,7 @@ from ricciq.layers.base import QuantLayer
 from ricciq.layers.norm import BatchNorm, affine
 from ricciq.layers.rows import Place, random_places, values_at
 from ricciq.quant.activation import ActivationQuantizer
-from ricciq.quant.calibration import LogHistogram, choose_range
+from ricciq.quant.calibration import LogHistogram, check_finite, choose_range
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import learn_rounding
 from ricciq.training.lockstep import Lockstep, PartedError
@@ -131,11 +131,7 @@ def _run_float(
                 return
             due.remove(name)
             mean = _channel_means(output, channel) * factor + shift
-            if not mean.isfinite().all():
-                raise InputError(
-                    f"the float model gives NaN or infinite activations at {name} on the "
-                    "calibration images; check the checkpoint and the preprocessing"
-                )
+            check_finite(mean, name)
             goal.means.append(mean)
             if layer.weight_quantizer.can_learn_rounding:
                 chosen = random_places(output.shape, channel, POSITIONS * count, chance)
@@ -204,9 +200,8 @@ class _Fitting:
         self._meet(self._find_range, module, args[0])
 
     def _before_layer(self, layer: QuantLayer, args: tuple[Tensor]) -> None:
-        if (
-            layer.input_quantizer is not None
-        ):  # which comes after this, but rounding needs its range
+        # The input is quantized after this, but rounding needs the range.
+        if layer.input_quantizer is not None:
             self._meet(self._find_range, layer.input_quantizer, args[0])
         self._meet(self._learn, layer, args[0])
 
