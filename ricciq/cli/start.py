@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ricciq.system.allocator import keep_freed_memory
 from ricciq.system.offline import forbid_telemetry
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def silence(quiet: bool) -> bool:
 def begin(messages: list[str], quiet: bool) -> Journal:
     """Open a journal on stderr, and let SIGTERM stop the command as Ctrl-C does.
 
+    Memory that is freed stays with the process from then on.
+
     Args:
         messages: what the journal shows first.
         quiet: show nothing.
@@ -74,6 +77,7 @@ def begin(messages: list[str], quiet: bool) -> Journal:
     for message in messages:
         journal.say(message)
     signal.signal(signal.SIGTERM, _interrupt)
+    keep_freed_memory()
     return journal
 
 

@@ -215,6 +215,21 @@ class QuantLayer(nn.Module):
         self.norm = norm
 
     @torch.no_grad()
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """What bias and BatchNorm make of the product of inputs and weights, in evaluation.
+
+        Returns:
+            ``factor`` and ``shift`` of ``factor * product + shift``, (rows,) each in float64.
+        """
+        shift = torch.zeros(len(self.latent), dtype=torch.float64, device=self.latent.device)
+        if self.bias is not None:
+            shift += self.bias
+        if self.norm is None:
+            return torch.ones_like(shift), shift
+        factor, after = affine(self.norm)
+        return factor, factor * shift + after
+
+    @torch.no_grad()
     def integer_weights(self) -> IntegerWeights:
         """Codes, scales and bias with the BatchNorm's running statistics folded in.
 
@@ -225,14 +240,9 @@ class QuantLayer(nn.Module):
         grid = self.weight_quantizer.grid
         stretch = max(1, 2 ** int(math.log2(LARGEST_CODE / max(1, -grid.low, grid.high))))
         codes = self.weight_quantizer.codes(self.latent)
-        scale = self.weight_quantizer.scale.double() / stretch
-        bias = scale.new_zeros(len(scale)) if self.bias is None else self.bias.double()
-        flip = torch.zeros_like(scale, dtype=torch.bool)
-        if self.norm is not None:
-            factor, shift = affine(self.norm)
-            flip = factor < 0
-            scale = scale * factor.abs()
-            bias = bias * factor + shift
+        factor, bias = self.affine()
+        flip = factor < 0
+        scale = self.weight_quantizer.scale.double() / stretch * factor.abs()
         if self.input_quantizer is None:
             return IntegerWeights(codes, stretch, flip, scale.float(), bias.float(), None)
         input_scale = self.input_quantizer.scale.double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from timm.layers import (
@@ -83,8 +83,11 @@ class Convolution:
         window, edges = self.window, self.window.edges(x.shape[2:])
         if not torch.onnx.is_in_onnx_export():
             convolve = {1: F.conv1d, 2: F.conv2d}[len(window.stride)]
-            padded = F.pad(x, edges)
-            return convolve(padded, weight, bias, window.stride, 0, window.dilation, self.groups)
+            padding = edges[::2][::-1]
+            if edges[::2] != edges[1::2]:
+                x, padding = F.pad(x, edges), [0] * len(padding)
+            moves: Any = window.stride, padding, window.dilation, self.groups
+            return convolve(x, weight, bias, *moves)
         # As one operator: a Pad in front of it would keep the kernel float.
         attributes = {
             "pads": [*reversed(edges[::2]), *reversed(edges[1::2])],

@@ -64,10 +64,10 @@ class LogHistogram:
             InputError: the tensor holds NaN or an infinity.
         """
         x = dense(x.detach())
-        if self.most is not None and x.numel() > self.most:
-            chosen = torch.randint(x.numel(), (self.most,), generator=self._chance)
-            drawn = torch.as_strided(x, (x.numel(),), (1,))[chosen.to(x.device)]
-            x = torch.cat([drawn, torch.stack(x.aminmax())])
+        x = x.as_strided([x.numel()], [1])  # without a copy, whatever the order of the axes
+        if self.most is not None and len(x) > self.most:
+            chosen = torch.randint(len(x), (self.most,), generator=self._chance)
+            x = torch.cat([x[chosen.to(x.device)], torch.stack(x.aminmax())])
         for (part,) in pieces([], [x]):
             self._widen(part)
             self._add(part.float())

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ricciq.quant.fake_quantize import MIN_SCALE, fake_quantize, pieces
+from ricciq.quant.fake_quantize import MIN_SCALE, fake_quantize
 from ricciq.quant.grid import Bits, Grid, UniformGrid
 from ricciq.quant.quantizer import Quantizer, perturbed, residual_in_cell
+from ricciq.quant.scale_search import best_scales
 
 
 class WeightQuantizer(Quantizer):
@@ -91,33 +92,19 @@ class WeightQuantizer(Quantizer):
 
         Args:
             weight: (rows, ...), on the quantizer's device.
-            candidates: how many scales to try, evenly spaced up to the one that clips nothing.
+            candidates: how many scales to try; see `best_scales`.
         """
         scale = self._fit(self.standardize(weight).flatten(1).float(), candidates)
         self.log_scale.copy_(scale.clamp_min(MIN_SCALE).log().squeeze(1))
 
     def _fit(self, rows: Tensor, candidates: int) -> Tensor:
-        """The candidate with the least squared rounding error for each row, (rows, 1).
+        """The scale with the least squared rounding error for each row, (rows, 1).
 
         A row of zeros takes the mean scale of the others, so that training finds it in reach; at
         one bit, where no code is zero, 1/64 of it, which keeps the row near zero.
         """
-        largest = rows.abs().amax(1, keepdim=True)
-        live = largest > 0
-        grid = self.grid
-        top = largest.clamp_min(MIN_SCALE) / max(1, grid.high)
-        fractions = torch.linspace(1 / candidates, 1, candidates).tolist()
-        found = []
-        for most, part in pieces([top], [rows]):
-            best, chosen = torch.full_like(most, math.inf), most
-            for fraction in fractions:
-                scale = most * fraction
-                errors = grid.round(part / scale).mul_(scale).sub_(part)
-                error = errors.square_().sum(1, keepdim=True)
-                chosen = torch.where(error < best, scale, chosen)
-                best = torch.minimum(error, best)
-            found.append(chosen)
-        chosen = torch.cat(found)
+        chosen = best_scales(rows, self.grid, candidates)
+        live = rows.abs().amax(1, keepdim=True) > 0
         usual = chosen[live].mean() if live.any() else chosen.new_ones(())
         return torch.where(live, chosen, usual / 64 if self.bits == 1 else usual)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ricciq.layers.base import QuantLayer
-from ricciq.layers.norm import affine
 from ricciq.layers.rows import outputs
 
 BATCH = 1024
@@ -69,7 +68,7 @@ def learn_rounding(layer: QuantLayer, rows: Tensor, wanted: Tensor, steps: int) 
     count = math.ceil(len(wanted) / BATCH)
     batches = [torch.chunk(x[order.to(x.device)], count) for x in (rows, wanted)]
     unit = wanted.square().mean().clamp_min(1e-12)
-    factor, shift = _behind_the_product(layer)
+    factor, shift = (vector.to(wanted) for vector in layer.affine())
     with torch.enable_grad():
         for step in range(steps):
             given, goal = (parts[step % count] for parts in batches)
@@ -84,13 +83,3 @@ def learn_rounding(layer: QuantLayer, rows: Tensor, wanted: Tensor, steps: int) 
             optimizer.step()
     with torch.no_grad():
         layer.latent.copy_(rounding.levels())
-
-
-def _behind_the_product(layer: QuantLayer) -> tuple[Tensor, Tensor]:
-    """What the layer does with inputs times weights: ``factor * product + shift``, (channels,)."""
-    bias = torch.zeros(len(layer.latent)) if layer.bias is None else layer.bias.detach()
-    bias = bias.to(layer.latent)
-    if layer.norm is None:
-        return torch.ones_like(bias), bias
-    factor, shift = affine(layer.norm)
-    return factor.to(bias).detach(), (factor * bias + shift).to(bias).detach()

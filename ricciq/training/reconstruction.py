@@ -1,15 +1,16 @@
 """Quantization without training: ranges, learned rounding and biases, in one pass of each network.
 
-The float network shows what each layer should return. Then the discrete one runs over the same
-images in lockstep: where they have all reached a layer, its input's range is found, its rounding is
-learned (`ricciq.training.adaround`), and the mean error of each output channel is subtracted from
-its bias (Nagel et al. 2019, arXiv 1906.04721, section 4.2); then they go on. Labels are not needed.
+With the weights it came with, the network shows what each layer should return. Then the discrete
+one runs over the same images in lockstep: where they have all reached a layer, its input's range is
+found, its rounding is learned (`ricciq.training.adaround`), and the mean error of each output
+channel is subtracted from its bias (Nagel et al. 2019, arXiv 1906.04721, section 4.2); then they go
+on. Labels are not needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,47 +20,44 @@ from torch import Tensor, nn
 from ricciq.errors import InputError, listed
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
-from ricciq.layers.norm import BatchNorm, affine
 from ricciq.layers.rows import Place, random_places, values_at
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import LogHistogram, check_finite, choose_range
+from ricciq.quant.weight import WeightQuantizer
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import learn_rounding
 from ricciq.training.lockstep import Lockstep, PartedError
 
 IMAGES = 256
 """How many images are enough; what they have in memory at a layer is there for all at once."""
-CHUNK = 8
-"""Images in a forward pass: with more, large tensors are not kept for the next one by the CPU's
-allocator, and take twice the time."""
+CHUNK = 16
+"""Images in a forward pass. With fewer, a single thread of torch computes pointwise convolutions by
+a slower kernel."""
 POSITIONS = 16
 """Outputs for each image that rounding is learned from, as rows of a linear regression."""
-SAMPLE = 2**16
+SAMPLE = 2**14
 """Numbers of a chunk that a range is found from, apart from the least and the greatest."""
 
 
 @torch.no_grad()
 def reconstruct(
     model: nn.Module,
-    teacher: nn.Module,
-    norms: Mapping[str, str | None],
     batches: Iterable[Tensor],
     steps: int,
     journal: Journal,
     candidates: int = 100,
 ) -> None:
-    """Fit the outputs of a converted model's layers to the float model's, in place.
+    """Fit the outputs of a converted model's layers to those it has with its float weights.
 
     It need not be calibrated: the ranges of all activations are found, too. Rounding is learned
-    where the quantizer can (see `ricciq.quant.weight.WeightQuantizer.can_learn_rounding`); other
-    weights are rounded to the nearest level as before. Layers whose weight a parent uses itself are
-    left out. A layer that runs more than once is fitted where it runs first. What a module keeps in
-    its attributes from one layer to the next is not kept for each image.
+    where the quantizer can (see `ricciq.quant.weight.WeightQuantizer.can_learn_rounding`), and the
+    latent weights become levels there; other weights are rounded to the nearest level as before.
+    Layers whose weight a parent uses itself are left out. A layer that runs more than once is
+    fitted where it runs first. What a module keeps in its attributes from one layer to the next is
+    not kept for each image.
 
     Args:
-        model: converted; its latent weights become levels.
-        teacher: the float model that it was made of.
-        norms: the BatchNorm that each discrete layer took in, by dotted names.
+        model: converted from a float model and not trained since, changed in place.
         batches: (B, C, H, W) images on the model's device; `IMAGES` in all are enough.
         steps: optimizer steps for each layer.
         journal: shows progress.
@@ -74,12 +72,14 @@ def reconstruct(
         raise InputError("there is no image to calibrate on; give at least one batch")
     chunks = torch.split(torch.cat(shown), CHUNK)
     layers = {
-        name: layer
-        for name in norms
-        if isinstance(layer := model.get_submodule(name), QuantLayer) and layer.lent_to is None
+        name: _Folded(layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantLayer) and layer.lent_to is None
     }
-    with evaluating(model), evaluating(teacher):
-        goals = _run_float(teacher, layers, norms, chunks, journal)
+    with evaluating(model), ExitStack() as folding:
+        for folded in layers.values():
+            folding.enter_context(folded.in_place())
+        goals = _run_float(model, layers, chunks, journal)
         sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
         with journal.bar("rounding", len(layers)) as advance:
             fitting = _Fitting(model, layers, goals, sizes / sizes.sum(), steps, candidates)
@@ -93,9 +93,48 @@ def reconstruct(
                 ) from None
 
 
+class _Folded:
+    """A layer in evaluation whose weight is computed once, with its BatchNorm folded in.
+
+    Args:
+        layer: whose function it is.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: QuantLayer) -> None:
+        self.layer, self.function, self.quantize = layer, layer.function(), layer.input_quantizer
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The layer computes this."""
+        self.layer.forward = self.__call__
+        try:
+            yield
+        finally:
+            del self.layer.forward
+
+    def fold(self, weight: Tensor) -> None:
+        """Compute with another weight.
+
+        Args:
+            weight: (rows, ...).
+        """
+        factor, shift = self.layer.affine()
+        weight = weight * factor.to(weight).view(-1, *[1] * (weight.dim() - 1))
+        self.weight = weight.transpose(0, 1) if self.layer.weight_axis == 1 else weight
+        self.bias = shift.to(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        x = x if self.quantize is None else self.quantize(x)
+        return self.function(x, self.weight, self.bias)
+
+
 @dataclass
 class _Goal:
-    """What a layer of the float network returns, behind its BatchNorm.
+    """What a layer of the float network returns.
 
     Attributes:
         places: for each chunk, the outputs whose values are kept.
@@ -108,47 +147,68 @@ class _Goal:
     means: list[Tensor] = field(default_factory=list)
 
 
+@contextmanager
+def _in_float(model: nn.Module) -> Iterator[None]:
+    """Nothing is rounded. The weights of folded layers are not the quantizers' matter."""
+
+    def as_it_came(quantizer: WeightQuantizer, args: tuple[Tensor], _: Tensor) -> Tensor:
+        weight: Tensor = quantizer.layer_standardize(args[0])
+        return weight
+
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    with ExitStack() as hooks:
+        for quantizer in quantizers:
+            quantizer.observer = _ignore
+        for module in model.modules():
+            if isinstance(module, WeightQuantizer):
+                hooks.callback(module.register_forward_hook(as_it_came).remove)
+        try:
+            yield
+        finally:
+            for quantizer in quantizers:
+                quantizer.observer = None
+
+
+def _ignore(x: Tensor) -> None:
+    """See nothing."""
+
+
 def _run_float(
-    teacher: nn.Module,
-    layers: Mapping[str, QuantLayer],
-    norms: Mapping[str, str | None],
-    chunks: Sequence[Tensor],
-    journal: Journal,
+    model: nn.Module, layers: Mapping[str, _Folded], chunks: Sequence[Tensor], journal: Journal
 ) -> dict[str, _Goal]:
-    """What each layer's counterpart returns where it runs first."""
+    """What each layer returns where it runs first, with its float weight."""
     goals = {name: _Goal() for name in layers}
     due: set[str] = set()
     chance = torch.Generator().manual_seed(0)
 
-    def watch(name: str) -> Callable[..., None]:
-        goal, layer, norm_name = goals[name], layers[name], norms[name]
-        norm = teacher.get_submodule(norm_name) if norm_name else None
-        factor, shift = affine(norm) if isinstance(norm, BatchNorm) else (1.0, 0.0)
-        channel = layer.channel_axis
+    def watch(name: str, layer: QuantLayer) -> Callable[..., None]:
+        goal, channel = goals[name], layer.channel_axis
 
         def note(module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG001
             if name not in due:
                 return
             due.remove(name)
-            mean = _channel_means(output, channel) * factor + shift
+            mean = _channel_means(output, channel)
             check_finite(mean, name)
             goal.means.append(mean)
             if layer.weight_quantizer.can_learn_rounding:
                 chosen = random_places(output.shape, channel, POSITIONS * count, chance)
                 place = tuple(index.to(output.device) for index in chosen)
                 goal.places.append(place)
-                goal.values.append((values_at(output, channel, place) * factor + shift).float())
+                goal.values.append(values_at(output, channel, place).float())
 
         return note
 
-    with ExitStack() as hooks, journal.bar("float network", len(chunks)) as advance:
-        for name in layers:
-            handle = teacher.get_submodule(name).register_forward_hook(watch(name))
+    with _in_float(model), ExitStack() as hooks, journal.bar("float", len(chunks)) as advance:
+        for name, folded in layers.items():
+            layer = folded.layer
+            folded.fold(layer.weight_quantizer.layer_standardize(layer.latent))
+            handle = layer.register_forward_hook(watch(name, layer), prepend=True)
             hooks.callback(handle.remove)
         for chunk in chunks:
             due.update(layers)
             count = len(chunk)
-            teacher(chunk)
+            model(chunk)
             advance(lambda: "")
     return goals
 
@@ -159,14 +219,15 @@ class _Fitting:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, QuantLayer],
+        layers: Mapping[str, _Folded],
         goals: Mapping[str, _Goal],
         shares: Tensor,
         steps: int,
         candidates: int,
     ) -> None:
         self.model, self.shares, self.steps, self.candidates = model, shares, steps, candidates
-        self.goals = {layers[name]: goal for name, goal in goals.items()}
+        self.goals = {layers[name].layer: goal for name, goal in goals.items()}
+        self.folded = {folded.layer: folded for folded in layers.values()}
         self.names = {module: name for name, module in model.named_modules()}
         self.lockstep = Lockstep(self._handle)
         self.done: set[Any] = set()
@@ -211,7 +272,7 @@ class _Fitting:
         channel = layer.channel_axis % output.dim()
         means = _channel_means(output, channel)
         change: Tensor = self._meet(self._correct_bias, layer, means)
-        return output + change.view(-1, *[1] * (output.dim() - 1 - channel))
+        return output.add_(change.view(-1, *[1] * (output.dim() - 1 - channel)))
 
     def _find_range(self, quantizer: ActivationQuantizer, inputs: list[Tensor]) -> None:
         histogram = LogHistogram(self.names[quantizer], SAMPLE)
@@ -228,6 +289,7 @@ class _Fitting:
             learn_rounding(layer, rows, torch.cat(goal.values), self.steps)
             goal.values.clear()
             goal.places.clear()
+        self.folded[layer].fold(layer.weight_quantizer(layer.latent))
         self.advance(lambda: self.names[layer])
 
     def _correct_bias(self, layer: QuantLayer, means: list[Tensor]) -> Tensor:
@@ -237,6 +299,7 @@ class _Fitting:
         errors = torch.stack(self.goals[layer].means) - torch.stack(means)
         change = (self.shares.to(errors.device) @ errors).to(bias)
         bias += change
+        self.folded[layer].bias += change
         return change
 
 

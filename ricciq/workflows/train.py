@@ -78,16 +78,8 @@ def train(job: Job, session: Session, under_way: UnderWay | None = None) -> Trai
     if recipe.training.epochs == 0:
         is_under_way()  # before what takes long
     if job.plan.layers and recipe.training.epochs == 0 and quantization.reconstruction:
-        norms = {layer.name: layer.norm for layer in job.plan.layers}
-        reconstruct(
-            model,
-            teacher,
-            norms,
-            images(IMAGES),
-            quantization.reconstruction,
-            journal,
-            quantization.scale_search,
-        )
+        steps, candidates = quantization.reconstruction, quantization.scale_search
+        reconstruct(model, images(IMAGES), steps, journal, candidates)
     elif job.plan.layers and quantization.act_bits != FLOAT_BITS:
         calibrate(model, images(), quantization.scale_search)
     done = finetune(

@@ -302,7 +302,7 @@ def test_rounding_is_learned_where_it_can_be(name, bits):
     layers = quantized_layers(model)
     before = {key: layer.latent.detach().clone() for key, layer in layers.items()}
     codes = {key: layer.weight_quantizer.codes(before[key]) for key, layer in layers.items()}
-    reconstruct(model, teacher, dict.fromkeys(layers), [images], 20, Journal())
+    reconstruct(model, [images], 20, Journal())
     for key, layer in layers.items():
         quantizer, after = layer.weight_quantizer, layer.latent.detach()
         assert isinstance(quantizer, WeightQuantizer)

@@ -183,7 +183,7 @@ def test_scales_are_the_same_if_rows_are_searched_in_pieces(kind, monkeypatch):
     weight = normal(11, 3, 5) * torch.arange(11).view(-1, 1, 1)  # a row of zeros, too
     whole, pieces = kind(11, 2), kind(11, 2)
     whole.calibrate(weight)
-    monkeypatch.setattr("ricciq.quant.fake_quantize.CACHED", 2 * 15)
+    monkeypatch.setattr("ricciq.quant.scale_search.AT_ONCE", 2 * 15)
     seen = []
     round_rows = UniformGrid.round
     monkeypatch.setattr(
