@@ -92,19 +92,22 @@ def value_of(tensor: Tensor) -> Value:
 
 
 class _FunctionRecorder(TorchFunctionMode):
-    """Reports every function that torch calls."""
+    """Reports every function that torch calls, and what it was called with before it runs."""
 
     def __init__(
-        self, report: Callable[[str, tuple[Value, ...], Any, tuple[int, ...]], None]
+        self,
+        keep: Callable[[Any], None],
+        report: Callable[[str, tuple[Value, ...], Any, tuple[int, ...]], None],
     ) -> None:
         super().__init__()
-        self.report = report
+        self.keep, self.report = keep, report
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         inputs = tuple(value_of(t) for t in _tensors(args, kwargs))
+        self.keep((args, kwargs))
         integers = tuple(x for x in tree_leaves((args, kwargs)) if type(x) is int)
         result = func(*args, **kwargs)
         self.report(getattr(func, "__name__", str(func)), inputs, result, integers)
@@ -152,6 +155,10 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         if whole and not any(outer for _, outer, _ in running):
             recording.add(Call(name, type(module).__name__, True, inputs, outputs))
 
+    def keep(arguments: Any) -> None:
+        if not any(whole for _, whole, _ in running):
+            alive.append(arguments)
+
     def note(
         function: str, inputs: tuple[Value, ...], result: Any, integers: tuple[int, ...]
     ) -> None:
@@ -169,7 +176,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
             after = module.register_forward_hook(leave, with_kwargs=True)
             hooks.callback(before.remove)
             hooks.callback(after.remove)
-        with _FunctionRecorder(note):
+        with _FunctionRecorder(keep, note):
             result = model(example)
     recording.result = tuple(value_of(t) for t in _tensors(result))
     return recording

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,13 @@ _RECTIFIERS: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(("ReLU6", "relu6"), (0.0, 6.0)),
 }
 """The ends that activations clip to."""
+_EXACT = {
+    *_SHAPING,
+    *_RECTIFIERS,
+    *("cat", "chunk", "split", "transpose", "permute", "contiguous", "__getitem__", "getattr"),
+    *("max_pool2d", "MaxPool2d", "pad", "ZeroPad2d", "dropout", "Dropout"),
+}
+"""What moves or chooses numbers, so that it returns the same ones in each runtime."""
 
 
 @dataclass
@@ -36,6 +44,10 @@ class _Layer(Source):
     layer: DeployedLayer
     low: float | None = None
     high: float | None = None
+
+    @property
+    def operands(self) -> set[DeployedLayer | DeployedActivation]:
+        return {self.layer}
 
     def codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         codes = requantize(self.layer.sums.take(), scale, zero_point)
@@ -56,6 +68,10 @@ class _Sum(Source):
     first: DeployedActivation
     second: DeployedActivation
 
+    @property
+    def operands(self) -> set[DeployedLayer | DeployedActivation]:
+        return {self.first, self.second}
+
     def codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         return add(self.first.codes.take(), self.second.codes.take(), scale, zero_point)
 
@@ -70,6 +86,10 @@ class _Average(Source):
 
     of: DeployedActivation
 
+    @property
+    def operands(self) -> set[DeployedLayer | DeployedActivation]:
+        return {self.of}
+
     def codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         return average(self.of.codes.take(), scale, zero_point)
 
@@ -77,20 +97,33 @@ class _Average(Source):
         self.of.codes.reserve()
 
 
-def link(deployed: nn.Module, input_size: Sequence[int]) -> nn.Module:
+class Linked(NamedTuple):
+    """A deployed model that computes as integer kernels do.
+
+    Attributes:
+        model: itself.
+        float_from: the first layer, in the order of the pass, whose input a runtime computes in
+            float: from there on, codes may differ by how ties are rounded. None: all are equal.
+    """
+
+    model: nn.Module
+    float_from: str | None
+
+
+def link(deployed: nn.Module, input_size: Sequence[int]) -> Linked:
     """Let quantizers of a deployed model compute their codes as a runtime's kernels do, in place.
 
     Args:
         deployed: from `ricciq.deploy.modules.deploy`.
         input_size: of an image, (channels, height, width).
-
-    Returns:
-        The same model.
     """
-    if not any(isinstance(module, DeployedActivation) for module in deployed.modules()):
-        return deployed
+    if not any(isinstance(module, DeployedLayer) for module in deployed.modules()):
+        return Linked(deployed, None)
     device = next(chain(deployed.parameters(), deployed.buffers())).device
-    return _Linking(deployed, record(deployed, torch.zeros(2, *input_size, device=device))).link()
+    images = torch.zeros(2, *input_size, device=device)
+    linking = _Linking(deployed, record(deployed, images))
+    linking.link()
+    return Linked(deployed, linking.float_from())
 
 
 class _Linking:
@@ -100,28 +133,65 @@ class _Linking:
         self.deployed, self.recording = deployed, recording
         self.modules = dict(deployed.named_modules())
         self.made_by: dict[Value, Call] = {}
+        self.read: dict[DeployedActivation, set[Value]] = {}
+        self.equal: dict[DeployedLayer | DeployedActivation, bool] = {}
         for call in recording.calls:
             self.made_by.update(dict.fromkeys(call.outputs, call))
 
-    def link(self) -> nn.Module:
+    def link(self) -> None:
         """Link all quantizers that can be."""
         users: Counter[DeployedActivation] = Counter()
-        read: dict[DeployedActivation, set[Value]] = {}
         several = set()
         for name, value in self.recording.first_argument.items():
             quantizer = self._quantizer(name)
             if quantizer is not None:
                 users[quantizer] += 1
-                read.setdefault(quantizer, set()).add(value)
+                self.read.setdefault(quantizer, set()).add(value)
                 if self.recording.times[name] > 1:
                     several.add(quantizer)
-        for quantizer, values in read.items():
+        for quantizer, values in self.read.items():
             if len(values) == 1 and quantizer not in several:
                 quantizer.source = self._source(quantizer, *values)
             if quantizer.source is not None:
                 for _ in range(users[quantizer]):
                     quantizer.source.reserve()
-        return self.deployed
+
+    def float_from(self) -> str | None:
+        """See `Linked`."""
+        for call in self.recording.calls:  # in order, so that what is asked for is known
+            module = self.modules[call.name]
+            if isinstance(module, DeployedLayer) and not self._is_equal(module):
+                return call.name
+        for value in self.recording.result:
+            if not self._is_value_equal(value):
+                last = self.made_by[value].name
+                return None if isinstance(self.modules[last], DeployedLayer) else last
+        return None
+
+    def _is_equal(self, module: DeployedLayer | DeployedActivation) -> bool:
+        """Whether a layer's sums, or a quantizer's codes, are the same in each runtime."""
+        if module not in self.equal:
+            self.equal[module] = False  # if it reads its own output
+            if isinstance(module, DeployedLayer):
+                given = module.input_quantizer
+                assert isinstance(given, DeployedActivation | None)
+                found = module.is_integer and given is not None and self._is_equal(given)
+            elif module.source is not None:
+                found = all(map(self._is_equal, module.source.operands))
+            else:
+                found = all(map(self._is_value_equal, self.read[module]))
+            self.equal[module] = found
+        return self.equal[module]
+
+    def _is_value_equal(self, value: Value) -> bool:
+        """Whether a value is; what a layer returns is computed in float, unless it is linked."""
+        call = self.made_by.get(value)
+        if call is None or value in self.recording.constants:
+            return True
+        module = self.modules[call.name]
+        if isinstance(module, DeployedActivation):
+            return self._is_equal(module)
+        return call.kind in _EXACT and all(map(self._is_value_equal, call.inputs))
 
     def _quantizer(self, name: str) -> DeployedActivation | None:
         """The quantizer that is a module, or that quantizes its input."""
@@ -141,10 +211,12 @@ class _Linking:
             of = self._returned(call.inputs[0])
             return _Average(of) if of and self._is_global(call) else None
         ends: tuple[float | None, float | None] = (None, None)
-        if call.kind in _RECTIFIERS:
+        kind = type(self.modules[call.name]).__name__  # of a module that was seen inside, too
+        kind = kind if kind in _RECTIFIERS else call.kind
+        if kind in _RECTIFIERS:
             if quantizer.zero_point != 0:
                 return None
-            ends = _RECTIFIERS[call.kind]
+            ends = _RECTIFIERS[kind]
             call = self._maker(call.inputs[0])
         if call is None:
             return None

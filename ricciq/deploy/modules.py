@@ -72,6 +72,11 @@ class Kept(Generic[T]):
 class Source(ABC):
     """What an integer kernel computes the codes of a quantizer from."""
 
+    @property
+    @abstractmethod
+    def operands(self) -> set[DeployedLayer | DeployedActivation]:
+        """The layers and quantizers whose integers it reads."""
+
     @abstractmethod
     def codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """The codes of the quantizer, 0 to 255.

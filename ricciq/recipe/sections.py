@@ -148,7 +148,7 @@ class QuantizationSection(Section):
     weight_norm: bool = False
     """Keep the norm of each output channel's weight constant in training."""
     scale_search: Annotated[int, Field(ge=1)] = 100
-    """Initial scales tried for the least squared error, at most 11 for long rows; 1 clips nothing."""
+    """Initial scales tried for the least squared error, 11 at most for long rows; 1 clips none."""
     reconstruction: Count = 200
     """Steps of learned rounding (AdaRound) for each layer, if epochs is 0."""
 

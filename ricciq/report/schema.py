@@ -35,7 +35,9 @@ class OnnxAccuracy(Accuracy):
 
     Agreement is the percentage of samples with the same most likely class: ``agreement`` with
     onnxruntime's default optimizations, ``agreement_unoptimized`` with all of them off, and
-    ``float_agreement`` with the float model; None if the run itself was in float.
+    ``float_agreement`` with the float model; None if the run itself was in float. ``float_from`` is
+    the first layer whose input is computed in float; up to there, torch and file have the same
+    codes. None: everywhere.
     """
 
     agreement: float
@@ -44,6 +46,7 @@ class OnnxAccuracy(Accuracy):
     top1_unoptimized: float
     path: str
     float_agreement: float | None = None
+    float_from: str | None = None
 
 
 class Size(_Part):

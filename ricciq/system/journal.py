@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from operator import length_hint
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+T = TypeVar("T")
 LINE_SECONDS = 60.0
 """Seconds between lines where a progress bar cannot be drawn."""
 
@@ -85,6 +88,26 @@ class Journal:
                 progress.advance(task)
 
             yield advance
+
+    @contextmanager
+    def over(self, title: str, batches: Iterable[T]) -> Iterator[Iterator[T]]:
+        """Show a progress bar while batches are used in a block.
+
+        Args:
+            title: text before the bar.
+            batches: what the block iterates over, once; it has a length.
+
+        Yields:
+            The batches.
+        """
+
+        def each() -> Iterator[T]:
+            for batch in batches:
+                yield batch
+                advance(lambda: "")
+
+        with self.bar(title, length_hint(batches)) as advance:
+            yield each()
 
     def _lines(self, title: str, total: int) -> Callable[[Callable[[], str]], None]:
         """What `bar` yields where only lines can be printed."""

@@ -199,7 +199,11 @@ def _run_float(
 
         return note
 
-    with _in_float(model), ExitStack() as hooks, journal.bar("float", len(chunks)) as advance:
+    with (
+        _in_float(model),
+        ExitStack() as hooks,
+        journal.bar("float layers", len(chunks)) as advance,
+    ):
         for name, folded in layers.items():
             layer = folded.layer
             folded.fold(layer.weight_quantizer.layer_standardize(layer.latent))

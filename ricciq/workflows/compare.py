@@ -246,7 +246,7 @@ def _judged(trial: Trial, base: Recipe, study: StudyFolder, split: Split, sessio
                 workers=recipe.data.workers,
                 training=False,
             )
-            deployed = link(deploy(trained.model), trained.metadata.preprocessing.input_size)
+            deployed = link(deploy(trained.model), trained.metadata.preprocessing.input_size).model
             metrics = evaluate({"quantized": deployed}, batches)["quantized"]
             row |= {"top1": metrics.top1, "loss": metrics.loss}
         write_atomically(result, json.dumps(row) + "\n")

@@ -108,7 +108,7 @@ def evaluate_target(
         reference: another target, to measure agreement with.
         batch_size: images in a call.
         workers: processes that load images; None chooses by the machine.
-        journal: shows which data are taken if none are named.
+        journal: shows which data are taken if none are named, and progress.
 
     Raises:
         UsageError: the data have no labels and there is no reference, or no data are named and
@@ -116,14 +116,14 @@ def evaluate_target(
         ModelError: a target cannot be evaluated, or the two need different preprocessing.
         InputError: a target or the data is missing or damaged, or they do not fit each other.
     """
+    journal = journal or Journal()
     target = open_target(path)
     if data_name is None:
         if target.data is None:
             raise UsageError(f"{path} does not name the data it was made with; give --data")
         made_with, root = target.data
         data_name, data_dir = find_again(made_with, data_dir or root, path)
-        if journal is not None:
-            journal.say(f"{data_name} is taken: the data that {path} was made with")
+        journal.say(f"{data_name} is taken: the data that {path} was made with")
     data = open_data(data_name, data_dir)
     if not data.labelled:
         if reference is None:
@@ -151,13 +151,14 @@ def evaluate_target(
         training=False,
     )
     if not data.labelled:
-        answers = [predictors["reference"](images).argmax(1) for images, _ in loading()]
+        with journal.over("reference", loading()) as batches:
+            answers = [predictors["reference"](images).argmax(1) for images, _ in batches]
         data.set_pseudo_labels(data.num_classes, {"val": torch.cat(answers).numpy()})
-    batches = loading()
     try:
-        metrics = compare_predictors(
-            predictors, batches, "target" if reference is None else "reference"
-        )
+        with journal.over("evaluation", loading()) as batches:
+            metrics = compare_predictors(
+                predictors, batches, "target" if reference is None else "reference"
+            )
     except DivergedError as error:
         both = path if reference is None else f"{path} with --reference {reference}"
         raise ModelError(f"{both} cannot be evaluated: {error}") from None

@@ -136,7 +136,9 @@ def find_sensitivity(job: Job, journal: Journal) -> list[Sensitivity]:
     """
     quantization = job.recipe.quantization
     names = [layer.name for layer in job.plan.layers[1:-1]]
-    batches = list(job.calibration_images(most=IMAGES[quantization.sensitivity]))
+    most = IMAGES[quantization.sensitivity]
+    with journal.over("images", job.calibration_batches(most=most)) as read:
+        batches = [images for images, _ in read]
     find = {"fisher": estimate_sensitivity, "measured": measure_sensitivity}
     return find[quantization.sensitivity](
         job.model, job.plan, names, quantization.config, batches, journal

@@ -48,13 +48,14 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
     if not job.plan.layers:
         export_onnx(deployed, folder.float_onnx, job.preprocessing, stored)
     journal.say("evaluating the exported file")
+    linked = link(deployed, job.preprocessing.input_size)
     predictors: dict[str, Predict] = {
-        "quantized": link(deployed, job.preprocessing.input_size),
+        "quantized": linked.model,
         "onnx": onnx_predictor(folder.onnx),
         "unoptimized": onnx_predictor(folder.onnx, optimize=False),
     }
-    with in_float32():
-        metrics, predictions = evaluate_with_predictions(predictors, job.loader("val"))
+    with in_float32(), journal.over("evaluation", job.loader("val")) as batches:
+        metrics, predictions = evaluate_with_predictions(predictors, batches)
     in_float = reference.metrics
     measured = accuracy_for_onnx(metrics["onnx"])
     add_metadata(folder.onnx, measured)
@@ -64,6 +65,7 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
     latency = measure_latency({"float": folder.float_onnx, "onnx": folder.onnx})
     inspection = inspect_onnx(folder.onnx)
     report = _report(job, trained, folder, in_float, metrics, latency, inspection)
+    report.onnx.float_from = linked.float_from
     if reference.training:
         report.float_training = FloatTrainingReport(**reference.training._asdict())
     if job.plan.layers:

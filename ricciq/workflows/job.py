@@ -114,7 +114,7 @@ class Job(NamedTuple):
         wanted = self.recipe.data.train_samples if split == "fit" else None
         return self.data.count(split) if wanted is None else min(wanted, self.data.count(split))
 
-    def calibration_images(self, parts: int = 1, most: int | None = None) -> Iterator[Tensor]:
+    def calibration_batches(self, parts: int = 1, most: int | None = None) -> DataLoader[Batch]:
         """Batches of unaugmented training images, the classes in proportion.
 
         Args:
@@ -124,7 +124,16 @@ class Job(NamedTuple):
         settings = self.recipe.data
         wanted = settings.calibration_batches * settings.known_batch_size * parts
         wanted = min(wanted, self.count("fit"), wanted if most is None else most)
-        for images, _ in self.loader("fit", samples=wanted):
+        return self.loader("fit", samples=wanted)
+
+    def calibration_images(self, parts: int = 1, most: int | None = None) -> Iterator[Tensor]:
+        """The images of `calibration_batches`.
+
+        Args:
+            parts: as there.
+            most: as there.
+        """
+        for images, _ in self.calibration_batches(parts, most):
             yield images
 
     @property
@@ -208,7 +217,7 @@ def prepare(
     )
     job = _with_trained_teacher(job, session.journal)
     if pseudo_labels and not data.labelled:
-        _use_predictions_as_labels(job)
+        _use_predictions_as_labels(job, session.journal)
     return job
 
 
@@ -268,17 +277,17 @@ def _with_trained_teacher(job: Job, journal: Journal) -> Job:
 
 
 @torch.no_grad()
-def _use_predictions_as_labels(job: Job) -> None:
+def _use_predictions_as_labels(job: Job, journal: Journal) -> None:
     """Use the float model's predictions as labels of the hold-out and validation images.
 
     The accuracy of the run is then agreement with the float model.
     """
     model = job.model.eval()
     splits: tuple[Split, ...] = ("holdout", "val")
-    predictions = {
-        split: torch.cat([model(x).argmax(1).cpu() for x, _ in job.loader(split)])
-        for split in splits
-    }
+    predictions = {}
+    for split in splits:
+        with journal.over("labels", job.loader(split)) as batches:
+            predictions[split] = torch.cat([model(x).argmax(1).cpu() for x, _ in batches])
     job.data.set_pseudo_labels(job.data.num_classes, {s: p.numpy() for s, p in predictions.items()})
 
 

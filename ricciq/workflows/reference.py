@@ -42,7 +42,8 @@ def evaluate_float(job: Job, session: Session) -> Reference:
     """
     model = job.model.eval()
     try:
-        metrics, predictions = evaluate_with_predictions({"float": model}, job.loader("val"))
+        with session.journal.over("float model", job.loader("val")) as batches:
+            metrics, predictions = evaluate_with_predictions({"float": model}, batches)
     except DivergedError:  # before any training
         raise CheckpointError(
             f"the float weights of {job.recipe.model.checkpoint or job.recipe.model.name} give NaN "

@@ -162,7 +162,7 @@ def open_target(path: Path) -> Target:
     if path.is_dir() or path.suffix.lower() != ".onnx":
         trained = rebuild(path)
         data = _data_of(trained.metadata.to_dict())
-        deployed = link(deploy(trained.model), trained.metadata.preprocessing.input_size)
+        deployed = link(deploy(trained.model), trained.metadata.preprocessing.input_size).model
         return Target(deployed, *_described(trained.metadata), data)
     session = open_session(path)
     stored = session_metadata(session, path)

@@ -59,7 +59,7 @@ def train(job: Job, session: Session, under_way: UnderWay | None = None) -> Trai
     """
     recipe, world, journal, folder = job.recipe, session.world, session.journal, session.folder
     # Every process calibrates on the same images: those of whole optimizer steps.
-    images = partial(job.calibration_images, world.size * recipe.training.grad_accum_steps)
+    parts = world.size * recipe.training.grad_accum_steps
     batch_size = _batch_size(job, session)
     # The copy is the teacher: weights of a copy may have other strides, which changes last bits.
     teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
@@ -78,10 +78,13 @@ def train(job: Job, session: Session, under_way: UnderWay | None = None) -> Trai
     if recipe.training.epochs == 0:
         is_under_way()  # before what takes long
     if job.plan.layers and recipe.training.epochs == 0 and quantization.reconstruction:
+        with journal.over("images", job.calibration_batches(parts, IMAGES)) as batches:
+            images = [some for some, _ in batches]
         steps, candidates = quantization.reconstruction, quantization.scale_search
-        reconstruct(model, images(IMAGES), steps, journal, candidates)
+        reconstruct(model, images, steps, journal, candidates)
     elif job.plan.layers and quantization.act_bits != FLOAT_BITS:
-        calibrate(model, images(), quantization.scale_search)
+        with journal.over("calibration", job.calibration_batches(parts)) as batches:
+            calibrate(model, (some for some, _ in batches), quantization.scale_search)
     done = finetune(
         model,
         job.loader("fit", training=True, batch_size=batch_size, world=world),
@@ -93,7 +96,7 @@ def train(job: Job, session: Session, under_way: UnderWay | None = None) -> Trai
         teacher=teacher if is_distilled(job) else None,
         metadata=job.metadata,
         journal=journal,
-        calibration_images=images,
+        calibration_images=partial(job.calibration_images, parts),
         resume=session.resume,
         world=world,
         first_steps=FirstSteps(is_under_way),

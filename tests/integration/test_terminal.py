@@ -100,6 +100,14 @@ def test_a_bar_fits_a_narrow_terminal_and_says_the_time_left():
     assert "\x1b" not in in_a_terminal(BAR, TERM="dumb")
 
 
+def test_without_training_every_part_over_images_has_a_bar(tmp_path):
+    words = ["quantize", "digits_resnet8", "--data", "digits", "--epochs", "0", "--bits", "8"]
+    shown = in_a_terminal(command(*words, "--output", str(tmp_path / "run")), COLUMNS="100")
+    bars = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
+    for title in ("float model", "images", "float layers", "rounding", "evaluation"):
+        assert re.search(rf"{title} .* \d+/\d+ [\d:-]+", bars), title
+
+
 def test_where_no_bar_can_be_drawn_it_says_a_line_now_and_then(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(journal, "LINE_SECONDS", 0.0)

@@ -98,7 +98,9 @@ def test_no_code_differs(name: str, bits: int, crops: Tensor, tmp_path: Path) ->
     calibrate(converted, [crops])
     deployed = deploy(converted)
     path = export_onnx(deployed, tmp_path / "model.onnx", PREPROCESSING)
-    in_torch, logits = codes_in_torch(link(deployed, (3, SIDE, SIDE)), crops)
+    joined = link(deployed, (3, SIDE, SIDE))
+    assert joined.float_from is None
+    in_torch, logits = codes_in_torch(joined.model, crops)
     in_file, logits_of_file = codes_in_file(path, crops)
     layers = [f"{layer.name}.input_quantizer" for layer in plan.layers]
     compared, same = 0, torch.ones(len(crops), dtype=torch.bool)
@@ -108,6 +110,5 @@ def test_no_code_differs(name: str, bits: int, crops: Tensor, tmp_path: Path) ->
             compared += quantizer in layers
     assert compared > 0.6 * len(layers)  # layers share quantizers
     same &= (torch.from_numpy(logits_of_file) == logits).all(1)
-    # Once, a single code of one image differed; it could not be made to happen again.
-    assert same.float().mean() >= (0.98 if kernels_are_known() else 0.5)
+    assert same.float().mean() >= (1 if kernels_are_known() else 0.5)
     assert len(np.unique(logits_of_file)) > 100

@@ -200,3 +200,32 @@ def test_the_training_mode_is_restored_after_a_failure():
     with pytest.raises(RuntimeError):
         record(model, IMAGE)
     assert model.training
+
+
+class Temporaries(nn.Module):
+    """Makes a bias from nothing, uses it once and forgets it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    def convolve(self, x):
+        return torch.nn.functional.conv2d(x, self.conv.weight, torch.zeros(3))
+
+    def forward(self, x):
+        for _ in range(50):
+            x = self.convolve(x)
+            x = x * 2
+        return x
+
+
+def test_a_value_is_not_taken_for_one_that_is_gone():
+    """Identities of tensors are used again once a tensor is gone."""
+    recording = record(Temporaries(), IMAGE)
+    made = set()
+    read = set()
+    for call in recording.calls:
+        read |= set(call.inputs)
+        assert not read & set(call.outputs)
+        assert not made & set(call.outputs)
+        made |= set(call.outputs)

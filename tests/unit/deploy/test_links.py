@@ -53,7 +53,7 @@ def linked(pool: str, twice: bool = False) -> tuple[dict[str, str], nn.Module, n
     quantize(model, images[:1], 8, 8)
     calibrate(model, [images])
     plain = deploy(model)
-    joined = link(copy.deepcopy(plain), SIZE)
+    joined = link(copy.deepcopy(plain), SIZE).model
     sources = {
         name: type(module.source).__name__
         for name, module in joined.named_modules()
@@ -94,4 +94,40 @@ def test_no_tensor_is_kept_after_a_forward_pass() -> None:
 
 def test_a_float_model_stays_as_it_is() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    assert link(model, SIZE) is model
+    assert link(model, SIZE) == (model, None)
+
+
+def float_from(model: nn.Module, act_bits: int = 8) -> str | None:
+    """The first layer that follows a float kernel."""
+    images = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(0))
+    quantize(model.eval(), images[:1], 8, act_bits)
+    calibrate(model, [images])
+    return link(deploy(model), SIZE).float_from
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_codes_are_equal_up_to_pooling_in_float(pool: str) -> None:
+    exact = pool in ("mean", "kept")
+    # The largest number of a channel is exact, too, but not among what is known to be.
+    assert float_from(Net(POOLS[pool])) == (None if exact else "head")
+
+
+def layers(*between: nn.Module) -> nn.Sequential:
+    """Two convolutions and a head, with modules between the convolutions."""
+    torch.manual_seed(0)
+    head = nn.Flatten(), nn.Linear(8 * 64, 2)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *between, nn.Conv2d(8, 8, 1), nn.ReLU(), *head)
+
+
+def test_the_first_layer_behind_a_float_kernel_is_named() -> None:
+    assert float_from(layers()) is None
+    assert float_from(layers(nn.ReLU6())) is None
+    assert float_from(layers(nn.MaxPool2d(3, 1, 1))) is None
+    assert float_from(layers(nn.Hardswish())) == "2"
+    assert float_from(layers(nn.GELU())) == "2"
+    assert float_from(layers(nn.ConvTranspose2d(8, 8, 1))) == "1"
+    assert float_from(nn.Sequential(layers(), nn.Softmax(1))) == "1"
+
+
+def test_with_float_activations_the_first_layer_is_named() -> None:
+    assert float_from(layers(), act_bits=32) == "0"
