@@ -4,7 +4,8 @@ With the weights it came with, the network shows what each layer should return. 
 one runs over the same images in lockstep: where they have all reached a layer, its input's range is
 found, its rounding is learned (`ricciq.training.adaround`), and the mean error of each output
 channel is subtracted from its bias (Nagel et al. 2019, arXiv 1906.04721, section 4.2); then they go
-on. Labels are not needed.
+on. With few bits, all layers are tuned together then (`ricciq.training.tuning`). Labels are not
+needed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from ricciq.layers.base import QuantLayer
 from ricciq.layers.rows import Place, random_places, values_at
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import LogHistogram, check_finite, choose_range
+from ricciq.quant.grid import count_codes
 from ricciq.quant.weight import WeightQuantizer
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import learn_rounding
 from ricciq.training.lockstep import Lockstep, PartedError
+from ricciq.training.tuning import tune
 
 IMAGES = 256
 """How many images are enough; what they have in memory at a layer is there for all at once."""
@@ -37,6 +40,9 @@ POSITIONS = 16
 """Outputs for each image that rounding is learned from, as rows of a linear regression."""
 SAMPLE = 2**14
 """Numbers of a chunk that a range is found from, apart from the least and the greatest."""
+FEW_CODES = 4
+"""Codes of a weight or an activation up to which layers are tuned together: with more, it did not
+help on each of two networks."""
 
 
 @torch.no_grad()
@@ -59,7 +65,7 @@ def reconstruct(
     Args:
         model: converted from a float model and not trained since, changed in place.
         batches: (B, C, H, W) images on the model's device; `IMAGES` in all are enough.
-        steps: optimizer steps for each layer.
+        steps: optimizer steps for each layer, and then for all of them together.
         journal: shows progress.
         candidates: how many scales to try for each range; see `choose_range`.
 
@@ -70,7 +76,8 @@ def reconstruct(
     shown = list(batches)
     if not shown:
         raise InputError("there is no image to calibrate on; give at least one batch")
-    chunks = torch.split(torch.cat(shown), CHUNK)
+    images = torch.cat(shown)
+    chunks = torch.split(images, CHUNK)
     layers = {
         name: _Folded(layer)
         for name, layer in model.named_modules()
@@ -79,7 +86,7 @@ def reconstruct(
     with evaluating(model), ExitStack() as folding:
         for folded in layers.values():
             folding.enter_context(folded.in_place())
-        goals = _run_float(model, layers, chunks, journal)
+        goals, logits = _run_float(model, layers, chunks, journal)
         sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
         with journal.bar("rounding", len(layers)) as advance:
             fitting = _Fitting(model, layers, goals, sizes / sizes.sum(), steps, candidates)
@@ -91,6 +98,14 @@ def reconstruct(
                     f"images take different paths through the model, to {listed(set(paths))}; set "
                     "quantization.reconstruction to 0"
                 ) from None
+    if any(_has_few_codes(folded.layer) for folded in layers.values()):
+        tune(model, images, torch.cat(logits), steps, journal)
+
+
+def _has_few_codes(layer: QuantLayer) -> bool:
+    given = layer.input_quantizer
+    widths = [layer.weight_quantizer.bits] + ([] if given is None else [given.bits])
+    return min(map(count_codes, widths)) <= FEW_CODES
 
 
 class _Folded:
@@ -175,9 +190,10 @@ def _ignore(x: Tensor) -> None:
 
 def _run_float(
     model: nn.Module, layers: Mapping[str, _Folded], chunks: Sequence[Tensor], journal: Journal
-) -> dict[str, _Goal]:
-    """What each layer returns where it runs first, with its float weight."""
-    goals = {name: _Goal() for name in layers}
+) -> tuple[dict[str, _Goal], list[Tensor]]:
+    """What each layer returns where it runs first, with its float weight, and the logits."""
+    goals: dict[str, _Goal] = {name: _Goal() for name in layers}
+    logits: list[Tensor] = []
     due: set[str] = set()
     chance = torch.Generator().manual_seed(0)
 
@@ -212,9 +228,9 @@ def _run_float(
         for chunk in chunks:
             due.update(layers)
             count = len(chunk)
-            model(chunk)
+            logits.append(model(chunk))
             advance(lambda: "")
-    return goals
+    return goals, logits
 
 
 class _Fitting:

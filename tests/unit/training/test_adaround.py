@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.system.journal import Journal
+from ricciq.training import reconstruction
 from ricciq.training.reconstruction import reconstruct
 from ricciq.workflows import train as training
 from ricciq.workflows.job import Job, prepare
@@ -40,6 +41,14 @@ RECIPE = Recipe().override(
     }
 )
 STEPS = 50
+
+
+@pytest.fixture(scope="module", autouse=True)
+def layer_by_layer() -> Iterator[None]:
+    """What follows, which all layers have a part in, has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruction, "tune", lambda *_: None)
+        yield
 
 
 @dataclass
