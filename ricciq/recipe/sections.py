@@ -151,6 +151,8 @@ class QuantizationSection(Section):
     """Initial scales tried for the least squared error, 11 at most for long rows; 1 clips none."""
     reconstruction: Count = 200
     """Steps of learned rounding (AdaRound) for each layer, if epochs is 0."""
+    reconstruction_images: Annotated[int, Field(ge=1)] = 256
+    """Training images that layers are fitted to, if epochs is 0; all are in memory at a layer."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:

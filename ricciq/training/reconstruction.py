@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ricciq.errors import InputError, listed
+from ricciq.errors import InputError, RicciqError, is_out_of_memory, listed
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.layers.rows import Place, random_places, values_at
@@ -31,13 +31,12 @@ from ricciq.training.adaround import learn_rounding
 from ricciq.training.lockstep import Lockstep, PartedError
 from ricciq.training.tuning import tune
 
-IMAGES = 256
-"""How many images are enough; what they have in memory at a layer is there for all at once."""
 CHUNK = 16
 """Images in a forward pass. With fewer, a single thread of torch computes pointwise convolutions by
 a slower kernel."""
-POSITIONS = 16
-"""Outputs for each image that rounding is learned from, as rows of a linear regression."""
+POSITIONS, NUMBERS = 16, 2**26
+"""Outputs for each image that rounding is learned from, as rows of a linear regression: fewer where
+all rows would hold more numbers. Depthwise layers with large kernels have many to few weights."""
 SAMPLE = 2**14
 """Numbers of a chunk that a range is found from, apart from the least and the greatest."""
 FEW_CODES = 4
@@ -64,7 +63,7 @@ def reconstruct(
 
     Args:
         model: converted from a float model and not trained since, changed in place.
-        batches: (B, C, H, W) images on the model's device; `IMAGES` in all are enough.
+        batches: (B, C, H, W) images on the model's device; 256 in all are enough.
         steps: optimizer steps for each layer, and then for all of them together.
         journal: shows progress.
         candidates: how many scales to try for each range; see `choose_range`.
@@ -72,6 +71,7 @@ def reconstruct(
     Raises:
         InputError: there is no image, activations are not finite, or images take different paths
             through the model.
+        RicciqError: there is not enough memory; the message says how many images fitted.
     """
     shown = list(batches)
     if not shown:
@@ -87,17 +87,9 @@ def reconstruct(
         for folded in layers.values():
             folding.enter_context(folded.in_place())
         goals, logits = _run_float(model, layers, chunks, journal)
-        sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
-        with journal.bar("rounding", len(layers)) as advance:
-            fitting = _Fitting(model, layers, goals, sizes / sizes.sum(), steps, candidates)
-            try:
-                fitting.run(chunks, advance)
-            except PartedError as error:
-                paths = [fitting.names[at[1]] if at else "the end" for at in error.names]
-                raise InputError(
-                    f"images take different paths through the model, to {listed(set(paths))}; set "
-                    "quantization.reconstruction to 0"
-                ) from None
+        fitting = _Fitting(model, layers, goals, chunks, steps, candidates)
+        with journal.bar("rounding", len(layers)) as advance, fitting.explaining():
+            fitting.run(advance)
     if any(_has_few_codes(folded.layer) for folded in layers.values()):
         tune(model, images, torch.cat(logits), steps, journal)
 
@@ -199,6 +191,8 @@ def _run_float(
 
     def watch(name: str, layer: QuantLayer) -> Callable[..., None]:
         goal, channel = goals[name], layer.channel_axis
+        width = layer.latent[0].numel() * getattr(layer, "groups", 1)
+        positions = max(1, min(POSITIONS, NUMBERS // (width * sum(map(len, chunks)))))
 
         def note(module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG001
             if name not in due:
@@ -208,7 +202,7 @@ def _run_float(
             check_finite(mean, name)
             goal.means.append(mean)
             if layer.weight_quantizer.can_learn_rounding:
-                chosen = random_places(output.shape, channel, POSITIONS * count, chance)
+                chosen = random_places(output.shape, channel, positions * count, chance)
                 place = tuple(index.to(output.device) for index in chosen)
                 goal.places.append(place)
                 goal.values.append(values_at(output, channel, place).float())
@@ -241,19 +235,44 @@ class _Fitting:
         model: nn.Module,
         layers: Mapping[str, _Folded],
         goals: Mapping[str, _Goal],
-        shares: Tensor,
+        chunks: Sequence[Tensor],
         steps: int,
         candidates: int,
     ) -> None:
-        self.model, self.shares, self.steps, self.candidates = model, shares, steps, candidates
+        self.model, self.chunks, self.steps, self.candidates = model, chunks, steps, candidates
+        sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
+        self.shares = sizes / sizes.sum()
         self.goals = {layers[name].layer: goal for name, goal in goals.items()}
         self.folded = {folded.layer: folded for folded in layers.values()}
         self.names = {module: name for name, module in model.named_modules()}
         self.lockstep = Lockstep(self._handle)
         self.done: set[Any] = set()
+        self.waiting = 0
+        """Chunks that have reached the next point where all of them meet."""
 
-    def run(self, chunks: Sequence[Tensor], advance: Callable[[Callable[[], str]], None]) -> None:
-        """Fit all layers to chunks of images."""
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say what the user can do about errors."""
+        try:
+            yield
+        except PartedError as error:
+            paths = [self.names[at[1]] if at else "the end" for at in error.names]
+            raise InputError(
+                f"images take different paths through the model, to {listed(set(paths))}; set "
+                "quantization.reconstruction to 0"
+            ) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            count, fitted = (sum(map(len, c)) for c in (self.chunks, self.chunks[: self.waiting]))
+            raise RicciqError(
+                f"there is not enough memory for {count} images at a layer"
+                + (f", but for {fitted}" if fitted else "")
+                + f"; set quantization.reconstruction_images to {fitted or max(1, count // 2)}"
+            ) from None
+
+    def run(self, advance: Callable[[Callable[[], str]], None]) -> None:
+        """Fit all layers to all images."""
         self.advance = advance
         with ExitStack() as hooks:
             for module in self.names:
@@ -266,15 +285,19 @@ class _Fitting:
                 after = layer.register_forward_hook(self._after_layer, prepend=True)
                 hooks.callback(before.remove)
                 hooks.callback(after.remove)
-            self.lockstep.run(self.model, chunks)
+            self.lockstep.run(self.model, self.chunks)
 
     def _meet(self, step: Callable[..., Any], module: nn.Module, value: Tensor) -> Any:
         key = (step, module)
-        return None if key in self.done else self.lockstep.meet(key, value)
+        if key in self.done:
+            return None
+        self.waiting += 1
+        return self.lockstep.meet(key, value)
 
     def _handle(self, key: tuple[Callable[..., Any], nn.Module], values: list[Tensor]) -> list[Any]:
         step, module = key
         self.done.add(key)
+        self.waiting = 0
         return [step(module, values)] * len(values)
 
     def _before_quantizer(self, module: ActivationQuantizer, args: tuple[Tensor]) -> None:

@@ -18,7 +18,7 @@ from ricciq.system.tensor_files import load_model_state, load_tensors, save_tens
 from ricciq.training.loop import finetune
 from ricciq.training.memory import LARGEST_BATCH
 from ricciq.training.pace import FirstSteps, Pace
-from ricciq.training.reconstruction import IMAGES, reconstruct
+from ricciq.training.reconstruction import reconstruct
 from ricciq.training.state import TrainingState, last_state
 from ricciq.training.step import discrete_weights
 from ricciq.workflows.job import Job, is_distilled
@@ -78,7 +78,8 @@ def train(job: Job, session: Session, under_way: UnderWay | None = None) -> Trai
     if recipe.training.epochs == 0:
         is_under_way()  # before what takes long
     if job.plan.layers and recipe.training.epochs == 0 and quantization.reconstruction:
-        with journal.over("images", job.calibration_batches(parts, IMAGES)) as batches:
+        most = quantization.reconstruction_images
+        with journal.over("images", job.calibration_batches(parts, most)) as batches:
             images = [some for some, _ in batches]
         steps, candidates = quantization.reconstruction, quantization.scale_search
         reconstruct(model, images, steps, journal, candidates)

@@ -16,6 +16,7 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from ricciq.convert.rewrite import convert, quantize, quantized_layers
+from ricciq.errors import RicciqError
 from ricciq.evaluation import evaluate
 from ricciq.layers.base import QuantLayer
 from ricciq.quant.calibration import calibrate
@@ -358,6 +359,55 @@ def test_the_same_pictures_give_the_same_bits() -> None:
     assert same_state(*models)
 
 
+# Memory
+
+
+class Hungry(nn.Module):
+    """Finds no memory from its so many-th call on, as torch says it."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.left = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+        return x
+
+
+@pytest.mark.parametrize(
+    ("calls", "words"),
+    [
+        (4 + 3, "64 images at a layer, but for 48; set quantization.reconstruction_images to 48"),
+        (4 + 0, "64 images at a layer; set quantization.reconstruction_images to 32"),
+    ],
+)
+def test_where_memory_runs_out_it_says_how_many_images_fitted(calls: int, words: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    images = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    quantize(model, images[:1], 4, 8)
+    model.insert(1, Hungry(calls))  # four times for the float network
+    with pytest.raises(RicciqError, match=f"^there is not enough memory for {words}$"):
+        reconstruct(model, [images], 5, Journal())
+
+
+def test_wide_depthwise_layers_keep_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def note(_: QuantLayer, rows: Tensor, *others: Any) -> None:  # noqa: ARG001
+        seen.append(tuple(rows.shape))
+
+    monkeypatch.setattr(reconstruction, "learn_rounding", note)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, groups=8), nn.Conv2d(8, 4, 1))
+    images = torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    quantize(model.eval(), images[:1], 4, 8)
+    monkeypatch.setattr(reconstruction, "NUMBERS", 32 * 4 * 8 * 25)
+    reconstruct(model, [images], 5, Journal())
+    assert seen == [(32 * 4, 8, 25)]
+    monkeypatch.undo()
+
+
 # Runs
 
 
@@ -389,10 +439,13 @@ def test_training_starts_from_the_nearest_levels(
 
 
 @pytest.mark.slow
-def test_labels_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_not_asked(tmp_path: Path) -> None:
     # Few pictures are chosen so that each class is among them: all leave nothing to choose.
-    monkeypatch.setattr(training, "IMAGES", 10_000)
-    changes = {"data.calibration_batches": 30, "quantization.reconstruction": 5}
+    changes = {
+        "data.calibration_batches": 30,
+        "quantization.reconstruction": 5,
+        "quantization.reconstruction_images": 10_000,
+    }
     models = []
     for name in ("right", "wrong"):
         job = prepare(RECIPE.override(changes), Session(CPU))
