@@ -342,6 +342,8 @@ def _standard_error(percent: float, samples: int) -> float:
     latest is chosen (the one-standard-error rule of Breiman et al. 1984), since a schedule that
     decays to zero is meant to end well.
     """
-    # Laplace's rule of succession: 100 % on a few images is not certain.
-    share = (percent / 100 * samples + 1) / (samples + 2)
-    return 100 * math.sqrt(share * (1 - share) / samples)
+    # With two hits and two misses more (Agresti & Coull 1998): 100 % on a few images is not
+    # certain, and a single image more or less never tells epochs apart.
+    more = samples + 4
+    share = (percent / 100 * samples + 2) / more
+    return 100 * math.sqrt(share * (1 - share) / more)
