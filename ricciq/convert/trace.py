@@ -55,6 +55,7 @@ class Recording:
         returned_by: names of the modules that returned exactly this value, innermost first.
         times: how often each module ran.
         first_argument: the first argument of each module's last call, if it was a tensor.
+        given: the values the model was called with.
         result: the values the model returned.
         constants: parameters, buffers, and what was computed from them alone.
         shapes: the shape of each value that a call returned.
@@ -65,6 +66,7 @@ class Recording:
     returned_by: dict[Value, list[str]] = field(default_factory=lambda: defaultdict(list))
     times: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     first_argument: dict[str, Value] = field(default_factory=dict)
+    given: tuple[Value, ...] = ()
     result: tuple[Value, ...] = ()
     constants: set[Value] = field(default_factory=set)
     shapes: dict[Value, torch.Size] = field(default_factory=dict)
@@ -128,6 +130,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     with evaluating(model):
         model(example)  # some models cache constants in their first call
     recording = Recording(constants={value_of(t) for t in [*model.parameters(), *model.buffers()]})
+    recording.given = (value_of(example),)
     alive: list[Any] = []  # an id is unique only while its tensor is alive
     running: list[tuple[str, bool, tuple[Value, ...]]] = []
 

@@ -162,10 +162,6 @@ class _Linking:
             module = self.modules[call.name]
             if isinstance(module, DeployedLayer) and not self._is_equal(module):
                 return call.name
-        for value in self.recording.result:
-            if not self._is_value_equal(value):
-                last = self.made_by[value].name
-                return None if isinstance(self.modules[last], DeployedLayer) else last
         return None
 
     def _is_equal(self, module: DeployedLayer | DeployedActivation) -> bool:
@@ -185,9 +181,11 @@ class _Linking:
 
     def _is_value_equal(self, value: Value) -> bool:
         """Whether a value is; what a layer returns is computed in float, unless it is linked."""
-        call = self.made_by.get(value)
-        if call is None or value in self.recording.constants:
+        if value in self.recording.given or value in self.recording.constants:
             return True
+        call = self.made_by.get(value)
+        if call is None:  # made by what returns nothing, such as an assignment to a part
+            return False
         module = self.modules[call.name]
         if isinstance(module, DeployedActivation):
             return self._is_equal(module)

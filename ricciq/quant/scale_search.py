@@ -22,8 +22,9 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 def best_scales(rows: Tensor, grid: Grid, candidates: int) -> Tensor:
     """The scale with the least squared error found for each row.
 
-    Of long rows, the error is nearly a smooth function of the scale, with one minimum: golden
-    section search finds it with a ninth of the candidates.
+    Of long rows, the error is nearly a smooth function of the scale, with one minimum, unless all
+    weights lie on a lattice, or a few are far larger than the others. Golden section search finds
+    it with a ninth of the candidates.
 
     Args:
         rows: (rows, n) weights.

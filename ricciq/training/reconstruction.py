@@ -29,11 +29,8 @@ from ricciq.quant.weight import WeightQuantizer
 from ricciq.system.journal import Journal
 from ricciq.training.adaround import learn_rounding
 from ricciq.training.lockstep import Lockstep, PartedError
-from ricciq.training.tuning import tune
+from ricciq.training.tuning import CHUNK, tune
 
-CHUNK = 16
-"""Images in a forward pass. With fewer, a single thread of torch computes pointwise convolutions by
-a slower kernel."""
 POSITIONS, NUMBERS = 16, 2**26
 """Outputs for each image that rounding is learned from, as rows of a linear regression: fewer where
 all rows would hold more numbers. Depthwise layers with large kernels have many to few weights."""
@@ -83,15 +80,16 @@ def reconstruct(
         for name, layer in model.named_modules()
         if isinstance(layer, QuantLayer) and layer.lent_to is None
     }
-    with evaluating(model), ExitStack() as folding:
-        for folded in layers.values():
-            folding.enter_context(folded.in_place())
-        goals, logits = _run_float(model, layers, chunks, journal)
-        fitting = _Fitting(model, layers, goals, chunks, steps, candidates)
-        with journal.bar("rounding", len(layers)) as advance, fitting.explaining():
-            fitting.run(advance)
-    if any(_has_few_codes(folded.layer) for folded in layers.values()):
-        tune(model, images, torch.cat(logits), steps, journal)
+    fitting = _Fitting(model, layers, chunks, steps, candidates)
+    with fitting.explaining():
+        with evaluating(model), ExitStack() as folding:
+            for folded in layers.values():
+                folding.enter_context(folded.in_place())
+            goals, logits = _run_float(model, layers, chunks, journal)
+            with journal.bar("rounding", len(layers)) as advance:
+                fitting.run(goals, advance)
+        if any(isinstance(m, QuantLayer) and _has_few_codes(m) for m in model.modules()):
+            tune(model, images, torch.cat(logits), steps, journal)
 
 
 def _has_few_codes(layer: QuantLayer) -> bool:
@@ -234,7 +232,6 @@ class _Fitting:
         self,
         model: nn.Module,
         layers: Mapping[str, _Folded],
-        goals: Mapping[str, _Goal],
         chunks: Sequence[Tensor],
         steps: int,
         candidates: int,
@@ -242,7 +239,6 @@ class _Fitting:
         self.model, self.chunks, self.steps, self.candidates = model, chunks, steps, candidates
         sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
         self.shares = sizes / sizes.sum()
-        self.goals = {layers[name].layer: goal for name, goal in goals.items()}
         self.folded = {folded.layer: folded for folded in layers.values()}
         self.names = {module: name for name, module in model.named_modules()}
         self.lockstep = Lockstep(self._handle)
@@ -265,14 +261,16 @@ class _Fitting:
             if not is_out_of_memory(error):
                 raise
             count, fitted = (sum(map(len, c)) for c in (self.chunks, self.chunks[: self.waiting]))
+            remedy = f"set quantization.reconstruction_images to {fitted or count // 2}"
             raise RicciqError(
                 f"there is not enough memory for {count} images at a layer"
                 + (f", but for {fitted}" if fitted else "")
-                + f"; set quantization.reconstruction_images to {fitted or max(1, count // 2)}"
+                + f"; {remedy if count > 1 else 'give a smaller model or input size'}"
             ) from None
 
-    def run(self, advance: Callable[[Callable[[], str]], None]) -> None:
+    def run(self, goals: Mapping[str, _Goal], advance: Callable[[Callable[[], str]], None]) -> None:
         """Fit all layers to all images."""
+        self.goals = {layer: goals[self.names[layer]] for layer in self.folded}
         self.advance = advance
         with ExitStack() as hooks:
             for module in self.names:

@@ -126,7 +126,26 @@ def test_the_first_layer_behind_a_float_kernel_is_named() -> None:
     assert float_from(layers(nn.Hardswish())) == "2"
     assert float_from(layers(nn.GELU())) == "2"
     assert float_from(layers(nn.ConvTranspose2d(8, 8, 1))) == "1"
-    assert float_from(nn.Sequential(layers(), nn.Softmax(1))) == "1"
+    assert float_from(nn.Sequential(layers(), nn.Softmax(1))) is None  # no code is behind it
+
+
+class Assigned(nn.Module):
+    """Writes what is computed in float into a part of what a layer returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        part = torch.sigmoid(x[:, 4:])
+        x = x.clone()
+        x[:, :4] = part
+        return self.second(x).mean((2, 3))
+
+
+def test_a_tensor_that_is_written_to_is_not_taken_for_the_input() -> None:
+    assert float_from(Assigned()) == "second"
 
 
 def test_with_float_activations_the_first_layer_is_named() -> None:

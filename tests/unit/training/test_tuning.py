@@ -39,10 +39,17 @@ class Net(nn.Module):
 
 
 def converted(bits: int, act_bits: int = 4, config: str = "lsq") -> tuple[nn.Module, nn.Module]:
-    """A float network, and its calibrated counterpart."""
+    """The float network above, and its calibrated counterpart."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        teacher = Net().eval()
+        return calibrated(Net(), bits, act_bits, config)
+
+
+def calibrated(
+    teacher: nn.Module, bits: int, act_bits: int = 4, config: str = "lsq"
+) -> tuple[nn.Module, nn.Module]:
+    """A float network, and its calibrated counterpart."""
+    teacher.eval()
     plan = plan_conversion(teacher, IMAGES[:2], bits, act_bits)
     model = convert(copy.deepcopy(teacher), plan, QuantizerConfig(config, config))
     calibrate(model, [IMAGES])
@@ -90,7 +97,8 @@ def test_flags_and_modules_are_restored_also_after_a_failure() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError):
         tune(model, IMAGES, torch.zeros(len(IMAGES), 7), 10, Journal())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    kept = [name for name in before if not name.endswith("weight")]  # those are levels now
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in kept)
     tune(model, IMAGES, teacher(IMAGES).detach(), 2, Journal())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert [type(module) for module in model.modules()] == modules
@@ -98,14 +106,68 @@ def test_flags_and_modules_are_restored_also_after_a_failure() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Twins(nn.Module):
+    """Two convolutions that share weight and bias, behind each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8))
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in (self.stem, self.first, self.second):
+            x = torch.relu(conv(x))
+        return x.mean((2, 3))
+
+
 def test_layers_that_share_a_weight_keep_their_scales() -> None:
-    teacher, model = converted(2)
-    first = quantized_layers(model)["middle"]
-    model.again = copy.deepcopy(first)
-    model.again.weight = first.weight
-    latent = first.weight.detach().clone()
-    tune(model, IMAGES, teacher(IMAGES).detach(), 2, Journal())
-    assert torch.equal(first.weight, latent)
+    teacher, model = calibrated(Twins(), 2)
+    assert model.first.weight is model.second.weight
+    latent = model.first.weight.detach().clone()
+    scales = model.first.weight_quantizer.scale
+    tune(model, IMAGES, teacher(IMAGES).detach(), 5, Journal())
+    assert torch.equal(model.first.weight, latent)
+    assert torch.equal(model.first.weight_quantizer.scale, scales)
+    assert not torch.equal(model.first.bias, teacher.first.bias)
+
+
+@pytest.mark.parametrize("unit", [100.0, 0.01])
+def test_the_units_between_layers_do_not_matter(unit: float) -> None:
+    found = {}
+    for factor in (1.0, unit):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = nn.Sequential(
+                *(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()),
+                *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+            )
+        with torch.no_grad():  # the same function
+            for parameter in (net[0].weight, net[0].bias, net[2].bias):
+                parameter.mul_(factor)
+            net[6].weight.div_(factor)
+        teacher, model = calibrated(net, 2)
+        before = distance(model, teacher, OTHERS)
+        tune(model, IMAGES, teacher(IMAGES).detach(), 50, Journal())
+        found[factor] = distance(model, teacher, OTHERS) / before
+    assert found[1.0] < 0.7
+    assert found[unit] == pytest.approx(found[1.0], rel=0.1)
+
+
+def test_what_comes_no_nearer_stays() -> None:
+    _, model = converted(2)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        tune(model, IMAGES, model(IMAGES), 5, Journal())  # nothing is nearer
+    scales = [name for name in before if name.endswith(("log_scale", "bias"))]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in scales)
+
+
+def test_without_anything_to_learn_nothing_happens() -> None:
+    net = nn.Sequential(nn.Flatten(), *(nn.Linear(192, 192, bias=False) for _ in range(3)))
+    teacher, model = calibrated(net, 2, 32, "fixed")
+    before = copy.deepcopy(model.state_dict())
+    tune(model, IMAGES, teacher(IMAGES).detach(), 5, Journal())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
