@@ -39,11 +39,11 @@ def test_bfloat16():
 def test_bfloat16_learns():
     training = Training(DEVICE, {"amp": True, "training.lr": 1e-3})
     losses = []
-    for _ in range(4 if TINY else 20):
+    for _ in range(12 if TINY else 20):
         before = float(training.tally.loss)
         assert training.step()
         losses.append(float(training.tally.loss) - before)
-    assert losses[-1] < losses[0]
+    assert sum(losses[-3:]) < sum(losses[:3])
 
 
 def test_float16_with_its_scaler(monkeypatch):

@@ -292,7 +292,8 @@ def test_what_is_standardized_cannot_be_frozen_and_does_not_learn_rounding(name,
 
 
 @weights_and_widths
-def test_rounding_is_learned_where_it_can_be(name, bits):
+def test_rounding_is_learned_where_it_can_be(name, bits, monkeypatch):
+    monkeypatch.setattr("ricciq.training.reconstruction.tune", lambda *_: None)
     torch.manual_seed(0)
     images = normal(32, 4, 5, 5)
     teacher = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3)).eval()

@@ -32,6 +32,7 @@ VALUES = {
         "top1_unoptimized": 94.21,
         "path": "model.onnx",
         "float_agreement": 96.54,
+        "float_from": "layer2.0.conv1",
     },
     "size": {"float_bytes": 400123, "onnx_bytes": 100456, "ratio": 0.251},
     "latency": {
@@ -135,6 +136,9 @@ def test_the_page_has_the_figures_and_everything_that_was_kept(report):
         assert f"| {kept.name} | {kept.kind} | {kept.why} |" in page
     assert "| layer1.0.conv1 | QuantConv2d | ternary | 2 | 2304 | 461 | yes |" in page
     assert "2 steps skipped" in page
+    assert "equal up to the input of layer `layer2.0.conv1`" in page
+    report.onnx.float_from = None
+    assert "the codes of both are equal." in to_markdown(report)
     assert "- the head was replaced" in page
 
 

@@ -16,7 +16,7 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from ricciq.convert.rewrite import convert, quantize, quantized_layers
-from ricciq.errors import RicciqError
+from ricciq.errors import InputError, RicciqError
 from ricciq.evaluation import evaluate
 from ricciq.layers.base import QuantLayer
 from ricciq.quant.calibration import calibrate
@@ -358,6 +358,52 @@ def test_the_same_pictures_give_the_same_bits() -> None:
         torch.manual_seed(seed)
         models.append(learn(steps=10).model)
     assert same_state(*models)
+
+
+# Images that say little
+
+
+def small() -> nn.Sequential:
+    """A network whose second layer can be made to give the same for any image."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(128, 5)),
+        ).eval()
+
+
+IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    "images", [IMAGES[:1], IMAGES[:17], torch.full((20, 3, 8, 8), 0.7), torch.zeros(20, 3, 8, 8)]
+)
+@pytest.mark.parametrize("varies", [True, False])
+def test_few_images_or_of_one_colour_or_a_constant_layer_do(
+    images: Tensor, bits: int, varies: bool
+) -> None:
+    teacher = small()
+    if not varies:
+        nn.init.zeros_(teacher[2].weight)
+    model = copy.deepcopy(teacher)
+    quantize(model, images[:1], bits, bits)
+    reconstruct(model, [images], 5, Journal())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    near = (model(images) - teacher(images)).square().mean()
+    assert near <= teacher(images).square().mean()
+
+
+def test_a_layer_whose_output_is_not_finite_is_named() -> None:
+    model = small()
+    quantize(model, IMAGES[:1], 4, 8)
+    with torch.no_grad():
+        model[2].bias.fill_(float("nan"))
+    with pytest.raises(
+        InputError, match=r"^the float model gives NaN or infinite activations at 2 "
+    ):
+        reconstruct(model, [IMAGES], 5, Journal())
 
 
 # Memory
