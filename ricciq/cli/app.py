@@ -31,7 +31,7 @@ from ricciq.report.terminal import (
     shortened,
     show,
 )
-from ricciq.system.offline import forbid_network, forbid_telemetry, is_network_forbidden
+from ricciq.system.offline import forbid_network, forbid_telemetry
 
 app = typer.Typer(
     name="ricciq",
@@ -147,6 +147,10 @@ def quantize(
         if is_first():
             show({**plan, "dry_run": True}, as_json, plan_table, quiet)
         return
+    with importing():  # what the export needs: where it is broken, nothing is trained
+        import onnxscript  # noqa: F401
+
+        import ricciq.deploy.session  # noqa: F401
     report, folder = run(
         merged, output, resume=resume, overwrite=overwrite, journal=journal, data=data_set
     )
@@ -265,27 +269,30 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command line, and exit with a code that `ricciq.errors` lists."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments[:1]
-    if is_network_forbidden():  # by the environment; --offline is parsed later
-        forbid_telemetry()
+    forbid_telemetry()  # `doctor` imports onnxruntime by itself
     try:
         sys.exit(app(arguments, standalone_mode=False))
     except RicciqError as error:
-        _fail("" if error.said else str(error), error.exit_code, debug)
+        _fail(error, "" if error.said else str(error), error.exit_code, debug)
     except CommandLineError as error:
-        _fail(" ".join(error.format_message().split()), UsageError.exit_code, debug)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", InterruptedRunError.exit_code, debug)
+        _fail(error, " ".join(error.format_message().split()), UsageError.exit_code, debug)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        _fail(error, "stopped", InterruptedRunError.exit_code, debug)
     except Exception as error:
         what = on_one_line(f"{type(error).__name__}: {error}", 300)
         message = f"failed unexpectedly ({what}); `ricciq --debug` shows where"
         if is_out_of_memory(error):
             message = f"there is not enough memory ({what}); use smaller batches, images or models"
-        _fail(message, RicciqError.exit_code, debug)
+        _fail(error, message, RicciqError.exit_code, debug)
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     if message:  # without arguments, help was shown and there is no message
         print(f"ricciq: {printable(shortened(message))}", file=sys.stderr)
+    cause: BaseException | None = error
+    while cause is not None:  # frames may hold loaders, whose workers would end half a minute late
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
     sys.exit(code)

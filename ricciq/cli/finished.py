@@ -204,7 +204,8 @@ def report(
 
     Example: ricciq report runs/my-run --dry-run
     """
-    from ricciq.report.page import render_run
+    with importing():
+        from ricciq.report.page import render_run
 
     folder = _newest() if run is None else run_of(run)
     pages = {"pages": [str(path) for path in render_run(folder.path, dry_run=dry_run)]}
@@ -220,7 +221,8 @@ def inspect(
 
     Example: ricciq inspect model.onnx --json
     """
-    from ricciq.deploy.inspection import inspect_onnx
+    with importing():
+        from ricciq.deploy.inspection import inspect_onnx
 
     show(inspect_onnx(_onnx_file(file)).to_dict(), as_json, inspection_tables)
 
@@ -239,7 +241,8 @@ def bench(
 
     Example: ricciq bench model.onnx --batch 8 --threads 4
     """
-    from ricciq.deploy.latency import bench_files
+    with importing():
+        from ricciq.deploy.latency import bench_files
 
     other = None if against is None else onnx_file_of(against)
     show(bench_files(_onnx_file(file), other, batch=batch, threads=threads), as_json)

@@ -129,8 +129,9 @@ def _is_model_name(model: str) -> bool:
     """Whether timm or this package has a model of this name, with or without a tag."""
     if os.path.basename(model) != model:
         return False
-    from timm import is_model
+    with importing():
+        from timm import is_model
 
-    import ricciq.models.bundled  # noqa: F401  registers its models
+        import ricciq.models.bundled  # noqa: F401  registers its models
 
     return is_model(architecture(model))

@@ -1,20 +1,19 @@
-"""How a long command starts: imports, a journal on stderr, and a handler for SIGTERM."""
+"""How a long command starts: imports, a journal on stderr, and handlers of signals."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ricciq.errors import RicciqError, on_one_line
 from ricciq.system.allocator import keep_freed_memory
-from ricciq.system.offline import forbid_telemetry
 
 if TYPE_CHECKING:
     from ricciq.system.journal import Journal
@@ -26,16 +25,24 @@ def importing() -> Iterator[None]:
 
     It would look at a million new objects again and again, also when the process ends, although
     hardly any of them is garbage: that takes a third of the time. It leaves them out from then on.
+
+    Raises:
+        RicciqError: a library cannot be imported.
     """
-    if "torch" in sys.modules:  # the objects of whoever imported it are not ours to leave out
-        yield
-        return
-    gc.disable()
+    first = "torch" not in sys.modules  # else they belong to whoever imported it
+    if first:
+        gc.disable()
     try:
         yield
+    except Exception as error:  # a broken library may raise anything
+        raise RicciqError(
+            f"a library cannot be imported ({on_one_line(error, 160)}); `ricciq doctor` says which "
+            "one, and what to do"
+        ) from error
     finally:
-        gc.freeze()
-        gc.enable()
+        if first:
+            gc.freeze()
+            gc.enable()
 
 
 def is_first() -> bool:
@@ -58,12 +65,11 @@ def silence(quiet: bool) -> bool:
         warnings.simplefilter("ignore")
         # Without any handler, Python would print what libraries log.
         logging.getLogger().addHandler(logging.NullHandler())
-        forbid_telemetry()  # or onnxruntime prints where it cannot store its identifier
     return quiet
 
 
 def begin(messages: list[str], quiet: bool) -> Journal:
-    """Open a journal on stderr, and let SIGTERM stop the command as Ctrl-C does.
+    """Open a journal on stderr, and let other signals stop the command as Ctrl-C does.
 
     Memory that is freed stays with the process from then on.
 
@@ -71,15 +77,12 @@ def begin(messages: list[str], quiet: bool) -> Journal:
         messages: what the journal shows first.
         quiet: show nothing.
     """
+    from ricciq.system.interrupts import interrupt_on_signals
     from ricciq.system.journal import Journal
 
     journal = Journal(Console(stderr=True) if is_first() and not quiet else None)
     for message in messages:
         journal.say(message)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_signals()
     keep_freed_memory()
     return journal
-
-
-def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001
-    raise KeyboardInterrupt

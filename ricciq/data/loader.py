@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from ricciq.data.preprocessing import Preprocessing
 from ricciq.data.sources.base import ImageArrays, Images, Indices
 from ricciq.errors import DataError, RicciqError, UsageError, on_one_line
 from ricciq.system.distributed import World
+from ricciq.system.interrupts import SIGNALS
 
 if TYPE_CHECKING:
     from ricciq.data.preprocessing import Transform
@@ -38,6 +40,7 @@ AT_ONCE = 2**16
 """Numbers of an order that become a list at a time."""
 NICER = 5
 """What is added to the niceness of workers: the training process gets three times their share."""
+ENDING = tuple(number for number in SIGNALS if number != signal.SIGINT)
 SECONDS_TO_CLOSE = 30
 """Time between SIGTERM and SIGKILL, as in torchrun."""
 
@@ -77,8 +80,8 @@ def image_loader(
         The loader.
 
     Raises:
-        UsageError: there are fewer images than one batch for each process, or auto_augment is
-            unknown.
+        UsageError: there are fewer images than one batch for each process, auto_augment is
+            unknown, or the workers asked for have no shared memory.
     """
     each = batch_size if training else 1
     if world.size > 1 and len(indices) < each * world.size:
@@ -95,6 +98,11 @@ def image_loader(
         in_memory = isinstance(images, ImageArrays)
         few = in_memory or len(samples) < LEAST_BATCHES * batch_size
         workers = 0 if few else usable_workers(world, samples.bytes_of(batch_size))
+    elif workers and (reason := why_not_shared()):
+        raise UsageError(
+            f"--workers {workers} pass images through shared memory, which cannot be used "
+            f"({reason}); give --workers 0, or mount /dev/shm so that it can be written"
+        )
     workers = min(workers, os.cpu_count() or 1)
     return _ImageLoader(
         samples,
@@ -124,12 +132,20 @@ def usable_workers(world: World, batch_bytes: int) -> int:
     """
     if not _FORKS:  # a script of the user's would be imported in each, and might run again
         return 0
-    try:
-        room = shutil.disk_usage("/dev/shm").free
-    except OSError:
+    if why_not_shared():
         return 0
+    room = shutil.disk_usage("/dev/shm").free
     fitting = room // (BATCHES_EACH * batch_bytes)
     return min(len(os.sched_getaffinity(0)) // world.size, fitting // world.size, MOST_WORKERS)
+
+
+def why_not_shared() -> str | None:
+    """Why processes cannot share memory; None if they can."""
+    try:
+        multiprocessing.Lock()
+    except (OSError, ImportError) as error:
+        return on_one_line(error)
+    return None if not _FORKS or os.path.isdir("/dev/shm") else "there is no /dev/shm"
 
 
 def against_waiting(loader: DataLoader[Batch], world: World) -> str | None:
@@ -309,8 +325,9 @@ class _ImageLoader(DataLoader[Batch]):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            said = str(error).strip().splitlines()[-1]  # behind the worker's traceback
             raise RicciqError(
-                f"a process that decodes images ended ({on_one_line(error, 160)}); give --workers 0"
+                f"a process that decodes images ended ({on_one_line(said, 160)}); give --workers 0"
             ) from error
 
     def _checked(self) -> Iterator[Bytes]:
@@ -331,7 +348,8 @@ def _prepare_worker(worker: int) -> None:  # noqa: ARG001
     with suppress(AttributeError, OSError):  # not on every system, nor in every sandbox
         os.nice(NICER)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
+    for number in ENDING:
+        signal.signal(number, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
 
 
 def _as_is(batch: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from ricciq.deploy.onnx_file import size_with_external_data
 from ricciq.deploy.session import open_session, session_metadata
 from ricciq.errors import ModelError, on_one_line
+from ricciq.system.files import scratch_folder
 
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"}
@@ -94,14 +94,19 @@ class Inspection:
         return 100 * sum(fused) / len(fused) if fused else 100.0
 
 
-def inspect_onnx(path: Path) -> Inspection:
+def inspect_onnx(path: Path, scratch: Path | None = None) -> Inspection:
     """Read a file's layers, and load it in onnxruntime to see which of them are fused.
+
+    Args:
+        path: the ONNX file.
+        scratch: folder for its unpacked weights, which are removed again; by default TMPDIR.
 
     Raises:
         ModelError: the file is missing, damaged or unsafe, or onnxruntime cannot load it.
+        RicciqError: there is no room for the unpacked weights.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        optimized_path = Path(scratch) / "optimized.onnx"
+    with scratch_folder(scratch) as unpacked:
+        optimized_path = unpacked / "optimized.onnx"
         session = open_session(path, save_optimized=optimized_path)
         optimized = _load(optimized_path)
         runs = [(node.name or "", node.op_type) for node in optimized.graph]

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 
 from ricciq.data.preprocessing import InputType
 from ricciq.deploy.onnx_file import read_model_file
-from ricciq.errors import ModelError, on_one_line
+from ricciq.errors import ModelError, RicciqError, on_one_line
+from ricciq.system.offline import forbid_telemetry
+
+forbid_telemetry()  # onnxruntime looks when it is imported
+import onnxruntime as ort  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +49,7 @@ def open_session(
 
     Raises:
         ModelError: the file is missing or unsafe, or onnxruntime cannot load it.
+        RicciqError: the optimized graph cannot be written.
     """
     read_model_file(path)
     options = ort.SessionOptions()
@@ -67,6 +71,13 @@ def open_session(
             str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
     except Exception as error:  # onnxruntime's exceptions have no public base class
+        if save_optimized is not None:
+            open_session(path, optimize=optimize, threads=threads)  # or raises what is wrong
+            folder = save_optimized.parent
+            raise RicciqError(
+                f"onnxruntime cannot write the unpacked weights of {path} to {folder} "
+                f"({_reason(error)}); make room there, or set TMPDIR to a folder on another disk"
+            ) from None
         raise ModelError(
             f"onnxruntime {ort.__version__} cannot load {path} ({_reason(error)}); give an intact "
             "file with operators, opset and IR version that it supports"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -113,15 +113,28 @@ class Recipe(Section):
         return cls.from_values(values, f"recipe {path}")
 
     def gives_the_run_of(self, other: Recipe) -> bool:
-        """Whether both describe the same run: the number of workers does not change its results.
+        """Whether both describe the same run.
 
         Args:
             other: the recipe to compare with.
         """
-        one, two = self.model_dump(), other.model_dump()
-        for values in (one, two):
-            del values["data"]["workers"]
-        return one == two
+        return not self.differences(other)
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """What makes the run of another recipe differ; the number of workers does not.
+
+        Args:
+            other: the recipe to compare with.
+
+        Returns:
+            The values here and there, by dotted key; None for a key that one of them lacks.
+        """
+        one, two = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
+        return {
+            key: (one.get(key), two.get(key))
+            for key in [*one, *(key for key in two if key not in one)]
+            if key != "data.workers" and one.get(key) != two.get(key)
+        }
 
     def override(self, flags: Mapping[str, Any]) -> Recipe:
         """A recipe with dotted keys replaced, as in ``{"training.lr": 1e-3}``; None is left out.
@@ -163,6 +176,15 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The whole recipe, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _flat(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
 
 
 def recipe_folder() -> Path:

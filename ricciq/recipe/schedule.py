@@ -45,11 +45,21 @@ class Rule(NamedTuple):
     reason: str
 
 
-def _epochs(task: Task) -> int:
-    epochs: float = 20 * (50_000 / task.images) ** 0.25
-    if 5 <= task.bits <= 8:
+def epochs_for(images: int, bits: int) -> int:
+    """Epochs of training, by the first of `RULES`.
+
+    Args:
+        images: number of training images.
+        bits: the smaller width of weights and activations; 32 for float.
+    """
+    epochs: float = 20 * (50_000 / images) ** 0.25
+    if 5 <= bits <= 8:
         epochs /= 2
     return round(min(max(epochs, 5), 100))
+
+
+def _epochs(task: Task) -> int:
+    return epochs_for(task.images, task.bits)
 
 
 def _rate(task: Task) -> float:

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -19,6 +20,8 @@ RUNS = Path("runs")
 
 Folder = TypeVar("Folder", bound="RunFolder")
 _LOCK = ".lock"
+SHOWN = 3
+"""How many keys a message names in which two recipes differ."""
 
 
 class RunFolder:
@@ -228,8 +231,12 @@ def _is_left_over(path: Path) -> bool:
 
 
 def _new_folder(recipe: Recipe, kind: type[RunFolder]) -> Path:
+    """A folder that does not exist: of several in one second, the later ones are numbered."""
     path = default_folder(recipe, datetime.now())
-    return path.with_name(f"{path.name}-compare") if kind is StudyFolder else path
+    if kind is StudyFolder:
+        path = path.with_name(f"{path.name}-compare")
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(free for free in chain([path], numbered) if not free.exists())
 
 
 def _newest_unfinished(recipe: Recipe, kind: type[RunFolder]) -> Path:
@@ -252,8 +259,18 @@ def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
         raise UsageError(f"{folder.path} has no run to resume; start one without --resume")
     if folder.is_finished:
         raise UsageError(f"the run in {folder.path} is finished; start another run")
-    if not folder.load_recipe().gives_the_run_of(recipe):
+    if different := folder.load_recipe().differences(recipe):
+        shown = [
+            f"{key} was {_said(before)} and is {_said(now)}"
+            for key, (before, now) in list(different.items())[:SHOWN]
+        ]
+        more = f", and {len(different) - SHOWN} more differ" if len(different) > SHOWN else ""
         raise UsageError(
-            f"the run in {folder.path} was started with another recipe; give the same flags or "
-            "choose another --output"
+            f"the run in {folder.path} was started with another recipe ({', '.join(shown)}{more}); "
+            "give the same flags or choose another --output"
         )
+
+
+def _said(value: Any) -> str:
+    """A value of a recipe in a message."""
+    return "not set" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and temporary folders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ricciq.errors import RicciqError
 
@@ -42,6 +43,30 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it is gone, unless something above failed
             temporary.unlink()
+
+
+@contextmanager
+def scratch_folder(place: Path | None = None) -> Iterator[Path]:
+    """A temporary folder for the duration of a block.
+
+    Args:
+        place: the folder to make it in; by default TMPDIR.
+
+    Yields:
+        Its path.
+
+    Raises:
+        RicciqError: it cannot be made.
+    """
+    try:
+        made = TemporaryDirectory(prefix=".scratch-", dir=place)
+    except OSError as error:
+        raise RicciqError(
+            f"no temporary folder can be made ({error}); make room, or set TMPDIR to a folder on "
+            "another disk"
+        ) from None
+    with made as name:
+        yield Path(name)
 
 
 def _sync_folder(folder: Path) -> None:

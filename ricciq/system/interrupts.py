@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in training: the current step is finished, so that its state can be saved."""
+"""Signals that end a process; in training after the current step, so that its state is saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 from ricciq.system.distributed import World
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""What Ctrl-C, batch systems, and a closed terminal send; Windows has no SIGHUP."""
 T = TypeVar("T")
 
 
@@ -58,6 +60,20 @@ class Stopping:
         self.asked = True
 
 
+def interrupt_on_signals() -> None:
+    """Let every signal of `SIGNALS` raise a KeyboardInterrupt from now on, as Ctrl-C does.
+
+    One that is ignored stays so: under nohup, a run goes on when the terminal is closed.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def stopping_between_steps(world: World) -> Iterator[Stopping]:
     """Install signal handlers for the duration of a block; only the main thread can have them."""
@@ -65,7 +81,10 @@ def stopping_between_steps(world: World) -> Iterator[Stopping]:
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    before = {number: signal.signal(number, stopping._ask) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stopping._ask)
     try:
         yield stopping
     finally:

@@ -14,10 +14,9 @@ _TELEMETRY = "ORT_DISABLE_TELEMETRY"
 def forbid_network() -> None:
     """Forbid the network to this process and those it starts.
 
-    Call it before onnxruntime and the libraries of Hugging Face are imported: they look only once.
+    Call it before the libraries of Hugging Face are imported: they look only once.
     """
     os.environ[SWITCH] = os.environ[_OF_DATASETS] = "1"
-    forbid_telemetry()
 
 
 def forbid_telemetry() -> None:

@@ -8,8 +8,6 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
@@ -26,7 +24,7 @@ from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.runs.metadata import RunMetadata
 from ricciq.system.distributed import World
-from ricciq.system.files import write_atomically
+from ricciq.system.files import scratch_folder, write_atomically
 from ricciq.system.interrupts import Stopped, Stopping, stopping_between_steps
 from ricciq.system.journal import Journal
 from ricciq.system.tensor_files import (
@@ -117,8 +115,8 @@ def finetune(
     if folder is None:
         if resume:
             raise ValueError("resume is True and folder is None; give the folder of the run")
-        with TemporaryDirectory() as scratch:
-            kept = RunFolder(Path(scratch))
+        with scratch_folder() as scratch:
+            kept = RunFolder(scratch)
             state = finetune(
                 model,
                 fit,

@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ricciq.errors import RecipeError
 from ricciq.quant.weight import WeightQuantizer
 
 LARGEST_BATCH = 256
@@ -146,3 +147,22 @@ def largest_batch(memory: StepMemory, free: int) -> int:
     """
     size = halve_until(lambda size: memory.bytes(size) <= RESERVE * free, LARGEST_BATCH)
     return max(size, 1)
+
+
+def recompute_activations(model: nn.Module, wanted: bool) -> None:
+    """Switch timm's gradient checkpointing on or off.
+
+    Args:
+        model: a timm model.
+        wanted: whether activations are recomputed in the backward pass, which saves memory.
+
+    Raises:
+        RecipeError: the model does not support it.
+    """
+    try:
+        model.set_grad_checkpointing(wanted)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise RecipeError(
+            "training.grad_checkpointing = true: this timm model does not support gradient "
+            "checkpointing; set it to false and lower --batch-size"
+        ) from None

@@ -16,14 +16,14 @@ from torch.profiler import record_function
 
 from ricciq.convert.rewrite import quantized_layers
 from ricciq.data.loader import Batch
-from ricciq.errors import RecipeError, RicciqError, is_out_of_memory
+from ricciq.errors import RicciqError, is_out_of_memory, on_one_line
 from ricciq.estimators.apply import Attachment, Correction, DiscreteWeight
 from ricciq.estimators.metric_flow import Geometry
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
 from ricciq.training.losses import feature_distance, loss_function
-from ricciq.training.memory import halve_until
+from ricciq.training.memory import halve_until, recompute_activations
 from ricciq.training.metrics import Codes, Tally
 from ricciq.training.moving_average import MovingAverage
 from ricciq.training.optim import WithFeatures, optimizer_and_schedule
@@ -153,11 +153,14 @@ class Trainer:
             Whether the gradients were finite; if not, nothing has changed.
 
         Raises:
-            RicciqError: there is not enough memory; the message names the batch size that fits.
+            RicciqError: there is not enough memory, and the message names the batch size that fits;
+                or the model cannot be compiled.
         """
         try:
             return self._step(batches, tally, update, measure)
         except (RuntimeError, MemoryError) as error:
+            if self.forward is not self.eager:
+                _check_compiled(error)
             if not is_out_of_memory(error):
                 raise
         raise self._too_large(batches[0])  # by now, what the step held is free
@@ -316,6 +319,8 @@ class Trainer:
             # Not through DistributedDataParallel: the other processes do not take part.
             with self._measuring():
                 self._backward([batch], self.unwrapped)
+        except ValueError:  # a BatchNorm has no variance of a single value
+            return False
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -375,20 +380,17 @@ def _split_output(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     return logits.float(), features
 
 
-def recompute_activations(model: nn.Module, wanted: bool) -> None:
-    """Switch timm's gradient checkpointing on or off.
-
-    Args:
-        model: a timm model.
-        wanted: whether activations are recomputed in the backward pass, which saves memory.
+def _check_compiled(error: Exception) -> None:
+    """Refuse a model that torch.compile fails on.
 
     Raises:
-        RecipeError: the model does not support it.
+        RicciqError: the error comes from compiling.
     """
-    try:
-        model.set_grad_checkpointing(wanted)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
-        raise RecipeError(
-            "training.grad_checkpointing = true: this timm model does not support gradient "
-            "checkpointing; set it to false and lower --batch-size"
+    from torch._dynamo.exc import TorchDynamoException  # a second to import, and is there by now
+
+    if isinstance(error, TorchDynamoException):
+        reason, _, _ = str(error).partition("Set TORCHDYNAMO_VERBOSE")
+        raise RicciqError(
+            f"torch.compile fails ({on_one_line(reason, 160)}); give --no-compile, or install what "
+            "it lacks, such as a C++ compiler"
         ) from None

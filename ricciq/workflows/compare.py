@@ -172,7 +172,8 @@ def compare(
             runs = len(trials) - (sum(done) if resume else 0)
             planned = {"methods": [*methods], "lr_scales": [*lr_scales], "runs": runs}
             return {**about, **planned, "dry_run": True, **run}, folder.path
-        session.begin(recipe, f"{len(trials)} runs in {folder.path}")
+        session.begin(recipe, f"{len(trials)} runs in")
+        folder = StudyFolder(session.folder.path)
         rows = [_judged(trial, recipe, folder, split, session) for trial in trials]
         verdict = {**about, "results": list(summarize(rows, methods, lr_scales))}
         write_csv(folder.rows, rows)

@@ -22,6 +22,7 @@ LITTLE = 2e9
 _MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
 INTEGER_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
 """CPU flags of integer dot products; on x86, VNNI. Without any, 8-bit kernels are hardly faster."""
+_COMPILERS = ("g++", "clang++")
 _WIDE_INSTRUCTIONS = ("avx2", "avx512f")
 
 
@@ -176,32 +177,64 @@ def _slow(values: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _lacking() -> Iterator[Problem]:
-    """Problems with the folder, the disk and the memory."""
+    """Problems with folders, disks, memory and the compiler."""
     import psutil
+    from huggingface_hub.constants import HF_HOME
 
-    try:
-        with tempfile.TemporaryFile(dir="."):
-            pass
-    except OSError as error:
-        yield Problem(
-            f"{Path.cwd()} cannot be written ({error.strerror})",
-            "change to another folder, or give --output",
-        )
-    if (free := shutil.disk_usage(".").free) < LITTLE:
-        yield Problem(
-            f"only {_gigabytes(free)} are free on this disk", "make room, or give --output"
-        )
+    from ricciq.data.loader import why_not_shared
+
+    scratch = _temporary_folder()
+    for folder, why, remedy in (
+        (Path(), "", "change to another folder, or give --output"),
+        (scratch, ", so there is no temporary folder", "set TMPDIR to a folder that can"),
+        (Path(HF_HOME), ", where downloads are kept", "set HF_HOME to a folder that can"),
+    ):
+        if reason := _why_not_written(folder):
+            yield Problem(f"{folder.absolute()} cannot be written ({reason}){why}", remedy)
+    for folder, least, remedy in (
+        (Path(), LITTLE, "make room, or give --output"),
+        (scratch, LITTLE / 8, "make room, or set TMPDIR to a folder on another disk"),
+    ):
+        if folder.is_dir() and (free := shutil.disk_usage(folder).free) < least:
+            yield Problem(f"only {_gigabytes(free)} are free in {folder.absolute()}", remedy)
     if (memory := psutil.virtual_memory().available) < LITTLE:
         yield Problem(
             f"only {_gigabytes(memory)} of memory are available",
             "end other programs, or give a smaller --batch-size",
         )
     shared = Path("/dev/shm")
-    if shared.is_dir() and (size := shutil.disk_usage(shared).total) < LITTLE / 8:
+    if reason := why_not_shared():
+        yield Problem(
+            f"processes cannot share memory ({reason}), so images are decoded in one process",
+            f"mount {shared} so that it can be written",
+        )
+    elif shared.is_dir() and (size := shutil.disk_usage(shared).total) < LITTLE / 8:
         yield Problem(
             f"{shared} has only {_gigabytes(size)}, and --workers pass images through it",
             "give --workers 0, or start the container with --shm-size 2g",
         )
+    if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *_COMPILERS)))):
+        yield Problem(
+            f"there is no C++ compiler ({' or '.join(_COMPILERS)}), so torch.compile fails",
+            "install one, or give --no-compile where it is the default: on a GPU",
+        )
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:  # it tries several
+        return Path(os.environ.get("TMPDIR", "/tmp"))
+
+
+def _why_not_written(folder: Path) -> str | None:
+    """Why nothing can be written in a folder, or where it would be made; None if it can."""
+    place = next(parent for parent in [folder, *folder.absolute().parents] if parent.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return error.strerror or on_one_line(error)
 
 
 def _gigabytes(size: float) -> str:

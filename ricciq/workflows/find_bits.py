@@ -10,8 +10,6 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +28,7 @@ from ricciq.errors import UsageError
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import calibrate
 from ricciq.report.terminal import as_text, sensitivity_table
+from ricciq.system.files import scratch_folder
 from ricciq.system.journal import Journal
 from ricciq.system.tables import read_csv, write_csv
 from ricciq.workflows.job import Job
@@ -231,8 +230,8 @@ def _size(job: Job, deployed: nn.Module) -> int:
     from ricciq.deploy.export import export_onnx
     from ricciq.deploy.onnx_file import size_with_external_data
 
-    with TemporaryDirectory() as place:
-        path = Path(place) / "model.onnx"
+    with scratch_folder() as place:
+        path = place / "model.onnx"
         export_onnx(deployed, path, job.preprocessing, job.metadata.for_onnx())
         return size_with_external_data(path) + SPARE
 

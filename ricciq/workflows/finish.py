@@ -63,7 +63,7 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
         in_float = metrics["quantized"]
         add_metadata(folder.float_onnx, measured)
     latency = measure_latency({"float": folder.float_onnx, "onnx": folder.onnx})
-    inspection = inspect_onnx(folder.onnx)
+    inspection = inspect_onnx(folder.onnx, folder.path)
     report = _report(job, trained, folder, in_float, metrics, latency, inspection)
     report.onnx.float_from = linked.float_from
     if reference.training:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from ricciq.convert.plan import Plan, plan_conversion
@@ -15,16 +17,18 @@ from ricciq.data.dataset import ImageData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.errors import UsageError
+from ricciq.errors import ModelError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.models.factory import load_model
+from ricciq.quant.grid import FLOAT_BITS
 from ricciq.recipe import Recipe
+from ricciq.recipe.schedule import epochs_for
 from ricciq.runs.metadata import RunMetadata
 from ricciq.system.distributed import World
 from ricciq.system.journal import Journal
 from ricciq.training.loop import correction_of
+from ricciq.training.memory import recompute_activations
 from ricciq.training.optim import WithFeatures, check_training
-from ricciq.training.step import recompute_activations
 from ricciq.workflows.session import Session
 
 
@@ -59,9 +63,11 @@ class Job(NamedTuple):
         settings = self.recipe.training
         if not self.plan.layers:  # then training is that of the float model
             return 0
-        if settings.float_epochs is None:
-            return settings.epochs if self.has_new_head else 0
-        return settings.float_epochs
+        if settings.float_epochs is not None:
+            return settings.float_epochs
+        if not self.has_new_head:
+            return 0
+        return settings.epochs or epochs_for(self.count("fit"), FLOAT_BITS)
 
     @property
     def head_epochs(self) -> int:
@@ -203,7 +209,7 @@ def prepare(
     plan = plan_conversion(model, example, bits.planned_bits, bits.act_bits, bits.edge_bits)
     if not data.labelled:
         recipe = _without_labels(recipe, plan, session.journal)
-        data.set_pseudo_labels(int(model.num_classes), {})  # type: ignore[arg-type]
+        data.set_pseudo_labels(_number_of_classes(recipe.model.name, model), {})
     job = Job(
         recipe,
         session.device,
@@ -216,6 +222,7 @@ def prepare(
         loaded.has_new_head or (not weights and _would_have_new_head(recipe, loaded.model, data)),
     )
     job = _with_trained_teacher(job, session.journal)
+    _check_batch(job, session.world)
     if pseudo_labels and not data.labelled:
         _use_predictions_as_labels(job, session.journal)
     return job
@@ -250,6 +257,21 @@ def _without_labels(recipe: Recipe, plan: Plan, journal: Journal) -> Recipe:
     return recipe.override({"training.distill": 1.0})
 
 
+def _number_of_classes(name: str, model: nn.Module) -> int:
+    """The number of classes of a model's own head.
+
+    Raises:
+        ModelError: it has none.
+    """
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    if classes < 1:
+        raise ModelError(
+            f"{name} is an encoder without classes, so its outputs are features; give data with "
+            "labels to train a head, or a model that has one"
+        )
+    return classes
+
+
 def _would_have_new_head(recipe: Recipe, model: nn.Module, data: ImageData) -> bool:
     """Whether timm's pretrained weights, if they were loaded, would have other classes."""
     config: Any = model.pretrained_cfg
@@ -269,11 +291,44 @@ def _with_trained_teacher(job: Job, journal: Journal) -> Job:
     if not settings.epochs:
         raise UsageError(
             f"the head of {job.recipe.model.name} is new, so without training its classes would be "
-            "guesses; raise --epochs, or give --float-epochs to train the float model alone"
+            "guesses; leave out --float-epochs 0 to train the float model, or raise --epochs"
         )
     journal.say("the float model does not teach: its head is new, and float_epochs is 0")
     untaught = {"training.distill": 0.0, "training.distill_features": 0.0}
     return job._replace(recipe=job.recipe.override(untaught))
+
+
+@torch.no_grad()
+def _check_batch(job: Job, world: World) -> None:
+    """Refuse batches of one image where a BatchNorm would get a single value per channel.
+
+    Raises:
+        UsageError: there is such a BatchNorm.
+    """
+    recipe, images = job.recipe, job.count("fit") // world.size
+    trained = recipe.training.epochs or job.float_epochs
+    if min(recipe.data.known_batch_size, images) > 1 or not trained or recipe.training.freeze_bn:
+        return
+    alone: list[str] = []
+
+    def note(name: str, given: Tensor) -> None:
+        if given.numel() == given.shape[1]:
+            alone.append(name)
+
+    with ExitStack() as hooks:
+        for name, module in job.model.named_modules():
+            if isinstance(module, _BatchNorm):
+                hook = module.register_forward_pre_hook(lambda _, x, name=name: note(name, x[0]))
+                hooks.callback(hook.remove)
+        job.model.eval()(torch.zeros(1, *job.preprocessing.input_size, device=job.device))
+    if alone:
+        remedy = (
+            "a larger --batch-size" if images > 1 else "more training images, as some are held out"
+        )
+        raise UsageError(
+            f"a batch of one image gives {alone[0]} of {recipe.model.name}, a BatchNorm, a single "
+            f"value per channel, which has no variance; give {remedy}, or set training.freeze_bn"
+        )
 
 
 @torch.no_grad()

@@ -9,8 +9,6 @@ import copy
 import time
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -20,6 +18,7 @@ from ricciq.data.loader import Batch, close, set_epoch
 from ricciq.deploy.export import export_onnx
 from ricciq.quant.calibration import calibrate
 from ricciq.quant.grid import FLOAT_BITS
+from ricciq.system.files import scratch_folder
 from ricciq.training.metrics import Tally
 from ricciq.training.pace import FirstSteps, Pace
 from ricciq.training.step import Trainer
@@ -61,8 +60,8 @@ def probe(job: Job, session: Session, batch_size: int, steps: int) -> Forecast:
 def _measured(job: Job, session: Session, batch_size: int, steps: int) -> Forecast:
     float_model = copy.deepcopy(job.model).eval().requires_grad_(False)
     image = _time_images(job, float_model)
-    with TemporaryDirectory() as place:
-        path = Path(place) / "float.onnx"
+    with scratch_folder() as place:
+        path = place / "float.onnx"
         began = time.perf_counter()
         export_onnx(copy.deepcopy(float_model).cpu(), path, job.preprocessing)
         export = time.perf_counter() - began

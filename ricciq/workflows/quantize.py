@@ -59,7 +59,7 @@ def run(
         job = prepare(recipe, session, data=data)
         reference = evaluate_float(job, session)
         budget = find_budget(job, session)
-        session.begin(recipe, f"run folder: {session.folder.path}")
+        session.begin(recipe, "run folder:")
 
         def float_under_way(pace: Pace, of_head: bool) -> None:
             _say(forecast_from_float(job, session, pace, of_head), session)

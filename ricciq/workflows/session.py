@@ -33,8 +33,9 @@ class Session:
         world: the processes that train together; by default this one.
         folder: what the run writes to, from `begin` on.
         resume: continue the run in the folder.
-        check: called once the folder is locked; it raises an error if the folder cannot be used
-            any more.
+        check: called with the folder's path once it is locked; it raises an error if the folder
+            cannot be used any more.
+        instead: chooses another folder then, if the user named none.
 
     Attributes:
         begun: whether `begin` was called, so the run can be resumed.
@@ -49,7 +50,8 @@ class Session:
         world: World | None = None,
         folder: RunFolder | None = None,
         resume: bool = False,
-        check: Callable[[], object] | None = None,
+        check: Callable[[Path], object] | None = None,
+        instead: Callable[[], RunFolder] | None = None,
     ) -> None:
         self.device = device
         self.journal = journal or Journal()
@@ -57,7 +59,8 @@ class Session:
         self.resume = resume
         self.begun = False
         self.seconds: dict[str, float] = {}
-        self._folder, self._check, self._held = folder, check, ExitStack()
+        self._folder, self._check, self._instead = folder, check, instead
+        self._held = ExitStack()
 
     @classmethod
     @contextmanager
@@ -99,7 +102,8 @@ class Session:
                 world=world,
                 folder=folder,
                 resume=resume,
-                check=partial(choose, folder.path),
+                check=choose,
+                instead=partial(choose, None) if output is None and not resume else None,
             )
             with session._held:
                 try:
@@ -148,25 +152,44 @@ class Session:
 
         Args:
             recipe: what the run does.
-            announcement: a line that names the folder; with it, the journal starts to write to
-                the folder's log.txt.
+            announcement: a line that is followed by the folder's path; with it, the journal starts
+                to write to the folder's log.txt.
 
         Raises:
             UsageError: another process has taken the folder since it was chosen.
         """
 
-        def start() -> None:
-            self._held.enter_context(self.folder.locked())
-            if self._check is not None:  # minutes may have passed since the folder was chosen
-                self._check()
+        def start() -> RunFolder:
+            while not self._locked():
+                pass
             if not self.resume:
                 self.folder.begin(recipe)
             if announcement is not None:
                 self.journal.log_to(self.folder.log)
-                self.journal.say(announcement)
+                self.journal.say(f"{announcement} {self.folder.path}")
+            return self.folder
 
-        self.world.from_first(start)
+        self._folder = self.world.from_first(start)
         self.begun = True
+
+    def _locked(self) -> bool:
+        """Lock the folder; if another process has taken it, choose the next one if we may.
+
+        Raises:
+            UsageError: we may not.
+        """
+        try:
+            with ExitStack() as held:
+                held.enter_context(self.folder.locked())
+                if self._check is not None:  # minutes may have passed since the folder was chosen
+                    self._check(self.folder.path)
+                self._held.push(held.pop_all())
+        except UsageError:
+            if self._instead is None:
+                raise
+            self._folder = self._instead()
+            return False
+        return True
 
 
 def in_first_process(function: Callable[P, T]) -> Callable[P, T]:

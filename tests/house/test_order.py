@@ -16,7 +16,7 @@ ORDER = [
     "errors _version",
     "evaluation system",
     "quant data",
-    "layers estimators models",
+    "layers estimators models preprocessing",
     "convert recipe",
     "runs",
     "deploy training",

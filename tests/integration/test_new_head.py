@@ -103,10 +103,10 @@ loop._Running.end_epoch = killed
 
 
 def test_a_new_head_is_not_quantized_without_training(five: Path, tmp_path: Path) -> None:
-    answer = ricciq(*words(five, tmp_path / "a", "--epochs", "0"))
+    answer = ricciq(*words(five, tmp_path / "a", "--epochs", "0", "--float-epochs", "0"))
     assert answer.code == 2
     assert "the head of digits_resnet8 is new" in answer.err
-    assert "--float-epochs" in answer.err
+    assert "--float-epochs 0" in answer.err
     assert not (tmp_path / "a").exists()
     flags = ["--epochs", "0", "--float-epochs", "2", "--bits", "8"]
     report = json_of(*words(five, tmp_path / "b", *flags))
@@ -114,6 +114,8 @@ def test_a_new_head_is_not_quantized_without_training(five: Path, tmp_path: Path
     assert report["float_training"]["epochs"] == 2
     plan = json_of(*words(five, tmp_path / "c", "--dry-run"))
     assert (plan["float_epochs"], plan["epochs"]) == (4, 4)
+    plan = json_of(*words(five, tmp_path / "c", "--dry-run", "--epochs", "0"))
+    assert (plan["float_epochs"], plan["epochs"]) == (92, 0)  # 20 (50,000 / 114) ** (1 / 4)
 
 
 def test_a_float_model_that_is_not_trained_does_not_teach(five: Path, tmp_path: Path) -> None:

@@ -173,11 +173,10 @@ def test_the_switch_is_that_of_hugging_face(
     assert is_network_forbidden() is forbidden
 
 
-def test_onnxruntime_does_not_report_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_never_reports() -> None:
     ricciq("recipes", "ls")
-    assert os.environ[TELEMETRY] == "0"
-    forbid_network()
     assert os.environ[TELEMETRY] == "1"
-    monkeypatch.setenv(TELEMETRY, "0")
-    ricciq("recipes", "ls")  # where the environment forbids it
-    assert os.environ[TELEMETRY] == "1"
+    code = "import os, ricciq; ricciq.evaluate; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    given = {**os.environ, TELEMETRY: "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, check=True)
+    assert done.stdout.split() == [b"1"]

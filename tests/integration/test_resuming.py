@@ -183,8 +183,12 @@ Trainer.step = noting
 
 @pytest.mark.parametrize(
     ("number", "flags"),
-    [(signal.SIGINT, []), (signal.SIGTERM, ["--workers", "2"])],
-    ids=["Ctrl-C", "SIGTERM to all processes"],
+    [
+        (signal.SIGINT, []),
+        (signal.SIGTERM, ["--workers", "2"]),
+        (signal.SIGHUP, ["--workers", "2"]),
+    ],
+    ids=["Ctrl-C", "SIGTERM to all processes", "the terminal is closed"],
 )
 def test_a_signal_saves_the_step_it_came_in(undisturbed, tmp_path, number, flags):
     hourly = tmp_path / "recipe.yaml"

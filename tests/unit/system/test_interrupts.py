@@ -9,10 +9,15 @@ import threading
 import pytest
 
 from ricciq.system.distributed import World
-from ricciq.system.interrupts import Stopped, stopping_between_steps
+from ricciq.system.interrupts import (
+    SIGNALS,
+    Stopped,
+    interrupt_on_signals,
+    stopping_between_steps,
+)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_the_current_item_is_finished(number):
     finished = []
 
@@ -43,10 +48,33 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_handlers_are_restored():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with stopping_between_steps(World()):
         assert signal.getsignal(signal.SIGINT) != before[0]
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.fixture
+def handlers_restored():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers_restored")
+def test_signals_interrupt_but_for_those_that_are_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    interrupt_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with stopping_between_steps(World()) as stopping:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert list(stopping.watch(range(2))) == [0, 1]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupt_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 def test_other_threads_train_without_handlers():

@@ -81,7 +81,11 @@ def test_a_full_disk_a_locked_folder_and_little_memory_are_reported(monkeypatch)
     memory = psutil.virtual_memory()._replace(available=1_000_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     told = " ".join(whats())
-    for words in ("cannot be written (Permission denied)", "0.06 GB are free", "1.00 GB of memory"):
+    for words in (
+        "cannot be written (Permission denied)",
+        "0.06 GB are free in",
+        "1.00 GB of memory",
+    ):
         assert words in told
 
 
