@@ -63,8 +63,7 @@ def silence(quiet: bool) -> bool:
     """
     if quiet:
         warnings.simplefilter("ignore")
-        # Without any handler, Python would print what libraries log.
-        logging.getLogger().addHandler(logging.NullHandler())
+        logging.disable()  # of all libraries, also those with handlers of their own
     return quiet
 
 
