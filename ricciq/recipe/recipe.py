@@ -63,6 +63,16 @@ class Recipe(Section):
     compile: bool | None = None
     """Use torch.compile; without a value, on for CUDA and off for CPU."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_sections(cls, values: Any) -> Any:
+        """A section whose keys are all commented out is null in YAML, and has the defaults."""
+        if not isinstance(values, Mapping):
+            return values
+        fields = cls.model_fields.items()
+        sections = {key for key, field in fields if isinstance(field.default, Section)}
+        return {k: value for k, value in values.items() if value is not None or k not in sections}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         for key, catalog in QUANTIZERS.items() if self.training.progressive else ():
@@ -223,6 +233,8 @@ def _nearest_key(unknown: str) -> str:
             keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
     keys += [f"data.augmentation.{name}" for name in Augmentation.__dataclass_fields__]
     section, _, name = unknown.rpartition(".")
+    if unknown in keys:  # its name itself has the dot
+        return f"write {name} in the section {section}, as in {section}: {{{name}: …}}"
     names = [key.rpartition(".")[2] for key in keys]
     near = difflib.get_close_matches(name.lower(), names, 1, cutoff=0.5)
     found = [key for key in keys if key.rpartition(".")[2] in near]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -42,8 +43,16 @@ else:
     WeightQuantizerName = Literal[tuple(WEIGHTS)]
     ActQuantizerName = Literal[tuple(ACTIVATIONS)]
 
-WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary", "auto"]
-ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
+
+def _unquoted(value: Any) -> Any:
+    """The number in quotes, which pydantic reads everywhere but among other values."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+WeightBits = Annotated[
+    Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "ternary", "auto"], BeforeValidator(_unquoted)
+]
+ActBits = Annotated[Literal[1, 2, 3, 4, 5, 6, 7, 8, 32], BeforeValidator(_unquoted)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -57,6 +66,7 @@ class Section(BaseModel):
         frozen=True,
         protected_namespaces=(),
         allow_inf_nan=False,
+        coerce_numbers_to_str=True,
         use_attribute_docstrings=True,
     )
 

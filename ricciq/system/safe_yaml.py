@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import yaml
 
@@ -10,14 +11,21 @@ from ricciq.errors import on_one_line
 
 MAX_CHARACTERS = 3_000
 """Longest value that is read."""
+_INTEGER, _TIMESTAMP = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
 
 
 class _Loader(yaml.SafeLoader):
     """Plain values only, each key once.
 
     Aliases are refused, since nested aliases could fill the memory; so are long values, since
-    parsing a number of many digits takes hours, and NUL, which is invalid in a path.
+    parsing a number of many digits takes hours, and NUL, which is invalid in a path. Integers are
+    decimal as in YAML 1.2, so that 010 is not 8, and a date is a text.
     """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [pair for pair in pairs if pair[0] not in (_INTEGER, _TIMESTAMP)]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -38,6 +46,9 @@ class _Loader(yaml.SafeLoader):
             line = node.start_mark.line + 1
             raise yaml.YAMLError(f"the mapping in line {line} has a key twice; remove one of them")
         return values
+
+
+_Loader.add_implicit_resolver(_INTEGER, re.compile("[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
 def parse_yaml(text: str) -> Any:

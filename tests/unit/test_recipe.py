@@ -294,3 +294,44 @@ def test_the_recipe_of_a_run_of_version_0_1_0_is_the_same_recipe(tmp_path):
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     assert "'on': null" in file.read_text()
     assert Recipe.load(file) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("seed: 010", "seed", 10),  # 8 in YAML 1.1
+        ("data: {name: 2020-01-01}", "data.name", "2020-01-01"),
+        ("data: {name: 2020}", "data.name", "2020"),
+        ('quantization: {weight_bits: "2", act_bits: "8"}', "quantization.weight_bits", 2),
+        ("training:\n  # lr: 0.1\nseed: 1", "seed", 1),
+        ("\ufefftraining:\r\n  lr: 1e-4\r\n", "training.lr", 1e-4),
+        ("compile: off", "compile", False),
+    ],
+)
+def test_yaml_is_read_as_people_mean_it(recipe_file, text, key, value):
+    changed = Recipe().differences(Recipe.load(recipe_file(text)))
+    assert changed[key][1] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("training.lr: 0.1", r"write lr in the section training, as in training: \{lr: …\}"),
+        ("training: {epochs: 1:30}", "epochs = 1:30"),
+        ("model: {name: [resnet18]}", "should be a valid string"),
+    ],
+)
+def test_yaml_that_means_something_else_is_refused(recipe_file, text, hint):
+    with pytest.raises(RecipeError, match=hint):
+        Recipe.load(recipe_file(text))
+
+
+def test_differences_are_by_dotted_key():
+    other = Recipe().override(
+        {"training.lr": 1e-4, "model.kwargs": {"depth": 3}, "data.workers": 2}
+    )
+    assert Recipe().differences(other) == {
+        "training.lr": (2e-3, 1e-4),
+        "model.kwargs.depth": (None, 3),
+    }
+    assert Recipe().gives_the_run_of(Recipe().override({"data.workers": 2}))
