@@ -51,7 +51,7 @@ class _Probed:
         self.config, self.widths = config, widths_of(config)
         for module in self.net.modules():
             if isinstance(module, ActivationQuantizer):
-                module.observer = _ignore  # an observed activation stays float
+                module.leave_float()
         self._standardize: dict[nn.Module, nn.Module] = {}
         for layer in quantized_layers(self.net).values():
             self._standardize[layer] = layer.weight_quantizer.layer_standardize
@@ -263,10 +263,6 @@ def _gradients(
 def widths_of(config: QuantizerConfig) -> list[int]:
     """The widths of `WIDTHS` that the quantizers of weights support."""
     return [bits for bits in WIDTHS if bits in config.weight_widths]
-
-
-def _ignore(x: Tensor) -> None:
-    pass
 
 
 def _divergence(net: nn.Module, batches: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

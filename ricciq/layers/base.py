@@ -188,6 +188,11 @@ class QuantLayer(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def last_bias(self) -> Tensor | None:
+        """(channels,) the bias that is added last: that of the BatchNorm, or the layer's own."""
+        return self.bias if self.norm is None else self.norm.bias
+
     def pass_weight_through(self, module: nn.Module) -> None:
         """Use another module in place of the weight quantizer.
 

@@ -13,6 +13,10 @@ from ricciq.quant.grid import Bits, UniformGrid
 from ricciq.quant.quantizer import Quantizer, perturbed
 
 
+def _ignore(x: Tensor) -> None:
+    """See nothing: an observed activation stays float."""
+
+
 class ActivationQuantizer(Quantizer):
     """Per-tensor fake quantization of activations: one scale, one calibrated zero point.
 
@@ -71,6 +75,10 @@ class ActivationQuantizer(Quantizer):
         if self.slope is None:
             return masked(ones, ratio, self.zero_point, self.grid)
         return sloped(ones, ratio, self.zero_point, self.slope, self.grid)
+
+    def leave_float(self) -> None:
+        """Return activations as they are, until the observer is taken away."""
+        self.observer = _ignore
 
     def forward(self, x: Tensor) -> Tensor:
         """The discretized activations, same shape as x."""

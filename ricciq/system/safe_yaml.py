@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -21,11 +21,6 @@ class _Loader(yaml.SafeLoader):
     parsing a number of many digits takes hours, and NUL, which is invalid in a path. Integers are
     decimal as in YAML 1.2, so that 010 is not 8, and a date is a text.
     """
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [pair for pair in pairs if pair[0] not in (_INTEGER, _TIMESTAMP)]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -48,6 +43,10 @@ class _Loader(yaml.SafeLoader):
         return values
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in (_INTEGER, _TIMESTAMP)]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(_INTEGER, re.compile("[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 

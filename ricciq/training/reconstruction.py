@@ -163,7 +163,7 @@ def _in_float(model: nn.Module) -> Iterator[None]:
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     with ExitStack() as hooks:
         for quantizer in quantizers:
-            quantizer.observer = _ignore
+            quantizer.leave_float()
         for module in model.modules():
             if isinstance(module, WeightQuantizer):
                 hooks.callback(module.register_forward_hook(as_it_came).remove)
@@ -172,10 +172,6 @@ def _in_float(model: nn.Module) -> Iterator[None]:
         finally:
             for quantizer in quantizers:
                 quantizer.observer = None
-
-
-def _ignore(x: Tensor) -> None:
-    """See nothing."""
 
 
 def _run_float(
@@ -308,7 +304,7 @@ class _Fitting:
         self._meet(self._learn, layer, args[0])
 
     def _after_layer(self, layer: QuantLayer, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002
-        if _bias(layer) is None or (self._correct_bias, layer) in self.done:
+        if layer.last_bias is None or (self._correct_bias, layer) in self.done:
             return output
         channel = layer.channel_axis % output.dim()
         means = _channel_means(output, channel)
@@ -335,18 +331,13 @@ class _Fitting:
 
     def _correct_bias(self, layer: QuantLayer, means: list[Tensor]) -> Tensor:
         """Subtract the mean error of each channel from the bias; returns what was added."""
-        bias = _bias(layer)
+        bias = layer.last_bias
         assert bias is not None
         errors = torch.stack(self.goals[layer].means) - torch.stack(means)
         change = (self.shares.to(errors.device) @ errors).to(bias)
         bias += change
         self.folded[layer].bias += change
         return change
-
-
-def _bias(layer: QuantLayer) -> Tensor | None:
-    """The bias behind the layer's BatchNorm."""
-    return layer.bias if layer.norm is None else layer.norm.bias
 
 
 def _channel_means(output: Tensor, channel: int) -> Tensor:

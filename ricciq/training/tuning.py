@@ -150,9 +150,8 @@ def _tuned(model: nn.Module, units: Mapping[QuantLayer, float]) -> Iterator[list
     scales += [quantizer.log_scale for quantizer in activations if quantizer.learns_scale]
     rates = dict.fromkeys(scales, LEARNING_RATE)
     for layer, unit in units.items():
-        bias = layer.bias if layer.norm is None else layer.norm.bias
-        if isinstance(bias, nn.Parameter):
-            rates.setdefault(bias, LEARNING_RATE * unit)
+        if isinstance(layer.last_bias, nn.Parameter):
+            rates.setdefault(layer.last_bias, LEARNING_RATE * unit)
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         for layer, item in zip(layers, scaled, strict=True):
