@@ -69,6 +69,7 @@ def quantize(
     model: options.Model,
     data: options.MaybeData = None,
     data_dir: options.DataDir = None,
+    class_map: options.ClassMap = None,
     bits: options.Bits = None,
     weight_bits: options.WeightBits = None,
     act_bits: options.ActBits = None,
@@ -120,6 +121,7 @@ def quantize(
         {
             "data.name": data,
             "data.dir": data_dir,
+            "data.class_map": class_map,
             "data.batch_size": options.training_batch_size(batch_size),
             "data.workers": workers,
             "data.augmentation.auto_augment": aa,
@@ -164,6 +166,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Number of seeds, each a run of every method.")],
     data: options.MaybeData = None,
     data_dir: options.DataDir = None,
+    class_map: options.ClassMap = None,
     bits: options.Bits = None,
     weight_bits: options.WeightBits = None,
     act_bits: options.ActBits = None,
@@ -210,6 +213,7 @@ def compare(
         {
             "data.name": data,
             "data.dir": data_dir,
+            "data.class_map": class_map,
             "data.batch_size": batch_size,
             "data.workers": workers,
             "training.epochs": epochs,

@@ -11,7 +11,7 @@ import typer
 
 from ricciq.cli import completion
 from ricciq.cli.start import silence
-from ricciq.data.preprocessing import InputType
+from ricciq.data.preprocessing import LARGEST_SIDE, InputType, Interpolation
 from ricciq.data.sources.catalog import data_help, root_help
 from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError, listed
@@ -21,6 +21,31 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Data = Annotated[str, typer.Option(help=data_help())]
 MaybeData = Annotated[str | None, typer.Option(help=data_help())]
 DataDir = Annotated[Path | None, typer.Option(help=root_help())]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with the names of the model's outputs in their order, as in timm."
+    ),
+]
+InputSize = Annotated[
+    str | None, typer.Option(help="Height and width in pixels, such as 224 or 3,224,224.")
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Mean of each channel, of pixels from 0 to 1: 0.5,0.5,0.5.")
+]
+Std = Annotated[str | None, typer.Option(help="Standard deviation of each channel.")]
+CropPct = Annotated[
+    float | None,
+    typer.Option("--crop-pct", help="Share of the resized image that the crop keeps."),
+]
+ResizeMethod = Annotated[
+    str | None,
+    typer.Option("--interpolation", help=f"Method of resizing: {listed(get_args(Interpolation))}."),
+]
+Like = Annotated[
+    Path | None,
+    typer.Option(help="Run or file of ricciq with the same preprocessing and classes."),
+]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images in a batch.")]
 TrainingBatchSize = Annotated[
@@ -205,6 +230,62 @@ def input_type(text: str) -> InputType:
     if text not in _INPUTS:
         raise UsageError(f"--input {text} is unknown; give {listed(_INPUTS)}")
     return cast("InputType", text)
+
+
+def preprocessing(
+    input_size: str | None,
+    mean: str | None,
+    std: str | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+) -> dict[str, Any]:
+    """Parse the options about preprocessing into keys of `Preprocessing`.
+
+    Args:
+        input_size: a side, height and width, or channels, height and width.
+        mean: one number, or one for each channel.
+        std: as `mean`.
+        crop_pct: share that the crop keeps.
+        interpolation: method of resizing.
+
+    Returns:
+        Those that are given; ``input_size`` is (height, width).
+
+    Raises:
+        UsageError: one of them is invalid.
+    """
+    found: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
+    if input_size is not None:
+        sides = _numbers("--input-size", input_size, "a size in pixels, such as 224 or 160,224")
+        if not all(side.is_integer() and 1 <= side <= LARGEST_SIDE for side in sides):
+            raise UsageError(
+                f"--input-size {input_size} is not whole pixels; give 1 to {LARGEST_SIDE}"
+            )
+        found["input_size"] = (int(sides[-2:][0]), int(sides[-1]))
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            channels = _numbers(f"--{name}", text, "a number for each channel, such as 0.5,0.5,0.5")
+            if len(channels) == 2 or (name == "std" and min(channels) <= 0):
+                raise UsageError(
+                    f"--{name} {text} is no {name} of 1 or 3 channels; give 0.5,0.5,0.5"
+                )
+            found[name] = channels
+    if crop_pct is not None and not 0.1 <= crop_pct <= 2:
+        raise UsageError(f"--crop-pct {crop_pct} is not a share of the image; give 0.1 to 2")
+    if interpolation not in (None, *get_args(Interpolation)):
+        raise UsageError(
+            f"--interpolation {interpolation} is unknown; give {listed(get_args(Interpolation))}"
+        )
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _numbers(flag: str, text: str, wanted: str) -> tuple[float, ...]:
+    """Parse one to three numbers with commas or spaces between them."""
+    with suppress(ValueError):
+        numbers = tuple(float(part) for part in text.replace(",", " ").split())
+        if 1 <= len(numbers) <= 3 and all(map(math.isfinite, numbers)):
+            return numbers
+    raise UsageError(f"{flag} {text} is invalid; give {wanted}")
 
 
 def training_batch_size(text: str | None) -> int | str | None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ricciq.data.augmentation import Augmentation
+from ricciq.data.classes import printable_name
 from ricciq.data.loader import Batch, image_loader
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.data.sources.base import Images, Indices
@@ -50,8 +51,7 @@ class ImageData:
             DataError: as `hold_out`.
         """
         self.name = name
-        # A folder's name may be invalid UTF-8, which neither JSON nor HTML can hold.
-        self.class_names = [name.encode(errors="backslashreplace").decode() for name in class_names]
+        self.class_names = [printable_name(name) for name in class_names]
         self.grey = grey
         self.labelled = bool(class_names)
         self._train, self._val = train, val
@@ -97,6 +97,27 @@ class ImageData:
         for split, (images, indices) in self._splits.items():
             images.targets[indices] = predictions.get(split, -1)
 
+    def use_outputs(self, names: Sequence[str], source: str) -> None:
+        """Number the classes as the outputs of a network, which are found by their names.
+
+        Args:
+            names: of the outputs, in their order; there may be more than the classes of the data.
+            source: where the names come from, for the error.
+
+        Raises:
+            DataError: a class of the data is not among them.
+        """
+        number = {name: index for index, name in enumerate(names)}
+        if missing := [name for name in self.class_names if name not in number]:
+            raise DataError(
+                f"data {self.name!r} has the class {missing[0]!r}, which {source} does not have; "
+                "correct the name, or give data or a class map with the same names"
+            )
+        numbers = np.array([number[name] for name in self.class_names], dtype=np.int64)
+        for images in (self._train, self._val):
+            images.targets = numbers[images.targets]
+        self.class_names = list(names)
+
     def image(self, split: Split, index: int, mode: str) -> Image.Image:
         """Open an image.
 
@@ -119,12 +140,16 @@ class ImageData:
         """
         return len(self._splits[split][1])
 
+    def targets(self, split: Split) -> Indices:
+        """(N,) class of each image of a split; -1 if it is not known."""
+        images, indices = self._splits[split]
+        return images.targets[indices]
+
     def labels(self, split: Split) -> list[str | None]:
         """The class name of each image of a split; None if there are no labels."""
-        images, indices = self._splits[split]
         if not self.labelled:
-            return [None] * len(indices)
-        return [self.class_names[target] for target in images.targets[indices]]
+            return [None] * self.count(split)
+        return [self.class_names[target] for target in self.targets(split)]
 
     @property
     def num_classes(self) -> int:

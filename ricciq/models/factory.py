@@ -58,7 +58,7 @@ def load_model(
     name: str,
     *,
     num_classes: int | None = None,
-    channels: int = 3,
+    channels: int | None = 3,
     checkpoint: Path | None = None,
     pretrained: bool = True,
     input_size: int | tuple[int, int] | None = None,
@@ -71,7 +71,7 @@ def load_model(
     Args:
         name: timm's name, with or without a tag, such as "resnet50.a1_in1k".
         num_classes: size of the head; None takes that of the weights.
-        channels: number of input channels, 1 or 3.
+        channels: number of input channels, 1 or 3; None takes that of the weights.
         checkpoint: weights to load, as for `ricciq.models.pretrained.read_weights`; takes
             precedence over `pretrained`.
         pretrained: load the weights that timm has for this name.
@@ -104,6 +104,8 @@ def load_model(
     size = _sides(input_size, found)
     if num_classes is None and found and config:
         num_classes = _classes_of(found.tensors, config)
+    own_channels = _channels_of(found.tensors if found else {}, config)
+    channels = own_channels if channels is None else channels
     kwargs = {**(found.arguments if found else {}), **(kwargs or {})}
     _check_kwargs(kwargs)
     needed: dict[str, Any] = {"in_chans": channels}
@@ -143,6 +145,15 @@ def _classes_of(weights: Mapping[str, Tensor], config: Any) -> int | None:
     heads = [f"{head}.weight" for head in names_of_layers(config.classifier)]
     there = (weights[head] for head in heads if head in weights)
     return next((len(head) for head in there if head.ndim > 1 and head.numel()), None)
+
+
+def _channels_of(weights: Mapping[str, Tensor], config: Any) -> int:
+    """The number of input channels in weights, or else those that timm's model has."""
+    if config is None:
+        return 3
+    stems = [f"{stem}.weight" for stem in names_of_layers(config.first_conv)]
+    there = (weights[stem] for stem in stems if stem in weights)
+    return next((stem.shape[1] for stem in there if stem.ndim == 4), config.input_size[0])
 
 
 def _check_kwargs(kwargs: Mapping[str, Any]) -> None:

@@ -81,6 +81,8 @@ class DataSection(Section):
     """A folder, digits, torch/NAME, wds/NAME or hfds/NAME, as for --data."""
     dir: Path | None = None
     """Folder of the files of torch/NAME or wds/NAME, or cache of hfds/NAME, as for --data-dir."""
+    class_map: Path | None = None
+    """File that names the model's outputs in their order, as for --class-map."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     """Images in a batch of each process; auto takes the largest that fits in memory, up to 256."""
     workers: Count | None = None

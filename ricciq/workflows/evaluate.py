@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ricciq.data.classes import imagenet_synsets
 from ricciq.data.dataset import ImageData
 from ricciq.data.open import find_again, open_data
 from ricciq.deploy.latency import interleave
@@ -25,7 +26,7 @@ from ricciq.errors import (
 from ricciq.evaluation import Metrics, Predict, evaluating
 from ricciq.evaluation import evaluate as compare_predictors
 from ricciq.system.journal import Journal
-from ricciq.workflows.saved import Target, onnx_predictor, open_target
+from ricciq.workflows.saved import NOTHING_GIVEN, Given, Target, onnx_predictor, open_target
 
 
 def evaluate(
@@ -70,8 +71,26 @@ def _on_its_device(model: nn.Module) -> Predict:
     return lambda images: model(images.to(device))
 
 
+def _number_classes(target: Target, path: Path, data: ImageData) -> None:
+    """Number the classes of the data as the outputs of a target, which are found by name.
+
+    Outputs without names are taken in their order, or as ImageNet's if the data have its synsets.
+
+    Raises:
+        DataError: a class is not among the outputs.
+    """
+    outputs, source = target.class_names, str(path)
+    if not target.labelled:
+        synsets = imagenet_synsets(len(outputs)) or ()
+        if set(data.class_names) <= set(synsets):
+            outputs, source = list(synsets), "timm's list of ImageNet"
+        elif data.num_classes == len(outputs):
+            return
+    data.use_outputs(outputs, source)
+
+
 def _check_classes(target: Target, path: Path, data: ImageData) -> None:
-    """Check that the data have the classes of a target.
+    """Check that a reference has the classes of the data.
 
     Raises:
         DataError: the number or a name of the classes differs.
@@ -95,6 +114,7 @@ def evaluate_target(
     data_dir: Path | None = None,
     reference: Path | None = None,
     *,
+    given: Given = NOTHING_GIVEN,
     batch_size: int = 64,
     workers: int | None = None,
     journal: Journal | None = None,
@@ -106,6 +126,7 @@ def evaluate_target(
         data_name: as for --data; by default the data that the target was made with.
         data_dir: as for --data-dir.
         reference: another target, to measure agreement with.
+        given: what is known about both, in place of what is stored with them.
         batch_size: images in a call.
         workers: processes that load images; None chooses by the machine.
         journal: shows which data are taken if none are named, and progress.
@@ -117,7 +138,7 @@ def evaluate_target(
         InputError: a target or the data is missing or damaged, or they do not fit each other.
     """
     journal = journal or Journal()
-    target = open_target(path)
+    target = open_target(path, given)
     if data_name is None:
         if target.data is None:
             raise UsageError(f"{path} does not name the data it was made with; give --data")
@@ -131,10 +152,16 @@ def evaluate_target(
                 f"data {data_name} has no labels; give a --reference to measure agreement with"
             )
         data.class_names = list(target.class_names)
-    _check_classes(target, path, data)
+    elif (names := data.class_names) != target.class_names:
+        _number_classes(target, path, data)
+        if data.class_names != names:
+            journal.say(
+                f"the {len(names)} classes of data {data_name} are found by their names among the "
+                f"{data.num_classes} of {path}"
+            )
     targets = {"target": target}
     if reference is not None:
-        other = open_target(reference)
+        other = open_target(reference, given)
         _check_classes(other, reference, data)
         if other.preprocessing != target.preprocessing:
             raise ModelError(

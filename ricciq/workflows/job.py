@@ -17,7 +17,6 @@ from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import UsageError
 from ricciq.estimators.apply import Correction
-from ricciq.models.factory import load_model
 from ricciq.recipe import Recipe
 from ricciq.runs.metadata import RunMetadata
 from ricciq.system.distributed import World
@@ -25,6 +24,7 @@ from ricciq.system.journal import Journal
 from ricciq.training.loop import correction_of
 from ricciq.training.optim import WithFeatures, check_training
 from ricciq.training.step import recompute_activations
+from ricciq.workflows.load_float import load_float
 from ricciq.workflows.session import Session
 
 
@@ -174,17 +174,7 @@ def prepare(
     check_training(recipe.training)
     if data is None:
         data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
-    loaded = load_model(
-        recipe.model.name,
-        num_classes=data.num_classes if data.labelled else None,
-        channels=data.channels,
-        checkpoint=recipe.model.checkpoint,
-        pretrained=recipe.model.pretrained and weights,
-        input_size=recipe.data.input_size,
-        preprocessing=recipe.data.preprocessing,
-        kwargs=recipe.model.kwargs,
-        seed=recipe.seed,
-    )
+    loaded = load_float(recipe, data, weights=weights)
     recipe = recipe.override({"model.kwargs": loaded.kwargs})  # to rebuild it without its weights
     if (
         recipe.training.grad_checkpointing
