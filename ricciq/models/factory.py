@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import ricciq.models.bundled  # noqa: F401  registers them
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import CheckpointError, ModelError, did_you_mean
-from ricciq.models.pretrained import FloatWeights, read_weights
+from ricciq.models.pretrained import read_weights
 from ricciq.models.weights import (
     adapt_weights,
     head_message,
@@ -29,6 +29,7 @@ from ricciq.models.weights import (
     names_of_layers,
     stem_message,
 )
+from ricciq.models.written import Written
 from ricciq.system.offline import is_network_forbidden, would_be_downloaded
 from ricciq.system.tensor_files import check_finite
 
@@ -45,6 +46,8 @@ class LoadedModel(NamedTuple):
         messages: what was changed to make the weights fit, a sentence for each change.
         kwargs: arguments of timm's constructor, those asked for and those written with the weights.
         has_new_head: whether its head is random, since the weights have other classes.
+        class_names: that are written with the weights, in the order of their logits; None if they
+            are not written. A new head does not have these classes.
     """
 
     model: nn.Module
@@ -52,6 +55,7 @@ class LoadedModel(NamedTuple):
     messages: list[str]
     kwargs: dict[str, Any]
     has_new_head: bool
+    class_names: list[str] | None
 
 
 def load_model(
@@ -101,12 +105,13 @@ def load_model(
     if pretrained and config.url and not (config.file or config.hf_hub_id):
         _check_cached(name, config.url)
     found = None if checkpoint is None else read_weights(checkpoint, name)
-    size = _sides(input_size, found)
+    written = found.written if found else Written()
+    size = _sides(input_size, written)
     if num_classes is None and found and config:
         num_classes = _classes_of(found.tensors, config)
     own_channels = _channels_of(found.tensors if found else {}, config)
     channels = own_channels if channels is None else channels
-    kwargs = {**(found.arguments if found else {}), **(kwargs or {})}
+    kwargs = {**written.arguments, **(kwargs or {})}
     _check_kwargs(kwargs)
     needed: dict[str, Any] = {"in_chans": channels}
     if num_classes is not None:
@@ -132,12 +137,14 @@ def load_model(
             messages.append(stem_message(config.input_size[0], channels))
     usual: dict[str, Any] = resolve_data_config(model=model.eval())  # type: ignore[no-untyped-call]
     given = preprocessing or {}
-    prepared = _preprocessing(usual, channels, size, found, given)
-    if found and prepared != _preprocessing(usual, channels, _sides(input_size, None), None, given):
-        messages.append(f"the preprocessing is that of {found.written_in}: {prepared.brief}")
+    prepared = _preprocessing(usual, channels, size, written, given)
+    if found and prepared != _preprocessing(
+        usual, channels, _sides(input_size, Written()), Written(), given
+    ):
+        messages.append(f"the preprocessing is that of {written.path}: {prepared.brief}")
     if prepared.input_size[1:] != tuple(usual["input_size"][1:]):
         _try_size(model, name, prepared.input_size)
-    return LoadedModel(model, prepared, messages, kwargs, new_head)
+    return LoadedModel(model, prepared, messages, kwargs, new_head, written.class_names)
 
 
 def _classes_of(weights: Mapping[str, Tensor], config: Any) -> int | None:
@@ -169,9 +176,7 @@ def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def _sides(
-    input_size: int | tuple[int, int] | None, found: FloatWeights | None
-) -> tuple[int, int] | None:
+def _sides(input_size: int | tuple[int, int] | None, written: Written) -> tuple[int, int] | None:
     """Height and width that are asked for or written beside the weights, in pixels.
 
     Raises:
@@ -179,14 +184,14 @@ def _sides(
     """
     if input_size:
         return (input_size, input_size) if isinstance(input_size, int) else input_size
-    written = found.preprocessing.get("input_size") if found else None
-    if found is None or written is None:
+    size = written.preprocessing.get("input_size")
+    if size is None:
         return None
     try:
-        _, height, width = (int(side) for side in written)
+        _, height, width = (int(side) for side in size)
     except (TypeError, ValueError):
         raise CheckpointError(
-            f"{found.written_in} has an invalid input_size, {written!r}; correct it"
+            f"{written.path} has an invalid input_size, {size!r}; correct it"
         ) from None
     return height, width
 
@@ -268,7 +273,7 @@ def _preprocessing(
     usual: Mapping[str, Any],
     channels: int,
     sides: tuple[int, int] | None,
-    found: FloatWeights | None,
+    written: Written,
     given: Mapping[str, Any],
 ) -> Preprocessing:
     """timm's preprocessing of a model, overridden by what is written and by what is asked for.
@@ -277,16 +282,15 @@ def _preprocessing(
         CheckpointError: what is written is invalid.
         ValueError: what is asked for is invalid.
     """
-    written = found.preprocessing if found else {}
     size = {"input_size": (channels, *(sides or usual["input_size"][1:]))}
-    merged = {**usual, **written, **given, **size}
+    merged = {**usual, **written.preprocessing, **given, **size}
     try:
         normalization = {key: _per_channel(merged[key], channels) for key in ("mean", "std")}
         return Preprocessing.from_dict(merged | normalization)
     except (ValueError, TypeError) as error:
-        if found is None or not written:
+        if not written.preprocessing:
             raise
-        raise CheckpointError(f"{found.written_in}: {error}; correct it") from None
+        raise CheckpointError(f"{written.path}: {error}; correct it") from None
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -1,37 +1,24 @@
-"""Where float weights lie, and the preprocessing that is written beside them.
-
-timm writes it to the config.json of a folder or a hub repository, and to the ``args`` of a training
-checkpoint; ricciq writes it to the metadata of a run's weights.
-"""
+"""Where float weights lie: a file, a folder as timm writes it, or a repository of the hub."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import zipfile
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from timm.models._hub import download_from_hf, load_model_config_from_path
+from timm.models._hub import download_from_hf
 from torch import Tensor
 
 from ricciq.errors import CheckpointError, on_one_line
 from ricciq.models.names import FOLDER, HUB, architecture
 from ricciq.models.weights import read_checkpoint
+from ricciq.models.written import Written, read_config, read_written_in
 from ricciq.system.offline import is_network_forbidden, would_be_downloaded
-from ricciq.system.tensor_files import METADATA_KEY
 
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 """Names of weights in such a folder, in order of preference."""
-MOST_CONFIG_BYTES = 10_000_000
-"""Size of the largest config.json that is read; one for 21,841 classes has 2 MB."""
-_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 class FloatWeights(NamedTuple):
@@ -40,20 +27,16 @@ class FloatWeights(NamedTuple):
     Attributes:
         tensors: by the model's names.
         file: where they were read.
-        arguments: of timm's constructor, with which the model was built.
-        preprocessing: what is written about it, a part of the keys of `Preprocessing`.
-        written_in: file with the preprocessing.
+        written: what is written with them.
     """
 
     tensors: dict[str, Tensor]
     file: Path
-    arguments: dict[str, Any]
-    preprocessing: dict[str, Any]
-    written_in: Path
+    written: Written
 
 
 def read_weights(checkpoint: Path, name: str) -> FloatWeights:
-    """Read the weights of a model, and what is written about it.
+    """Read the weights of a model, and what is written with them.
 
     Args:
         checkpoint: a file; a folder as timm writes it, with config.json; or hf-hub:OWNER/NAME.
@@ -72,10 +55,26 @@ def read_weights(checkpoint: Path, name: str) -> FloatWeights:
                 f"{config.architecture} as the model"
             )
         config = None  # beside a file, it may belong to another one
-    tensors = read_checkpoint(file)
-    if config is None:
-        return FloatWeights(tensors, file, {}, _written_in(file), file)
-    return FloatWeights(tensors, file, config.arguments, config.preprocessing, config.path)
+    return FloatWeights(read_checkpoint(file), file, config or read_written_in(file))
+
+
+def class_names_of(checkpoint: Path) -> list[str] | None:
+    """The class names that are written with weights, without reading the weights.
+
+    Args:
+        checkpoint: as for `read_weights`.
+
+    Returns:
+        A name for each logit, in their order: ``label_names`` of timm's config.json, or the classes
+        of the data of a run of ricciq. None if they are not written.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, or its config.json damaged.
+    """
+    file, config = _find(checkpoint)
+    if not os.path.isfile(file):
+        raise CheckpointError(f"there is no checkpoint {file}; give the path of a file")
+    return (config or read_written_in(file)).class_names
 
 
 def model_in(name: str) -> tuple[str, Path]:
@@ -102,16 +101,7 @@ def model_in(name: str) -> tuple[str, Path]:
     return config.architecture, checkpoint
 
 
-class _Config(NamedTuple):
-    """What a config.json of timm says."""
-
-    path: Path
-    architecture: str
-    arguments: dict[str, Any]
-    preprocessing: dict[str, Any]
-
-
-def _find(checkpoint: Path) -> tuple[Path, _Config | None]:
+def _find(checkpoint: Path) -> tuple[Path, Written | None]:
     """The file of weights that the value of --checkpoint names, and the config.json beside it."""
     given = str(checkpoint)
     folder = _downloaded(given) if given.startswith(HUB) else checkpoint
@@ -119,37 +109,7 @@ def _find(checkpoint: Path) -> tuple[Path, _Config | None]:
     file = _weights_in(folder) if is_folder else folder
     config = file.parent / "config.json"
     there = os.path.isfile(config)
-    return file, _read_config(config, must_be_timm=is_folder) if there else None
-
-
-def _written_in(file: Path) -> dict[str, Any]:
-    """The preprocessing in weights of a run of ricciq, or in a training checkpoint of timm.
-
-    The file was read before. Other files have none.
-    """
-    try:
-        if file.suffix.lower() == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                stored = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
-            return _known(stored["preprocessing"]) if "preprocessing" in stored else {}
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-        arguments = stored.get("args")
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError):
-        return {}  # other tools have other metadata, and a state dict may have no get
-    if not isinstance(arguments, argparse.Namespace):
-        return {}
-    values = {key: value for key, value in vars(arguments).items() if value not in (None, "")}
-    side = values.get("img_size")
-    if side is not None:
-        values.setdefault("input_size", (3, side, side))
-    return _known(values)
-
-
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: values[key] for key in _KEYS if values.get(key) is not None}
+    return file, read_config(config, must_be_timm=is_folder) if there else None
 
 
 def _weights_in(folder: Path) -> Path:
@@ -165,31 +125,6 @@ def _weights_in(folder: Path) -> Path:
         f"folder {folder} has no {', '.join(WEIGHTS_FILES)}; give one that timm wrote, or a file "
         "of weights"
     )
-
-
-def _read_config(path: Path, must_be_timm: bool) -> _Config | None:
-    """Read a config.json; None if it is not one of timm.
-
-    Raises:
-        CheckpointError: the file is damaged, or not one of timm although it must be.
-    """
-    try:
-        if path.stat().st_size > MOST_CONFIG_BYTES:
-            raise ValueError("it is larger than 10 MB")
-        config, named, arguments = load_model_config_from_path(path.parent)
-        if not isinstance(named, str):
-            raise TypeError("its architecture is no name")
-        # The data decide the number of classes and channels.
-        arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
-        return _Config(path, named, arguments, _known(config))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if not must_be_timm:
-            return None
-        reason = on_one_line(f"{type(error).__name__}: {error}", 160)
-        raise CheckpointError(
-            f"{path} is not a config.json as timm writes it ({reason}); give the file of weights "
-            "instead of the folder"
-        ) from None
 
 
 def _downloaded(name: str) -> Path:

@@ -42,7 +42,7 @@ def load_float(recipe: Recipe, data: ImageData, *, weights: bool = True) -> Load
     )
     loaded = load(num_classes=None, channels=None)
     own = int(loaded.model.num_classes), loaded.preprocessing.input_size[0]  # type: ignore[arg-type]
-    names, source = _outputs(recipe, data, own[0])
+    names, source = _outputs(recipe, data, loaded)
     needed = len(names) if data.labelled else own[0], own[1] if own[1] == COLOUR else data.channels
     if needed != own:
         loaded = load(num_classes=needed[0], channels=needed[1])
@@ -56,19 +56,18 @@ def load_float(recipe: Recipe, data: ImageData, *, weights: bool = True) -> Load
     return loaded._replace(messages=[*loaded.messages, said])
 
 
-def _outputs(recipe: Recipe, data: ImageData, count: int) -> tuple[list[str], str]:
-    """The names of the outputs that a model needs for the data, and where they are from.
-
-    Args:
-        recipe: may name a class map.
-        data: labelled or not.
-        count: outputs of the weights.
-    """
+def _outputs(recipe: Recipe, data: ImageData, loaded: LoadedModel) -> tuple[list[str], str]:
+    """The names of the outputs that a model needs for the data, and where they are from."""
+    count = int(loaded.model.num_classes)  # type: ignore[arg-type]
     if data.labelled and recipe.data.class_map:
         given = read_class_map(recipe.data.class_map)
         names = given.outputs(len(given.names) if given.is_complete else count)
         return names, f"class map {given.path}"
-    synsets = imagenet_synsets(count) or ()
-    if data.labelled and set(data.class_names) <= set(synsets):
-        return list(synsets), "timm's list of ImageNet"
+    written = loaded.class_names or []
+    for names, source in (
+        (written if len(written) == count else [], str(recipe.model.checkpoint)),
+        (imagenet_synsets(count) or [], "timm's list of ImageNet"),
+    ):
+        if data.labelled and set(data.class_names) <= set(names):
+            return names, source
     return data.class_names, ""

@@ -13,7 +13,7 @@ from timm.models._hub import save_for_hf
 
 from ricciq.errors import CheckpointError, ModelError
 from ricciq.models.factory import load_model
-from ricciq.models.pretrained import model_in
+from ricciq.models.pretrained import class_names_of, model_in
 from ricciq.system.offline import SWITCH
 
 OWN = {
@@ -54,10 +54,41 @@ def test_a_folder_of_timm_brings_its_preprocessing_and_its_arguments(folder: Pat
         f"the preprocessing is that of {folder / 'config.json'}: {loaded.preprocessing.brief}"
     ]
     assert not loaded.has_new_head
+    assert loaded.class_names is None
     assert loaded.model(torch.zeros(1, 3, 32, 48)).shape == (1, 3)
     check_own(load_model("test_resnet", checkpoint=folder / "model.safetensors"))
     name, checkpoint = model_in(f"local-dir:{folder}")
     assert (name, checkpoint) == ("test_resnet", folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["cat", "dog", "owl"], ["cat", "dog", "owl"]),
+        ({"0": "cat", "2": "owl"}, ["cat", "1", "owl"]),  # timm's form with gaps
+    ],
+)
+def test_class_names_are_those_of_the_config(
+    folder: Path, tmp_path: Path, names: Any, read: list[str]
+) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_for_hf(model, tmp_path, model_config={"label_names": names}, safe_serialization=True)
+    for checkpoint in (tmp_path, tmp_path / "model.safetensors"):
+        assert class_names_of(checkpoint) == read
+        assert load_model("test_resnet", checkpoint=checkpoint).class_names == read
+    assert class_names_of(folder) is None
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        class_names_of(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("names", ["abc", [1, 2, 3], ["a"], {"3": "a"}, {"x": "a"}])
+def test_class_names_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, names: Any) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "label_names": names}))
+    with pytest.raises(CheckpointError, match="is not a config"):
+        class_names_of(copy)
 
 
 def test_what_is_asked_for_comes_first(folder: Path) -> None:
