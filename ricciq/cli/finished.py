@@ -45,7 +45,7 @@ def _onnx_file(path: Path | None) -> Path:
     return onnx_file_of(_newest().path if path is None else path)
 
 
-@app.command("eval")
+@app.command("eval", cls=options.NumbersCommand)
 def evaluate(
     target: Annotated[
         Path | None,
@@ -119,7 +119,7 @@ def evaluate(
     check_gates(target, result, min_top1, min_agreement)
 
 
-@app.command()
+@app.command(cls=options.NumbersCommand)
 def predict(
     target: Annotated[
         str, typer.Argument(help=".onnx file, run folder, checkpoint, or timm model name.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from ricciq.cli import completion
 from ricciq.cli.start import silence
@@ -16,6 +18,29 @@ from ricciq.data.sources.catalog import data_help, root_help
 from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError, listed
 from ricciq.estimators.catalog import named
+
+
+class NumbersCommand(TyperCommand):
+    """A command whose options take several numbers as in timm, too: ``--mean 0.5 0.5 0.5``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Join the numbers that follow an option by commas, and parse the arguments.
+
+        Args:
+            ctx: of the command.
+            args: as typed.
+        """
+        joined: list[str] = []
+        for word in args:
+            if joined and _NUMBERS.fullmatch(word) and joined[-2:-1] and joined[-2] in _OF_NUMBERS:
+                joined[-1] += f",{word}"
+            else:
+                joined.append(word)
+        return super().parse_args(ctx, joined)
+
+
+_OF_NUMBERS = {"--input-size", "--mean", "--std"}
+_NUMBERS = re.compile(r"[0-9.,]+")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[str, typer.Option(help=data_help())]

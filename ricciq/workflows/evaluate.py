@@ -23,9 +23,10 @@ from ricciq.errors import (
     ModelError,
     UsageError,
 )
-from ricciq.evaluation import Metrics, Predict, evaluating
+from ricciq.evaluation import Metrics, Predict, evaluate_with_predictions, evaluating
 from ricciq.evaluation import evaluate as compare_predictors
 from ricciq.system.journal import Journal
+from ricciq.workflows.doubt import doubt
 from ricciq.workflows.saved import NOTHING_GIVEN, Given, Target, onnx_predictor, open_target
 
 
@@ -71,22 +72,36 @@ def _on_its_device(model: nn.Module) -> Predict:
     return lambda images: model(images.to(device))
 
 
-def _number_classes(target: Target, path: Path, data: ImageData) -> None:
+def _number_classes(data: ImageData, target: Target, source: str, journal: Journal) -> None:
     """Number the classes of the data as the outputs of a target, which are found by name.
 
     Outputs without names are taken in their order, or as ImageNet's if the data have its synsets.
 
+    Args:
+        data: labelled or not.
+        target: has the outputs.
+        source: where their names come from.
+        journal: is told which outputs the classes are.
+
     Raises:
         DataError: a class is not among the outputs.
     """
-    outputs, source = target.class_names, str(path)
+    names, outputs = data.class_names, target.class_names
+    if not data.labelled:
+        data.class_names = list(outputs)
+        return
     if not target.labelled:
-        synsets = imagenet_synsets(len(outputs)) or ()
-        if set(data.class_names) <= set(synsets):
-            outputs, source = list(synsets), "timm's list of ImageNet"
-        elif data.num_classes == len(outputs):
+        synsets = imagenet_synsets(len(outputs)) or []
+        if set(names) <= set(synsets):
+            outputs, source = synsets, "timm's list of ImageNet"
+        elif len(names) == len(outputs):
             return
     data.use_outputs(outputs, source)
+    if names != outputs:
+        journal.say(
+            f"the {len(names)} classes of data {data.name} are found by their names among "
+            f"{len(outputs)} outputs, as in {source}"
+        )
 
 
 def _check_classes(target: Target, path: Path, data: ImageData) -> None:
@@ -146,19 +161,11 @@ def evaluate_target(
         data_name, data_dir = find_again(made_with, data_dir or root, path)
         journal.say(f"{data_name} is taken: the data that {path} was made with")
     data = open_data(data_name, data_dir)
-    if not data.labelled:
-        if reference is None:
-            raise UsageError(
-                f"data {data_name} has no labels; give a --reference to measure agreement with"
-            )
-        data.class_names = list(target.class_names)
-    elif (names := data.class_names) != target.class_names:
-        _number_classes(target, path, data)
-        if data.class_names != names:
-            journal.say(
-                f"the {len(names)} classes of data {data_name} are found by their names among the "
-                f"{data.num_classes} of {path}"
-            )
+    if not data.labelled and reference is None:
+        raise UsageError(
+            f"data {data_name} has no labels; give a --reference to measure agreement with"
+        )
+    _number_classes(data, target, str(given.class_map or given.like or path), journal)
     targets = {"target": target}
     if reference is not None:
         other = open_target(reference, given)
@@ -183,12 +190,16 @@ def evaluate_target(
         data.set_pseudo_labels(data.num_classes, {"val": torch.cat(answers).numpy()})
     try:
         with journal.over("evaluation", loading()) as batches:
-            metrics = compare_predictors(
+            metrics, predictions = evaluate_with_predictions(
                 predictors, batches, "target" if reference is None else "reference"
             )
     except DivergedError as error:
         both = path if reference is None else f"{path} with --reference {reference}"
         raise ModelError(f"{both} cannot be evaluated: {error}") from None
+    guessed = predictions["target"].classes.numpy()
+    said = doubt(guessed, data.targets("val"), data.num_classes, str(path))
+    if said is not None and data.labelled:
+        journal.say(said)
     calls = {name: partial(opened.predict, opened.blank()) for name, opened in targets.items()}
     with torch.inference_mode():
         latency = interleave(calls)

@@ -54,6 +54,13 @@ class Job(NamedTuple):
     has_new_head: bool
 
     @property
+    def knows_classes(self) -> bool:
+        """Whether the weights that were loaded should know the classes of the data."""
+        source = self.recipe.model
+        has_weights = source.pretrained or source.checkpoint is not None
+        return has_weights and self.data.labelled and not self.has_new_head
+
+    @property
     def float_epochs(self) -> int:
         """Epochs to train the float model for before it is quantized."""
         settings = self.recipe.training

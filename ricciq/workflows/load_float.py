@@ -46,7 +46,14 @@ def load_float(recipe: Recipe, data: ImageData, *, weights: bool = True) -> Load
     needed = len(names) if data.labelled else own[0], own[1] if own[1] == COLOUR else data.channels
     if needed != own:
         loaded = load(num_classes=needed[0], channels=needed[1])
+    written = loaded.class_names
     if names == data.class_names:
+        if data.labelled and written and len(written) == len(names) and written != names:
+            loaded.messages.append(
+                f"the classes of data {data.name} are outputs of {recipe.model.name} in this "
+                f"order, although its weights name them otherwise, such as {written[0]!r} for "
+                f"{names[0]!r}; --class-map FILE gives another order"
+            )
         return loaded
     said = (
         f"the {data.num_classes} classes of data {data.name} are outputs of {recipe.model.name}, "
