@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from ricciq.cli import completion
 from ricciq.cli.start import silence
 from ricciq.data.preprocessing import LARGEST_SIDE, InputType, Interpolation
-from ricciq.data.sources.catalog import data_help, root_help
+from ricciq.data.sources.catalog import EvaluationSplit, data_help, root_help
 from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError, listed
 from ricciq.estimators.catalog import named
@@ -183,6 +183,16 @@ Split = Annotated[
     ),
 ]
 
+_SPLITS = get_args(EvaluationSplit)
+EvaluatedSplit = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        help="Images to measure on: val, or test.",
+        autocompletion=completion.one_of(lambda: _SPLITS),
+    ),
+]
+
 
 def widths(
     bits: str | None,
@@ -255,6 +265,17 @@ def input_type(text: str) -> InputType:
     if text not in _INPUTS:
         raise UsageError(f"--input {text} is unknown; give {listed(_INPUTS)}")
     return cast("InputType", text)
+
+
+def evaluated_split(text: str) -> EvaluationSplit:
+    """Parse --split of `eval`.
+
+    Raises:
+        UsageError: it is no split.
+    """
+    if text not in _SPLITS:
+        raise UsageError(f"--split {text} is unknown; give {listed(_SPLITS)}")
+    return cast("EvaluationSplit", text)
 
 
 def preprocessing(

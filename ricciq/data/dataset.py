@@ -15,6 +15,7 @@ from ricciq.data.classes import printable_name
 from ricciq.data.loader import Batch, image_loader
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.data.sources.base import Images, Indices
+from ricciq.data.sources.files import ImageFiles
 from ricciq.errors import DataError, UsageError
 from ricciq.system.distributed import World
 
@@ -33,10 +34,11 @@ class ImageData:
         class_names: one name for each class, in the order of the targets.
         grey: whether the images have one channel.
         labelled: whether targets are known; if not, `set_pseudo_labels` provides them.
+        messages: for the user, such as about files that are not used.
     """
 
     def __init__(
-        self, name: str, class_names: Sequence[str], grey: bool, train: Images, val: Images
+        self, name: str, class_names: Sequence[str], grey: bool, train: Images | None, val: Images
     ) -> None:
         """Hold out the default share of the training images.
 
@@ -44,7 +46,7 @@ class ImageData:
             name: the value of --data.
             class_names: one name for each class; empty if there are no labels.
             grey: whether the images have one channel.
-            train: the training images.
+            train: the training images; None to evaluate only.
             val: the validation images.
 
         Raises:
@@ -54,8 +56,11 @@ class ImageData:
         self.class_names = [printable_name(name) for name in class_names]
         self.grey = grey
         self.labelled = bool(class_names)
+        self.messages: list[str] = []
         self._train, self._val = train, val
-        self.hold_out(HOLDOUT_SHARE)
+        self._splits: dict[Split, tuple[Images, Indices]] = {"val": (val, _all_of(val))}
+        if train is not None:
+            self.hold_out(HOLDOUT_SHARE)
 
     def hold_out(self, share: float) -> None:
         """Hold out a share of the training images; a larger share includes a smaller one.
@@ -66,7 +71,8 @@ class ImageData:
         Raises:
             DataError: there is only one training image.
         """
-        train, val = self._train, self._val
+        train = self._train
+        assert train is not None, "without training images, nothing can be held out"
         if len(train.targets) < 2:
             raise DataError(
                 f"data {self.name!r} has a single training image; give at least two, one to "
@@ -80,11 +86,8 @@ class ImageData:
         held_out = _stratified(train.targets, pool, wanted)
         is_fit = np.ones(len(train.targets), dtype=bool)
         is_fit[held_out] = False
-        self._splits: dict[Split, tuple[Images, Indices]] = {
-            "fit": (train, np.flatnonzero(is_fit)),
-            "holdout": (train, held_out),
-            "val": (val, np.arange(len(val.targets))),
-        }
+        self._splits["fit"] = train, np.flatnonzero(is_fit)
+        self._splits["holdout"] = train, held_out
 
     def set_pseudo_labels(self, num_classes: int, predictions: Mapping[Split, Indices]) -> None:
         """Use a model's predictions as pseudo-labels.
@@ -114,9 +117,18 @@ class ImageData:
                 "correct the name, or give data or a class map with the same names"
             )
         numbers = np.array([number[name] for name in self.class_names], dtype=np.int64)
-        for images in (self._train, self._val):
+        for images in filter(None, (self._train, self._val)):
             images.targets = numbers[images.targets]
         self.class_names = list(names)
+
+    def check_training_images(self) -> None:
+        """Look for training images that cannot be read, as far as this needs no decoding.
+
+        Raises:
+            DataError: there is one.
+        """
+        if isinstance(self._train, ImageFiles):
+            self._train.check()
 
     def image(self, split: Split, index: int, mode: str) -> Image.Image:
         """Open an image.
@@ -230,6 +242,10 @@ class ImageData:
             persistent_workers=persistent_workers,
             world=world or World(),
         )
+
+
+def _all_of(images: Images) -> Indices:
+    return np.arange(len(images.targets))
 
 
 def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ricciq.data.classes import imagenet_synsets
 from ricciq.data.dataset import ImageData
-from ricciq.data.open import find_again, open_data
+from ricciq.data.open import find_again, open_to_evaluate
+from ricciq.data.sources.catalog import EvaluationSplit
 from ricciq.deploy.latency import interleave
 from ricciq.errors import (
     DataError,
@@ -96,6 +97,11 @@ def _number_classes(data: ImageData, target: Target, source: str, journal: Journ
             outputs, source = synsets, "timm's list of ImageNet"
         elif len(names) == len(outputs):
             return
+        elif not set(names) <= set(outputs):
+            raise DataError(
+                f"data {data.name} has {len(names)} classes but {source} has {len(outputs)}, which "
+                "have no names; name them with --class-map FILE"
+            )
     data.use_outputs(outputs, source)
     if names != outputs:
         journal.say(
@@ -130,6 +136,7 @@ def evaluate_target(
     reference: Path | None = None,
     *,
     given: Given = NOTHING_GIVEN,
+    split: EvaluationSplit = "val",
     batch_size: int = 64,
     workers: int | None = None,
     journal: Journal | None = None,
@@ -142,6 +149,7 @@ def evaluate_target(
         data_dir: as for --data-dir.
         reference: another target, to measure agreement with.
         given: what is known about both, in place of what is stored with them.
+        split: which images of the data.
         batch_size: images in a call.
         workers: processes that load images; None chooses by the machine.
         journal: shows which data are taken if none are named, and progress.
@@ -160,7 +168,9 @@ def evaluate_target(
         made_with, root = target.data
         data_name, data_dir = find_again(made_with, data_dir or root, path)
         journal.say(f"{data_name} is taken: the data that {path} was made with")
-    data = open_data(data_name, data_dir)
+    data = open_to_evaluate(data_name, data_dir, split)
+    for message in data.messages:
+        journal.say(message)
     if not data.labelled and reference is None:
         raise UsageError(
             f"data {data_name} has no labels; give a --reference to measure agreement with"
@@ -198,7 +208,7 @@ def evaluate_target(
         raise ModelError(f"{both} cannot be evaluated: {error}") from None
     guessed = predictions["target"].classes.numpy()
     said = doubt(guessed, data.targets("val"), data.num_classes, str(path))
-    if said is not None and data.labelled:
+    if said is not None and data.labelled and not target.labelled:  # else classes have names
         journal.say(said)
     calls = {name: partial(opened.predict, opened.blank()) for name, opened in targets.items()}
     with torch.inference_mode():

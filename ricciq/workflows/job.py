@@ -15,7 +15,7 @@ from ricciq.data.dataset import ImageData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.errors import UsageError
+from ricciq.errors import DataError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.recipe import Recipe
 from ricciq.runs.metadata import RunMetadata
@@ -39,7 +39,7 @@ class Job(NamedTuple):
         preprocessing: of the model's input.
         plan: the layers to quantize.
         correction: what changes the gradients between backward pass and optimizer step.
-        messages: what was changed to load the weights.
+        messages: what was changed to load the weights, and which files are not used.
         has_new_head: whether the head of the model is random.
     """
 
@@ -175,13 +175,20 @@ def prepare(
 
     Raises:
         UsageError: the data have no labels, and the recipe needs them; a new head is not trained.
+        DataError: the data have a single class.
         RicciqError: the recipe, the data or the model cannot be used.
     """
     correction = correction_of(recipe)
     check_training(recipe.training)
     if data is None:
         data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
+    if data.labelled and data.num_classes < 2:
+        raise DataError(
+            f"data {data.name} has a single class, {data.class_names[0]!r}, so there is nothing to "
+            "tell apart; give images of two classes or more"
+        )
     loaded = load_float(recipe, data, weights=weights)
+    messages = [*data.messages, *loaded.messages]
     recipe = recipe.override({"model.kwargs": loaded.kwargs})  # to rebuild it without its weights
     if (
         recipe.training.grad_checkpointing
@@ -191,7 +198,7 @@ def prepare(
     recipe.data.augmentation.transform(loaded.preprocessing)  # refuses an unknown policy
     if recipe.training.distill_features:
         WithFeatures(loaded.model)  # refuses a model that has none
-    for message in loaded.messages:
+    for message in messages:
         session.journal.say(message)
     # Convolutions are faster in this format, on GPUs and CPUs.
     model = loaded.model.to(session.device).to(memory_format=torch.channels_last)
@@ -209,7 +216,7 @@ def prepare(
         loaded.preprocessing,
         plan,
         correction,
-        loaded.messages,
+        messages,
         loaded.has_new_head or (not weights and _would_have_new_head(recipe, loaded.model, data)),
     )
     job = _with_trained_teacher(job, session.journal)

@@ -41,7 +41,7 @@ def load_float(recipe: Recipe, data: ImageData, *, weights: bool = True) -> Load
         seed=recipe.seed,
     )
     loaded = load(num_classes=None, channels=None)
-    own = int(loaded.model.num_classes), loaded.preprocessing.input_size[0]  # type: ignore[arg-type]
+    own = _count(loaded), loaded.preprocessing.input_size[0]
     names, source = _outputs(recipe, data, loaded)
     needed = len(names) if data.labelled else own[0], own[1] if own[1] == COLOUR else data.channels
     if needed != own:
@@ -65,7 +65,7 @@ def load_float(recipe: Recipe, data: ImageData, *, weights: bool = True) -> Load
 
 def _outputs(recipe: Recipe, data: ImageData, loaded: LoadedModel) -> tuple[list[str], str]:
     """The names of the outputs that a model needs for the data, and where they are from."""
-    count = int(loaded.model.num_classes)  # type: ignore[arg-type]
+    count = _count(loaded)
     if data.labelled and recipe.data.class_map:
         given = read_class_map(recipe.data.class_map)
         names = given.outputs(len(given.names) if given.is_complete else count)
@@ -78,3 +78,8 @@ def _outputs(recipe: Recipe, data: ImageData, loaded: LoadedModel) -> tuple[list
         if data.labelled and set(data.class_names) <= set(names):
             return names, source
     return data.class_names, ""
+
+
+def _count(loaded: LoadedModel) -> int:
+    """The number of outputs that a model says it has; 0 if it does not say it."""
+    return int(getattr(loaded.model, "num_classes", 0))
