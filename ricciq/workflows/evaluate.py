@@ -185,6 +185,8 @@ def evaluate_target(
                 f"{reference} prepares its images unlike {path}; compare targets of one model"
             )
         targets["reference"] = other
+    if given.preprocessing or given.like:
+        journal.say(f"images are given to {path} as {target.preprocessing.brief}")
     predictors = {name: opened.predict for name, opened in targets.items()}
     loading = partial(
         data.loader,
