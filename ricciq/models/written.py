@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from timm.models._hub import load_model_config_from_path
 
 from ricciq.errors import CheckpointError, on_one_line
+from ricciq.models.pickled import load_pickled
 from ricciq.system.tensor_files import METADATA_KEY
 
 MOST_CONFIG_BYTES = 10_000_000
@@ -86,12 +86,16 @@ def read_written_in(file: Path) -> Written:
             names = stored.get("class_names") if stored.get("labelled", True) else None
             known = _known(stored.get("preprocessing", {}))
             return Written(file, preprocessing=known, class_names=_label_names(names, None))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-        arguments = stored.get("args")
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError):
+        arguments = load_pickled(file, mapped=True).get("args")
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        UnpicklingError,
+    ):
         return Written(file)  # other tools have other metadata, and a state dict may have no get
     if not isinstance(arguments, argparse.Namespace):
         return Written(file)
