@@ -71,6 +71,8 @@ def requested_recipe(
         bits = {"quantization": base.quantization.model_dump() | asked} if asked else {}
         given = {key: value for key, value in flags.items() if key != "method.name"}
         method = flags.get("method.name")
+        if kwargs := flags.get("model.kwargs"):
+            given["model.kwargs"] = base.model.kwargs | kwargs
         if method not in (None, base.method.name):  # settings of another method do not apply
             given["method"] = {"name": method}
         return base.override({**source, **bits, **given})

@@ -63,6 +63,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"model.kwargs {key} cannot be set, since ricciq decides it; remove it"
             )
+    if (channels := arguments.get("in_chans", 3)) not in (1, 3):
+        raise ModelError(f"model.kwargs in_chans {channels} is not supported; give 1 or 3")
 
 
 def build(name: str, arguments: Mapping[str, Any], seed: int | None) -> nn.Module:

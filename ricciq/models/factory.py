@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 import torch
 from timm.data.config import resolve_data_config
 from timm.models import create_model
-from torch import Tensor, nn
+from torch import nn
 
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import CheckpointError, ModelError
@@ -27,6 +27,7 @@ from ricciq.models.fit import (
     Fitted,
     adapt_weights,
     check_codes,
+    classifiers,
     fit_names,
     head_message,
     load_weights,
@@ -260,7 +261,7 @@ def _load_file(
     fit = fitted()
     if config:
         built = {"num_classes": config.num_classes, "in_chans": config.input_size[0], **arguments}
-        arguments = {**_shape_of(fit.weights, config), **arguments}
+        arguments = {**_shape_of(fit), **arguments}
         if {**built, **arguments} != built:
             fit = fitted()
     own = fit.model.state_dict()
@@ -272,15 +273,16 @@ def _load_file(
     return _Filled(fit.model, channels, [*fit.messages, *messages], new_head, fit.is_fused)
 
 
-def _shape_of(weights: Mapping[str, Tensor], config: Any) -> dict[str, int]:
+def _shape_of(fit: Fitted) -> dict[str, int]:
     """The numbers of classes and of input channels in weights, as timm's arguments."""
+    stems = names_of_layers(fit.model.pretrained_cfg["first_conv"])  # type: ignore[index]
     shape: dict[str, int] = {}
     for argument, layers, axis in (
-        ("num_classes", config.classifier, 0),
-        ("in_chans", config.first_conv, 1),
+        ("num_classes", classifiers(fit.model), 0),
+        ("in_chans", stems, 1),
     ):
-        for name in names_of_layers(layers):
-            weight = weights.get(f"{name}.weight")
+        for name in layers:
+            weight = fit.weights.get(f"{name}.weight")
             if weight is not None and weight.ndim > 1 and weight.numel():
                 shape[argument] = weight.shape[axis]
     return shape

@@ -176,7 +176,7 @@ def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[list[st
         else:
             continue
         messages.append(stem_message(before, after))
-    for name in names_of_layers(config["classifier"]):
+    for name in classifiers(model):
         key = f"{name}.weight"
         if key not in weights or key not in own or weights[key].shape[1:] != own[key].shape[1:]:
             continue
@@ -186,6 +186,21 @@ def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[list[st
             messages.append(head_message(before, after))
             new_head = True
     return messages, new_head
+
+
+def classifiers(model: nn.Module) -> list[str]:
+    """The names of a timm model's last layers; merged branches may have another than in its config.
+
+    Args:
+        model: with classes.
+    """
+    config: Any = model.pretrained_cfg
+    named = [*names_of_layers(config["classifier"])]
+    own = dict(model.named_modules())
+    if any(name in own for name in named):
+        return named
+    head = model.get_classifier()  # type: ignore[operator]
+    return [name for name, part in own.items() if part is head]
 
 
 def names_of_layers(value: str | Iterable[str] | None) -> Iterable[str]:

@@ -13,12 +13,20 @@ from timm.models._hub import download_from_hf
 from torch import Tensor
 
 from ricciq.errors import CheckpointError, on_one_line
+from ricciq.models.fit import some_of
 from ricciq.models.names import FOLDER, HUB, architecture, with_prefix
-from ricciq.models.weights import read_checkpoint
+from ricciq.models.weights import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, files_of, read_checkpoint
 from ricciq.models.written import Written, read_config, read_written_in
 from ricciq.system.offline import is_network_forbidden, would_be_downloaded
 
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+    f"model.safetensors{INDEX_SUFFIX}",
+    f"pytorch_model.bin{INDEX_SUFFIX}",
+)
 """Names of weights in such a folder, in order of preference."""
 
 
@@ -156,9 +164,12 @@ def _weights_in(folder: Path) -> Path:
     for name in WEIGHTS_FILES:
         if os.path.isfile(folder / name):
             return folder / name
+    others = [name for name in sorted(os.listdir(folder)) if name.endswith(CHECKPOINT_SUFFIXES)]
+    if len(others) == 1:
+        return folder / others[0]
+    found = f"only {some_of(others)}" if others else "no file of weights"
     raise CheckpointError(
-        f"folder {folder} has no {', '.join(WEIGHTS_FILES)}; give one that timm wrote, or a file "
-        "of weights"
+        f"folder {folder} has no {WEIGHTS_FILES[0]}, but {found}; give the file of weights"
     )
 
 
@@ -173,7 +184,12 @@ def _downloaded(repository: str) -> Path:
         config = Path(download_from_hf(repository, "config.json"))
         for file in WEIGHTS_FILES:
             with suppress(EntryNotFoundError):
-                return Path(download_from_hf(repository, file)).parent
+                found = Path(download_from_hf(repository, file))
+                for part in files_of(found) if file.endswith(INDEX_SUFFIX) else ():
+                    download_from_hf(repository, part.name)
+                return found.parent
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub client raises errors of several libraries
         if is_network_forbidden():
             raise _would_be_downloaded(name) from None

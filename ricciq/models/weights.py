@@ -36,7 +36,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}; give the path of a file")
     if path.name.endswith(INDEX_SUFFIX):
-        return {k: v for part in _parts(path) for k, v in read_checkpoint(part).items()}
+        return {k: v for part in files_of(path) for k, v in read_checkpoint(part).items()}
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise CheckpointError(
             f"checkpoint {path} has none of the extensions {', '.join(CHECKPOINT_SUFFIXES)}; give "
@@ -65,8 +65,11 @@ def _weights_in(path: Path) -> dict[str, Any]:
     return clean_state_dict(stored if key is None else stored[key])
 
 
-def _parts(index: Path) -> list[Path]:
-    """The files that an index of weights names.
+def files_of(index: Path) -> list[Path]:
+    """The files over which weights are spread.
+
+    Args:
+        index: the list of them, beside them.
 
     Raises:
         CheckpointError: it is not such an index, or names a file elsewhere.

@@ -61,8 +61,11 @@ def read_config(path: Path, must_be_timm: bool) -> Written | None:
             raise TypeError("its architecture is no name")
         # The data decide the number of classes and channels.
         arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
+        known = _known(config)
+        if (size := arguments.pop("img_size", None)) is not None:  # of which the model was built
+            known["input_size"] = (3, size, size) if isinstance(size, int) else (3, *size)
         names = _label_names(config.get("label_names"), config.get("num_classes"))
-        return Written(path, named, arguments, _known(config), names)
+        return Written(path, named, arguments, known, names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if not must_be_timm:
             return None

@@ -175,7 +175,8 @@ def prepare(
     if data is None:
         data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
     loaded = load_float(recipe, data, weights=weights)
-    recipe = recipe.override({"model.kwargs": loaded.kwargs})  # to rebuild it without its weights
+    # To rebuild it without its weights.
+    recipe = recipe.override({"model.kwargs": loaded.kwargs, "model.fuse": loaded.is_fused})
     if (
         recipe.training.grad_checkpointing
     ):  # refuses a model without support; the trainer switches it on

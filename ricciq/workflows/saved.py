@@ -74,6 +74,7 @@ def rebuild(path: Path) -> Rebuilt:
             pretrained=False,
             input_size=metadata.preprocessing.input_size[1:],
             kwargs=recipe.model.kwargs,
+            fuse=recipe.model.fuse,
         )
         # The scales are in the file, too.
         config = replace(recipe.quantization.config, search=1)
