@@ -74,23 +74,18 @@ def unwrap(weights: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str,
     }
     left_out = [name for name in weights if name not in kept]
     while not own <= kept.keys():
-        found = dict.fromkeys(name.partition(".")[0] for name in kept if "." in name)
-        inner = {
-            root: {
-                name.partition(".")[2]: value
-                for name, value in kept.items()
-                if name.startswith(f"{root}.")
-            }
-            for root in sorted(found, key=_WRAPPERS.__contains__, reverse=True)
-            if root not in roots
-        }
-        wrapped = (r for r, names in inner.items() if r in _WRAPPERS or own <= names.keys())
-        root = next(wrapped, None)
-        if root is None:
+        inner: dict[str, dict[str, Tensor]] = {}
+        for name, value in kept.items():
+            root, dot, rest = name.partition(".")
+            if dot and root not in roots:
+                inner.setdefault(root, {})[rest] = value
+        wrapped = [r for r, names in inner.items() if r in _WRAPPERS or own <= names.keys()]
+        if not wrapped:
             break
-        left_out += [name for name in kept if not name.startswith(f"{root}.")]
-        kept = inner[root]
-    message = f"{some_of(left_out)} of the checkpoint are left out: the model has none"
+        chosen = min(wrapped, key=lambda root: root not in _WRAPPERS)
+        left_out += [name for name in kept if not name.startswith(f"{chosen}.")]
+        kept = inner[chosen]
+    message = f"left out of the checkpoint, as the model has none: {some_of(left_out)}"
     return kept, message if left_out else ""
 
 
@@ -123,8 +118,8 @@ def rename(
         for name, value in mapped.items()
         if name in weights and value.numel() != weights[name].numel()
     ]
-    message = f"{some_of(resampled)} were resampled to the size of the images" if resampled else ""
-    return dict(mapped), message
+    message = f"resampled to the size of the images: {some_of(resampled)}"
+    return dict(mapped), message if resampled else ""
 
 
 def check_codes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:

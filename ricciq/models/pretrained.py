@@ -65,7 +65,13 @@ def read_weights(checkpoint: Path, name: str) -> FloatWeights:
                 f"{config.architecture} as the model"
             )
         config = None  # beside a file, it may belong to another one
-    return FloatWeights(read_checkpoint(file), file, config or read_written_in(file))
+    tensors = read_checkpoint(file)
+    written = config or read_written_in(file)
+    if written.is_quantized:
+        raise CheckpointError(
+            f"{file} has a model that is quantized already; start from a float run (--bits 32)"
+        )
+    return FloatWeights(tensors, file, written)
 
 
 def class_names_of(checkpoint: Path) -> list[str] | None:

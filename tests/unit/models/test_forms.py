@@ -69,6 +69,15 @@ def test_notes_of_trainers_are_read_over(tmp_path: Path, suffix: str, key: str) 
     assert loaded.preprocessing.crop_pct == 0.8
 
 
+def test_a_checkpoint_of_timm_says_how_its_model_was_built(tmp_path: Path) -> None:
+    model, path = fresh(global_pool="max", channels=(16, 32, 32, 32)), tmp_path / "best.pth.tar"
+    args = argparse.Namespace(gp="max", bn_eps=None, model_kwargs={"channels": (16, 32, 32, 32)})
+    torch.save({"state_dict": model.state_dict(), "args": args}, path)
+    loaded = load_model(NAME, checkpoint=path)
+    check_same(loaded, model)
+    assert loaded.kwargs["global_pool"] == "max"
+
+
 def test_other_classes_are_refused_wherever_they_are(tmp_path: Path) -> None:
     model, path = fresh(), tmp_path / "checkpoint.pth"
     for args in (argparse.Namespace(layer=nn.Linear(1, 1)), {"run": pathlib.Path.touch}):
@@ -117,7 +126,7 @@ def test_the_classes_and_channels_are_those_of_the_wrapped_weights(tmp_path: Pat
     assert loaded.preprocessing.input_size[0] == 1
     check_same(loaded, model)
     (message,) = loaded.messages
-    assert message.startswith("criterion.weight, metric.total of the checkpoint are left out")
+    assert message.endswith("as the model has none: criterion.weight, metric.total")
 
 
 def test_counters_of_averaging_and_of_profilers_are_left_out(tmp_path: Path) -> None:
@@ -134,8 +143,8 @@ def test_counters_of_averaging_and_of_profilers_are_left_out(tmp_path: Path) -> 
     loaded = load_model(NAME, checkpoint=path)
     check_same(loaded, model)
     assert loaded.messages == [
-        "total_ops, total_params, conv1.total_ops and 3 more of the checkpoint are left out: the "
-        "model has none"
+        "left out of the checkpoint, as the model has none: total_ops, total_params, "
+        "conv1.total_ops and 3 more"
     ]
 
 
@@ -267,7 +276,7 @@ def test_weights_of_a_transformer_are_resampled(
     )
     check_same(loaded, expected, sides)
     if name == "test_vit":
-        assert loaded.messages == ["pos_embed were resampled to the size of the images"]
+        assert loaded.messages == ["resampled to the size of the images: pos_embed"]
 
 
 def test_a_saved_size_that_is_no_square_is_resampled(tmp_path: Path) -> None:
