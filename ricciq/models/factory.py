@@ -122,20 +122,14 @@ def load_model(
     if size and config and config.fixed_input_size:  # set when such a model is built
         arguments["img_size"] = size
     arguments = {key: value for key, value in arguments.items() if value is not None}
-    messages: list[str] = []
-    new_head = is_fused = False
     if found is not None:
         filled = _load_file(found, name, config, arguments, seed)
-        model, channels, messages, new_head, is_fused = filled
     elif pretrained:
-        model = _load_pretrained(name, arguments, seed)
-        if num_classes not in (None, config.num_classes):
-            new_head = True
-            messages.append(head_message(config.num_classes, num_classes))
-        if channels not in (None, config.input_size[0]):
-            messages.append(stem_message(config.input_size[0], channels))
+        filled = _load_pretrained(name, config, arguments, seed)
     else:
-        model = build(name, arguments, seed)
+        filled = _Filled(build(name, arguments, seed), arguments.get("in_chans"))
+    model, own_channels, changes, new_head, is_fused = filled
+    messages = [*changes]
     model.eval()
     if not is_fused and (bool(found or pretrained) if fuse is None else fuse):
         merged = fused(model)
@@ -143,7 +137,7 @@ def load_model(
     if is_fused:
         messages.append(f"the branches of the blocks of {name} are merged, as for inference")
     usual: dict[str, Any] = resolve_data_config(model=model)  # type: ignore[no-untyped-call]
-    channels = arguments.get("in_chans", channels) or usual["input_size"][0]
+    channels = own_channels or usual["input_size"][0]
     given = preprocessing or {}
     prepared = _preprocessing(usual, channels, size, written, given)
     if found and prepared != _preprocessing(
@@ -203,7 +197,27 @@ def _would_be_downloaded(name: str) -> ModelError:
     return ModelError(would_be_downloaded(what, "give a file with --checkpoint"))
 
 
-def _load_pretrained(name: str, arguments: Mapping[str, Any], seed: int | None) -> nn.Module:
+class _Filled(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+        model: of timm.
+        channels: of its input; None if that is timm's default.
+        messages: what was changed to make the weights fit, a sentence for each change.
+        has_new_head: whether its head is random, since the weights have other classes.
+        is_fused: whether its branches are merged, as they were in the file.
+    """
+
+    model: nn.Module
+    channels: int | None
+    messages: Sequence[str] = ()
+    has_new_head: bool = False
+    is_fused: bool = False
+
+
+def _load_pretrained(
+    name: str, config: Any, arguments: Mapping[str, Any], seed: int | None
+) -> _Filled:
     """Load the weights that timm has for a model.
 
     Raises:
@@ -211,7 +225,7 @@ def _load_pretrained(name: str, arguments: Mapping[str, Any], seed: int | None) 
     """
     try:
         with seeded(seed):
-            return create_model(name, pretrained=True, **arguments)
+            model: nn.Module = create_model(name, pretrained=True, **arguments)
     except Exception as error:  # the hub client and each model raise their own errors
         if is_network_forbidden():
             raise _would_be_downloaded(name) from error
@@ -219,24 +233,14 @@ def _load_pretrained(name: str, arguments: Mapping[str, Any], seed: int | None) 
             f"the pretrained weights of {name!r} cannot be loaded ({reason(error)}); give a file "
             "with --checkpoint"
         ) from error
-
-
-class _Filled(NamedTuple):
-    """A model with the weights of a file.
-
-    Attributes:
-        model: in evaluation mode.
-        channels: of its input; None if that is timm's default.
-        messages: what was changed to make the weights fit, a sentence for each change.
-        has_new_head: whether its head is random.
-        is_fused: whether its branches are merged, as they were in the file.
-    """
-
-    model: nn.Module
-    channels: int | None
-    messages: list[str]
-    has_new_head: bool
-    is_fused: bool
+    classes = arguments.get("num_classes", config.num_classes)
+    channels = arguments.get("in_chans", config.input_size[0])
+    has_new_head, messages = classes != config.num_classes, []
+    if has_new_head:
+        messages.append(head_message(config.num_classes, classes))
+    if channels != config.input_size[0]:
+        messages.append(stem_message(config.input_size[0], channels))
+    return _Filled(model, channels, messages, has_new_head)
 
 
 def _load_file(
