@@ -301,13 +301,7 @@ def preprocessing(
         UsageError: one of them is invalid.
     """
     found: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
-    if input_size is not None:
-        sides = _numbers("--input-size", input_size, "a size in pixels, such as 224 or 160,224")
-        if not all(side.is_integer() and 1 <= side <= LARGEST_SIDE for side in sides):
-            raise UsageError(
-                f"--input-size {input_size} is not whole pixels; give 1 to {LARGEST_SIDE}"
-            )
-        found["input_size"] = (int(sides[-2:][0]), int(sides[-1]))
+    found["input_size"] = input_size_of(input_size)
     for name, text in (("mean", mean), ("std", std)):
         if text is not None:
             channels = _numbers(f"--{name}", text, "a number for each channel, such as 0.5,0.5,0.5")
@@ -323,6 +317,23 @@ def preprocessing(
             f"--interpolation {interpolation} is unknown; give {listed(get_args(Interpolation))}"
         )
     return {key: value for key, value in found.items() if value is not None}
+
+
+def input_size_of(text: str | None) -> tuple[int, int] | None:
+    """Parse --input-size: a side, height and width, or channels, height and width.
+
+    Returns:
+        (height, width) in pixels.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if text is None:
+        return None
+    sides = _numbers("--input-size", text, "a size in pixels, such as 224 or 160,224")
+    if not all(side.is_integer() and 1 <= side <= LARGEST_SIDE for side in sides):
+        raise UsageError(f"--input-size {text} is not whole pixels; give 1 to {LARGEST_SIDE}")
+    return int(sides[-2:][0]), int(sides[-1])
 
 
 def _numbers(flag: str, text: str, wanted: str) -> tuple[float, ...]:

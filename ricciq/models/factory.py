@@ -1,40 +1,43 @@
-"""A float model and its preprocessing, from a timm name or a checkpoint.
-
-Importing this module registers the networks of `ricciq.models.bundled` with timm.
-"""
+"""A float model and its preprocessing, from a timm name or a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from inspect import signature
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
-from timm import get_pretrained_cfg, is_model, list_models
 from timm.data.config import resolve_data_config
 from timm.models import create_model
-from torch import Tensor, nn
+from torch import nn
 
-import ricciq.models.bundled  # noqa: F401  registers them
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.errors import CheckpointError, ModelError, did_you_mean
-from ricciq.models.pretrained import read_weights
-from ricciq.models.weights import (
+from ricciq.errors import CheckpointError, ModelError
+from ricciq.models.build import (
+    build,
+    build_for_weights,
+    check_arguments,
+    find_config,
+    fused,
+    reason,
+    seeded,
+)
+from ricciq.models.fit import (
+    Fitted,
     adapt_weights,
+    check_codes,
+    classifiers,
+    fit_names,
     head_message,
     load_weights,
     names_of_layers,
     stem_message,
 )
+from ricciq.models.pretrained import FloatWeights, read_weights
 from ricciq.models.written import Written
 from ricciq.system.offline import is_network_forbidden, would_be_downloaded
 from ricciq.system.tensor_files import check_finite
-
-RESERVED = {*signature(create_model).parameters, "num_classes", "in_chans", "features_only"}
-"""Arguments of timm's constructors that `load_model` does not pass on."""
 
 
 class LoadedModel(NamedTuple):
@@ -48,6 +51,7 @@ class LoadedModel(NamedTuple):
         has_new_head: whether its head is random, since the weights have other classes.
         class_names: that are written with the weights, in the order of their logits; None if they
             are not written. A new head does not have these classes.
+        is_fused: whether branches of its blocks were merged.
     """
 
     model: nn.Module
@@ -56,6 +60,7 @@ class LoadedModel(NamedTuple):
     kwargs: dict[str, Any]
     has_new_head: bool
     class_names: list[str] | None
+    is_fused: bool
 
 
 def load_model(
@@ -68,6 +73,7 @@ def load_model(
     input_size: int | tuple[int, int] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    fuse: bool | None = None,
     seed: int | None = None,
 ) -> LoadedModel:
     """Create a timm model and load its weights.
@@ -84,6 +90,8 @@ def load_model(
         preprocessing: keys of `Preprocessing` that differ from what is written beside the weights,
             or else from timm's.
         kwargs: more arguments of timm's constructor, such as ``{"global_pool": "max"}``.
+        fuse: merge the branches of blocks as in RepVGG, by timm's `reparameterize_model`; None does
+            so if weights are loaded, for training from random ones needs the branches.
         seed: of random weights; None draws from torch's global generator.
 
     Returns:
@@ -106,36 +114,30 @@ def load_model(
         _check_cached(name, config.url)
     found = None if checkpoint is None else read_weights(checkpoint, name)
     written = found.written if found else Written()
+    input_size = input_size or _image_size(kwargs or {})
     size = _sides(input_size, written)
-    if num_classes is None and found and config:
-        num_classes = _classes_of(found.tensors, config)
-    own_channels = _channels_of(found.tensors if found else {}, config)
-    channels = own_channels if channels is None else channels
     kwargs = {**written.arguments, **(kwargs or {})}
-    _check_kwargs(kwargs)
-    needed: dict[str, Any] = {"in_chans": channels}
-    if num_classes is not None:
-        needed["num_classes"] = num_classes
+    check_arguments(kwargs)
+    arguments = {"in_chans": channels, "num_classes": num_classes, **kwargs, "img_size": None}
     if size and config and config.fixed_input_size:  # set when such a model is built
-        needed["img_size"] = size
-    with _seeded(seed):
-        try:
-            model: nn.Module = create_model(name, pretrained=pretrained, **kwargs, **needed)
-        except Exception as error:  # the hub client and each model raise their own errors
-            raise _not_created(name, pretrained, error) from error
-    messages: list[str] = []
-    new_head = False
+        arguments["img_size"] = size
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     if found is not None:
-        check_finite(found.tensors, model.state_dict(), found.file)
-        messages, new_head = adapt_weights(model, found.tensors)
-        load_weights(model, found.tensors, name, found.file)
-    elif pretrained and config:
-        if num_classes is not None and num_classes != config.num_classes:
-            new_head = True
-            messages.append(head_message(config.num_classes, num_classes))
-        if config.input_size[0] != channels:
-            messages.append(stem_message(config.input_size[0], channels))
-    usual: dict[str, Any] = resolve_data_config(model=model.eval())  # type: ignore[no-untyped-call]
+        filled = _load_file(found, name, config, arguments, seed)
+    elif pretrained:
+        filled = _load_pretrained(name, config, arguments, seed)
+    else:
+        filled = _Filled(build(name, arguments, seed), arguments.get("in_chans"))
+    model, own_channels, changes, new_head, is_fused = filled
+    messages = [*changes]
+    model.eval()
+    if not is_fused and (bool(found or pretrained) if fuse is None else fuse):
+        merged = fused(model)
+        model, is_fused = (model, False) if merged is None else (merged, True)
+    if is_fused:
+        messages.append(f"the branches of the blocks of {name} are merged, as for inference")
+    usual: dict[str, Any] = resolve_data_config(model=model)  # type: ignore[no-untyped-call]
+    channels = own_channels or usual["input_size"][0]
     given = preprocessing or {}
     prepared = _preprocessing(usual, channels, size, written, given)
     if found and prepared != _preprocessing(
@@ -144,36 +146,23 @@ def load_model(
         messages.append(f"the preprocessing is that of {written.path}: {prepared.brief}")
     if prepared.input_size[1:] != tuple(usual["input_size"][1:]):
         _try_size(model, name, prepared.input_size)
-    return LoadedModel(model, prepared, messages, kwargs, new_head, written.class_names)
+    return LoadedModel(model, prepared, messages, kwargs, new_head, written.class_names, is_fused)
 
 
-def _classes_of(weights: Mapping[str, Tensor], config: Any) -> int | None:
-    """The number of classes in weights; None if they have no head."""
-    heads = [f"{head}.weight" for head in names_of_layers(config.classifier)]
-    there = (weights[head] for head in heads if head in weights)
-    return next((len(head) for head in there if head.ndim > 1 and head.numel()), None)
-
-
-def _channels_of(weights: Mapping[str, Tensor], config: Any) -> int:
-    """The number of input channels in weights, or else those that timm's model has."""
-    if config is None:
-        return 3
-    stems = [f"{stem}.weight" for stem in names_of_layers(config.first_conv)]
-    there = (weights[stem] for stem in stems if stem in weights)
-    return next((stem.shape[1] for stem in there if stem.ndim == 4), config.input_size[0])
-
-
-def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that ricciq sets itself, or that would load files.
+def _image_size(kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The img_size among arguments of timm's constructor: a number of pixels, or two.
 
     Raises:
-        ModelError: there is one.
+        ModelError: it is something else.
     """
-    for key in kwargs:
-        if key in RESERVED or key.startswith("pretrained"):
-            raise ModelError(
-                f"model.kwargs {key} cannot be set, since ricciq decides it; remove it"
-            )
+    given = kwargs.get("img_size")
+    if given is None:
+        return None
+    sides = given if isinstance(given, list | tuple) else (given, given)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ModelError(f"model.kwargs img_size {given!r} is no size in pixels; give [160, 224]")
+    height, width = sides
+    return height, width
 
 
 def _sides(input_size: int | tuple[int, int] | None, written: Written) -> tuple[int, int] | None:
@@ -196,28 +185,6 @@ def _sides(input_size: int | tuple[int, int] | None, written: Written) -> tuple[
     return height, width
 
 
-def find_config(name: str) -> Any:
-    """timm's PretrainedCfg of a name; None for deprecated names that timm still maps.
-
-    Args:
-        name: timm's name, with or without a tag.
-
-    Raises:
-        ModelError: timm knows no such model or tag.
-    """
-    architecture, _, tag = name.partition(".")
-    if not is_model(architecture):
-        hint = did_you_mean(architecture, list_models(), "give one that timm.list_models() names")
-        raise ModelError(f"timm knows no model {architecture!r}; {hint}")
-    try:
-        return get_pretrained_cfg(name)
-    except RuntimeError as error:
-        known = list_models(architecture, include_tags=True)
-        tags = [full.partition(".")[2] for full in known if "." in full]
-        hint = did_you_mean(tag, tags, f"give {' or '.join([*tags, 'none'])}")
-        raise ModelError(f"model {architecture!r} has no tag {tag!r}; {hint}") from error
-
-
 def _check_cached(name: str, url: str) -> None:
     """Refuse weights at a plain URL that torch would download while the network is forbidden."""
     file = Path(urlparse(url).path).name
@@ -230,15 +197,99 @@ def _would_be_downloaded(name: str) -> ModelError:
     return ModelError(would_be_downloaded(what, "give a file with --checkpoint"))
 
 
-def _not_created(name: str, pretrained: bool, error: Exception) -> ModelError:
-    if pretrained and is_network_forbidden():
-        return _would_be_downloaded(name)
-    if pretrained:
-        return ModelError(
-            f"the pretrained weights of {name!r} cannot be loaded ({_reason(error)}); give a file "
+class _Filled(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+        model: of timm.
+        channels: of its input; None if that is timm's default.
+        messages: what was changed to make the weights fit, a sentence for each change.
+        has_new_head: whether its head is random, since the weights have other classes.
+        is_fused: whether its branches are merged, as they were in the file.
+    """
+
+    model: nn.Module
+    channels: int | None
+    messages: Sequence[str] = ()
+    has_new_head: bool = False
+    is_fused: bool = False
+
+
+def _load_pretrained(
+    name: str, config: Any, arguments: Mapping[str, Any], seed: int | None
+) -> _Filled:
+    """Load the weights that timm has for a model.
+
+    Raises:
+        ModelError: they are not available, or do not fit the arguments.
+    """
+    try:
+        with seeded(seed):
+            model: nn.Module = create_model(name, pretrained=True, **arguments)
+    except Exception as error:  # the hub client and each model raise their own errors
+        if is_network_forbidden():
+            raise _would_be_downloaded(name) from error
+        raise ModelError(
+            f"the pretrained weights of {name!r} cannot be loaded ({reason(error)}); give a file "
             "with --checkpoint"
-        )
-    return ModelError(f"timm cannot build model {name!r} ({_reason(error)}); give another model")
+        ) from error
+    classes = arguments.get("num_classes", config.num_classes)
+    channels = arguments.get("in_chans", config.input_size[0])
+    has_new_head, messages = classes != config.num_classes, []
+    if has_new_head:
+        messages.append(head_message(config.num_classes, classes))
+    if channels != config.input_size[0]:
+        messages.append(stem_message(config.input_size[0], channels))
+    return _Filled(model, channels, messages, has_new_head)
+
+
+def _load_file(
+    found: FloatWeights, name: str, config: Any, arguments: Mapping[str, Any], seed: int | None
+) -> _Filled:
+    """Build a model for the weights of a file, and load them.
+
+    Without a number of classes or channels in ``arguments``, that of the weights is taken.
+
+    Raises:
+        ModelError: timm cannot build the model.
+        CheckpointError: the weights do not fit.
+    """
+
+    def fitted() -> Fitted:
+        model, by = build_for_weights(name, arguments, seed)
+        if size := found.written.preprocessing.get("input_size"):
+            # To resample position embeddings of images that are not square.
+            model.pretrained_model_args = {"img_size": size[1:]}  # type: ignore[assignment]
+        return fit_names(model.eval(), found.tensors, by)
+
+    fit = fitted()
+    if config:
+        built = {"num_classes": config.num_classes, "in_chans": config.input_size[0], **arguments}
+        arguments = {**_shape_of(fit), **arguments}
+        if {**built, **arguments} != built:
+            fit = fitted()
+    own = fit.model.state_dict()
+    check_codes(fit.weights, own, found.file)
+    check_finite(fit.weights, own, found.file)
+    messages, new_head = adapt_weights(fit.model, fit.weights)
+    load_weights(fit.model, fit.weights, name, found.file)
+    channels = arguments.get("in_chans")
+    return _Filled(fit.model, channels, [*fit.messages, *messages], new_head, fit.is_fused)
+
+
+def _shape_of(fit: Fitted) -> dict[str, int]:
+    """The numbers of classes and of input channels in weights, as timm's arguments."""
+    stems = names_of_layers(fit.model.pretrained_cfg["first_conv"])  # type: ignore[index]
+    shape: dict[str, int] = {}
+    for argument, layers, axis in (
+        ("num_classes", classifiers(fit.model), 0),
+        ("in_chans", stems, 1),
+    ):
+        for name in layers:
+            weight = fit.weights.get(f"{name}.weight")
+            if weight is not None and weight.ndim > 1 and weight.numel():
+                shape[argument] = weight.shape[axis]
+    return shape
 
 
 def _try_size(model: nn.Module, name: str, size: tuple[int, int, int]) -> None:
@@ -248,25 +299,9 @@ def _try_size(model: nn.Module, name: str, size: tuple[int, int, int]) -> None:
             model(torch.zeros(1, *size))
     except Exception as error:
         raise ModelError(
-            f"model {name!r} does not support images of {size[1]} pixels ({_reason(error)}); give "
+            f"model {name!r} does not support images of {size[1]} pixels ({reason(error)}); give "
             "another input size"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    first_line = (str(error).splitlines() or [""])[0].rstrip(".")
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch for a block, and restore the global generator after it."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _preprocessing(

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from timm.models._hub import load_model_config_from_path
 
 from ricciq.errors import CheckpointError, on_one_line
+from ricciq.models.pickled import load_pickled
 from ricciq.system.tensor_files import METADATA_KEY
 
 MOST_CONFIG_BYTES = 10_000_000
 """Size of the largest config.json that is read; one for 21,841 classes has 2 MB."""
 _KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+_FLAGS = {"gp": "global_pool", "bn_eps": "bn_eps"}
+"""Flags of timm's training script that decide what a model computes, and their arguments."""
 
 
 class Written(NamedTuple):
@@ -34,6 +37,7 @@ class Written(NamedTuple):
         arguments: of timm's constructor, without the number of classes and channels.
         preprocessing: a part of the keys of `Preprocessing`.
         class_names: in the order of the logits; None if they are not written.
+        is_quantized: whether a run of ricciq quantized the model.
     """
 
     path: Path = Path()
@@ -41,6 +45,7 @@ class Written(NamedTuple):
     arguments: Mapping[str, Any] = {}
     preprocessing: Mapping[str, Any] = {}
     class_names: list[str] | None = None
+    is_quantized: bool = False
 
 
 def read_config(path: Path, must_be_timm: bool) -> Written | None:
@@ -59,10 +64,12 @@ def read_config(path: Path, must_be_timm: bool) -> Written | None:
         config, named, arguments = load_model_config_from_path(path.parent)
         if not isinstance(named, str):
             raise TypeError("its architecture is no name")
-        # The data decide the number of classes and channels.
-        arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
+        arguments = _built_with(arguments)
+        known = _known(config)
+        if (size := arguments.pop("img_size", None)) is not None:  # of which the model was built
+            known["input_size"] = (3, size, size) if isinstance(size, int) else (3, *size)
         names = _label_names(config.get("label_names"), config.get("num_classes"))
-        return Written(path, named, arguments, _known(config), names)
+        return Written(path, named, arguments, known, names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if not must_be_timm:
             return None
@@ -85,13 +92,19 @@ def read_written_in(file: Path) -> Written:
                 stored = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
             names = stored.get("class_names") if stored.get("labelled", True) else None
             known = _known(stored.get("preprocessing", {}))
-            return Written(file, preprocessing=known, class_names=_label_names(names, None))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-        arguments = stored.get("args")
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError):
+            names = _label_names(names, None)
+            is_quantized = bool(stored.get("plan", {}).get("layers"))
+            return Written(file, preprocessing=known, class_names=names, is_quantized=is_quantized)
+        arguments = load_pickled(file, mapped=True).get("args")
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        UnpicklingError,
+    ):
         return Written(file)  # other tools have other metadata, and a state dict may have no get
     if not isinstance(arguments, argparse.Namespace):
         return Written(file)
@@ -99,7 +112,16 @@ def read_written_in(file: Path) -> Written:
     side = values.get("img_size")
     if side is not None:
         values.setdefault("input_size", (3, side, side))
-    return Written(file, preprocessing=_known(values))
+    given = values.get("model_kwargs")
+    built = _built_with(given if isinstance(given, dict) else {})
+    built |= {name: values[flag] for flag, name in _FLAGS.items() if flag in values}
+    return Written(file, arguments=built, preprocessing=_known(values))
+
+
+def _built_with(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of timm's constructor, as JSON has them, without those that the data decide."""
+    plain: dict[str, Any] = json.loads(json.dumps(arguments, default=lambda _: None))
+    return {k: v for k, v in plain.items() if k not in ("num_classes", "in_chans")}
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:

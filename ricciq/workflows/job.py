@@ -189,7 +189,8 @@ def prepare(
         )
     loaded = load_float(recipe, data, weights=weights)
     messages = [*data.messages, *loaded.messages]
-    recipe = recipe.override({"model.kwargs": loaded.kwargs})  # to rebuild it without its weights
+    # To rebuild it without its weights.
+    recipe = recipe.override({"model.kwargs": loaded.kwargs, "model.fuse": loaded.is_fused})
     if (
         recipe.training.grad_checkpointing
     ):  # refuses a model without support; the trainer switches it on

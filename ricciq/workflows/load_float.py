@@ -38,6 +38,7 @@ def load_float(recipe: Recipe, data: ImageData, *, weights: bool = True) -> Load
         input_size=recipe.data.input_size,
         preprocessing=recipe.data.preprocessing,
         kwargs=recipe.model.kwargs,
+        fuse=recipe.model.is_fused,
         seed=recipe.seed,
     )
     loaded = load(num_classes=None, channels=None)

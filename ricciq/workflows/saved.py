@@ -74,6 +74,7 @@ def rebuild(path: Path) -> Rebuilt:
             pretrained=False,
             input_size=metadata.preprocessing.input_size[1:],
             kwargs=recipe.model.kwargs,
+            fuse=recipe.model.fuse,
         )
         # The scales are in the file, too.
         config = replace(recipe.quantization.config, search=1)
@@ -327,10 +328,12 @@ def float_source(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged, or its model is quantized already.
     """
     file = _weights_of(path)
-    _, stored = load_tensors(file)
     try:
+        _, stored = load_tensors(file)
         metadata = RunMetadata.from_dict(stored, file)
-    except ValueError:
+    except (ValueError, CheckpointError) as error:
+        if isinstance(error, CheckpointError) and not os.path.isfile(path):
+            raise  # the folder of a run without weights, or with damaged ones
         raise CheckpointError(
             f"{file} does not name its model; give the timm name and --checkpoint {file}"
         ) from None
