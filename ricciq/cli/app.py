@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ricciq._version import __version__
 from ricciq.cli import finished, options, recipes
+from ricciq.cli.model_kwargs import ModelCommand, ModelKwargs, model_kwargs
 from ricciq.cli.request import requested_recipe
 from ricciq.cli.start import begin, importing, is_first
 from ricciq.errors import (
@@ -64,17 +65,20 @@ def _ricciq(
     pass
 
 
-@app.command()
+@app.command(cls=ModelCommand)
 def quantize(
     model: options.Model,
     data: options.MaybeData = None,
     data_dir: options.DataDir = None,
+    class_map: options.ClassMap = None,
     bits: options.Bits = None,
     weight_bits: options.WeightBits = None,
     act_bits: options.ActBits = None,
     max_bytes: options.MaxBytes = None,
     recipe: options.RecipeName = None,
     checkpoint: options.Checkpoint = None,
+    model_kwargs_: ModelKwargs = None,
+    input_size: options.InputSize = None,
     method: options.Method = None,
     aa: options.AutoAugment = None,
     mixup: options.Mixup = None,
@@ -120,6 +124,9 @@ def quantize(
         {
             "data.name": data,
             "data.dir": data_dir,
+            "data.class_map": class_map,
+            "data.input_size": options.input_size_of(input_size),
+            "model.kwargs": model_kwargs(model_kwargs_),
             "data.batch_size": options.training_batch_size(batch_size),
             "data.workers": workers,
             "data.augmentation.auto_augment": aa,
@@ -161,19 +168,22 @@ def quantize(
         show(values, as_json, lambda _: shown, quiet)
 
 
-@app.command()
+@app.command(cls=ModelCommand)
 def compare(
     model: options.Model,
     methods: options.Methods,
     seeds: Annotated[int, typer.Option(help="Number of seeds, each a run of every method.")],
     data: options.MaybeData = None,
     data_dir: options.DataDir = None,
+    class_map: options.ClassMap = None,
     bits: options.Bits = None,
     weight_bits: options.WeightBits = None,
     act_bits: options.ActBits = None,
     max_bytes: options.MaxBytes = None,
     recipe: options.RecipeName = None,
     checkpoint: options.Checkpoint = None,
+    model_kwargs_: ModelKwargs = None,
+    input_size: options.InputSize = None,
     lr_scales: Annotated[
         str, typer.Option(help="Factors of the learning rate, such as 0.3,1,3.")
     ] = "1",
@@ -214,6 +224,9 @@ def compare(
         {
             "data.name": data,
             "data.dir": data_dir,
+            "data.class_map": class_map,
+            "data.input_size": options.input_size_of(input_size),
+            "model.kwargs": model_kwargs(model_kwargs_),
             "data.batch_size": batch_size,
             "data.workers": workers,
             "training.epochs": epochs,

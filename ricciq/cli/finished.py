@@ -45,7 +45,7 @@ def _onnx_file(path: Path | None) -> Path:
     return onnx_file_of(_newest().path if path is None else path)
 
 
-@app.command("eval")
+@app.command("eval", cls=options.NumbersCommand)
 def evaluate(
     target: Annotated[
         Path | None,
@@ -56,6 +56,14 @@ def evaluate(
     ] = None,
     data: options.MaybeData = None,
     data_dir: options.DataDir = None,
+    split: options.EvaluatedSplit = "val",
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.ResizeMethod = None,
+    class_map: options.ClassMap = None,
+    like: options.Like = None,
     reference: Annotated[
         Path | None, typer.Option(help="Measure agreement with this .onnx file, run or checkpoint.")
     ] = None,
@@ -79,6 +87,8 @@ def evaluate(
     Example: ricciq eval model.onnx --data digits --min-top1 95
 
     Example: ricciq eval model.onnx --data digits --reference float.onnx --min-agreement 97
+
+    Example: ricciq eval other.onnx --data ./imagenet --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
     """
     if offline:
         forbid_network()
@@ -89,16 +99,20 @@ def evaluate(
         raise UsageError(
             f"--min-agreement {min_agreement} needs a file or run to compare with; give --reference"
         )
+    preprocessing = options.preprocessing(input_size, mean, std, crop_pct, interpolation)
     target = target or _onnx_file(None)
     with importing():
         from ricciq.system.journal import Journal
         from ricciq.workflows.evaluate import check_gates, evaluate_target
+        from ricciq.workflows.saved import Given
 
     result = evaluate_target(
         target,
         data,
         data_dir,
         reference,
+        given=Given(preprocessing, class_map, like),
+        split=options.evaluated_split(split),
         batch_size=batch_size or 64,
         workers=workers,
         journal=Journal(Console(stderr=True)),
@@ -107,7 +121,7 @@ def evaluate(
     check_gates(target, result, min_top1, min_agreement)
 
 
-@app.command()
+@app.command(cls=options.NumbersCommand)
 def predict(
     target: Annotated[
         str, typer.Argument(help=".onnx file, run folder, checkpoint, or timm model name.")
@@ -116,6 +130,13 @@ def predict(
         list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, or patterns of files.")
     ],
     top: Annotated[int, typer.Option(min=1, help="Number of classes for each image.")] = 5,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.ResizeMethod = None,
+    class_map: options.ClassMap = None,
+    like: options.Like = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table of the classes here.")] = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
@@ -134,11 +155,13 @@ def predict(
         raise UsageError(f"there is no folder {csv.parent}; create it, or give another --csv")
     if csv is not None and csv.exists() and csv.suffix.lower() != ".csv":  # it may be an image
         raise UsageError(f"--csv {csv} exists and is no .csv file; give another name")
+    preprocessing = options.preprocessing(input_size, mean, std, crop_pct, interpolation)
     with importing():
         from ricciq.workflows.predict import as_rows
         from ricciq.workflows.predict import predict as predict_images
+        from ricciq.workflows.saved import Given
 
-    found = predict_images(target, images, top)
+    found = predict_images(target, images, top, Given(preprocessing, class_map, like))
     if csv is not None and found["images"]:
         write_csv(csv, as_rows(found["images"]))
     if as_json or found["images"]:

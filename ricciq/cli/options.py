@@ -3,24 +3,74 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from ricciq.cli import completion
 from ricciq.cli.start import silence
-from ricciq.data.preprocessing import InputType
-from ricciq.data.sources.catalog import data_help, root_help
+from ricciq.data.preprocessing import LARGEST_SIDE, InputType, Interpolation
+from ricciq.data.sources.catalog import EvaluationSplit, data_help, root_help
 from ricciq.deploy.formats import catalog as formats
 from ricciq.errors import UsageError, listed
 from ricciq.estimators.catalog import named
+
+
+class NumbersCommand(TyperCommand):
+    """A command whose options take several numbers as in timm, too: ``--mean 0.5 0.5 0.5``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Join the numbers that follow an option by commas, and parse the arguments.
+
+        Args:
+            ctx: of the command.
+            args: as typed.
+        """
+        joined: list[str] = []
+        for word in args:
+            if joined and _NUMBERS.fullmatch(word) and joined[-2:-1] and joined[-2] in _OF_NUMBERS:
+                joined[-1] += f",{word}"
+            else:
+                joined.append(word)
+        return super().parse_args(ctx, joined)
+
+
+_OF_NUMBERS = {"--input-size", "--mean", "--std"}
+_NUMBERS = re.compile(r"[0-9.,]+")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[str, typer.Option(help=data_help())]
 MaybeData = Annotated[str | None, typer.Option(help=data_help())]
 DataDir = Annotated[Path | None, typer.Option(help=root_help())]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with the names of the model's outputs in their order, as in timm."
+    ),
+]
+InputSize = Annotated[
+    str | None, typer.Option(help="Height and width in pixels, such as 224 or 3,224,224.")
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Mean of each channel, of pixels from 0 to 1: 0.5,0.5,0.5.")
+]
+Std = Annotated[str | None, typer.Option(help="Standard deviation of each channel.")]
+CropPct = Annotated[
+    float | None,
+    typer.Option("--crop-pct", help="Share of the resized image that the crop keeps."),
+]
+ResizeMethod = Annotated[
+    str | None,
+    typer.Option("--interpolation", help=f"Method of resizing: {listed(get_args(Interpolation))}."),
+]
+Like = Annotated[
+    Path | None,
+    typer.Option(help="Run or file of ricciq with the same preprocessing and classes."),
+]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images in a batch.")]
 TrainingBatchSize = Annotated[
@@ -133,6 +183,16 @@ Split = Annotated[
     ),
 ]
 
+_SPLITS = get_args(EvaluationSplit)
+EvaluatedSplit = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        help="Images to measure on: val, or test.",
+        autocompletion=completion.one_of(lambda: _SPLITS),
+    ),
+]
+
 
 def widths(
     bits: str | None,
@@ -205,6 +265,84 @@ def input_type(text: str) -> InputType:
     if text not in _INPUTS:
         raise UsageError(f"--input {text} is unknown; give {listed(_INPUTS)}")
     return cast("InputType", text)
+
+
+def evaluated_split(text: str) -> EvaluationSplit:
+    """Parse --split of `eval`.
+
+    Raises:
+        UsageError: it is no split.
+    """
+    if text not in _SPLITS:
+        raise UsageError(f"--split {text} is unknown; give {listed(_SPLITS)}")
+    return cast("EvaluationSplit", text)
+
+
+def preprocessing(
+    input_size: str | None,
+    mean: str | None,
+    std: str | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+) -> dict[str, Any]:
+    """Parse the options about preprocessing into keys of `Preprocessing`.
+
+    Args:
+        input_size: a side, height and width, or channels, height and width.
+        mean: one number, or one for each channel.
+        std: as `mean`.
+        crop_pct: share that the crop keeps.
+        interpolation: method of resizing.
+
+    Returns:
+        Those that are given; ``input_size`` is (height, width).
+
+    Raises:
+        UsageError: one of them is invalid.
+    """
+    found: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
+    found["input_size"] = input_size_of(input_size)
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            channels = _numbers(f"--{name}", text, "a number for each channel, such as 0.5,0.5,0.5")
+            if len(channels) == 2 or (name == "std" and min(channels) <= 0):
+                raise UsageError(
+                    f"--{name} {text} is no {name} of 1 or 3 channels; give 0.5,0.5,0.5"
+                )
+            found[name] = channels
+    if crop_pct is not None and not 0.1 <= crop_pct <= 2:
+        raise UsageError(f"--crop-pct {crop_pct} is not a share of the image; give 0.1 to 2")
+    if interpolation not in (None, *get_args(Interpolation)):
+        raise UsageError(
+            f"--interpolation {interpolation} is unknown; give {listed(get_args(Interpolation))}"
+        )
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def input_size_of(text: str | None) -> tuple[int, int] | None:
+    """Parse --input-size: a side, height and width, or channels, height and width.
+
+    Returns:
+        (height, width) in pixels.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if text is None:
+        return None
+    sides = _numbers("--input-size", text, "a size in pixels, such as 224 or 160,224")
+    if not all(side.is_integer() and 1 <= side <= LARGEST_SIDE for side in sides):
+        raise UsageError(f"--input-size {text} is not whole pixels; give 1 to {LARGEST_SIDE}")
+    return int(sides[-2:][0]), int(sides[-1])
+
+
+def _numbers(flag: str, text: str, wanted: str) -> tuple[float, ...]:
+    """Parse one to three numbers with commas or spaces between them."""
+    with suppress(ValueError):
+        numbers = tuple(float(part) for part in text.replace(",", " ").split())
+        if 1 <= len(numbers) <= 3 and all(map(math.isfinite, numbers)):
+            return numbers
+    raise UsageError(f"{flag} {text} is invalid; give {wanted}")
 
 
 def training_batch_size(text: str | None) -> int | str | None:

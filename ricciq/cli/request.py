@@ -10,11 +10,15 @@ from ricciq.cli import options
 from ricciq.cli.start import importing
 from ricciq.data.sources.catalog import forms
 from ricciq.errors import UsageError
-from ricciq.models.names import FOLDER, HUB, architecture
+from ricciq.models.names import architecture
 
 if TYPE_CHECKING:
     from ricciq.data.dataset import ImageData
     from ricciq.recipe import Recipe
+
+
+_IN_PLACES = set("/:@")
+"""Names of timm have none of these; folders and repositories of the hub do."""
 
 
 class Request(NamedTuple):
@@ -67,6 +71,8 @@ def requested_recipe(
         bits = {"quantization": base.quantization.model_dump() | asked} if asked else {}
         given = {key: value for key, value in flags.items() if key != "method.name"}
         method = flags.get("method.name")
+        if kwargs := flags.get("model.kwargs"):
+            given["model.kwargs"] = base.model.kwargs | kwargs
         if method not in (None, base.method.name):  # settings of another method do not apply
             given["method"] = {"name": method}
         return base.override({**source, **bits, **given})
@@ -89,30 +95,36 @@ def _model_and_weights(model: str, checkpoint: Path | None, messages: list[str])
 
     Raises:
         UsageError: both name weights.
-        CheckpointError: MODEL is in the form hf-hub:NAME or local-dir:FOLDER, and not there.
+        CheckpointError: MODEL is a folder or a repository of the hub, and not there or damaged.
     """
     path = Path(model)
     named = {"model.name": model, "model.checkpoint": checkpoint}
-    if model.startswith((HUB, FOLDER)):
-        with importing():
-            from ricciq.models.pretrained import model_in
-
-        _only_one(model, checkpoint)
-        name, weights = model_in(model)
-        return {"model.name": name, "model.checkpoint": weights}
-    if not os.path.exists(path):  # Path.exists raises where a name is too long
-        return named
-    if _is_model_name(model):
+    there = os.path.exists(path)  # Path.exists raises where a name is too long
+    if there and _is_model_name(model):
         messages.append(
             f"{model} is taken as the name of a model, not of the file or folder here; give "
             f"./{model} to start from that"
         )
         return named
+    if not there and not _IN_PLACES & set(model):
+        return named
     _only_one(model, checkpoint)
-    with importing():
-        from ricciq.workflows.saved import float_source
+    if there and not _is_of_timm(path):
+        with importing():
+            from ricciq.workflows.saved import float_source
 
-    return float_source(path)
+        return float_source(path)
+    with importing():
+        from ricciq.models.pretrained import model_in
+
+    name, weights = model_in(model)
+    return {"model.name": name, "model.checkpoint": weights}
+
+
+def _is_of_timm(path: Path) -> bool:
+    """Whether a folder, or that of a file, is one as timm writes it, and not of a run."""
+    folder = path if os.path.isdir(path) else path.parent
+    return os.path.isfile(folder / "config.json")
 
 
 def _only_one(model: str, checkpoint: Path | None) -> None:

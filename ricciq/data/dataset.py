@@ -11,9 +11,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ricciq.data.augmentation import Augmentation
+from ricciq.data.classes import printable_name
 from ricciq.data.loader import Batch, image_loader
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.data.sources.base import Images, Indices
+from ricciq.data.sources.files import ImageFiles
 from ricciq.errors import DataError, UsageError
 from ricciq.system.distributed import World
 
@@ -32,10 +34,11 @@ class ImageData:
         class_names: one name for each class, in the order of the targets.
         grey: whether the images have one channel.
         labelled: whether targets are known; if not, `set_pseudo_labels` provides them.
+        messages: for the user, such as about files that are not used.
     """
 
     def __init__(
-        self, name: str, class_names: Sequence[str], grey: bool, train: Images, val: Images
+        self, name: str, class_names: Sequence[str], grey: bool, train: Images | None, val: Images
     ) -> None:
         """Hold out the default share of the training images.
 
@@ -43,19 +46,21 @@ class ImageData:
             name: the value of --data.
             class_names: one name for each class; empty if there are no labels.
             grey: whether the images have one channel.
-            train: the training images.
+            train: the training images; None to evaluate only.
             val: the validation images.
 
         Raises:
             DataError: as `hold_out`.
         """
         self.name = name
-        # A folder's name may be invalid UTF-8, which neither JSON nor HTML can hold.
-        self.class_names = [name.encode(errors="backslashreplace").decode() for name in class_names]
+        self.class_names = [printable_name(name) for name in class_names]
         self.grey = grey
         self.labelled = bool(class_names)
+        self.messages: list[str] = []
         self._train, self._val = train, val
-        self.hold_out(HOLDOUT_SHARE)
+        self._splits: dict[Split, tuple[Images, Indices]] = {"val": (val, _all_of(val))}
+        if train is not None:
+            self.hold_out(HOLDOUT_SHARE)
 
     def hold_out(self, share: float) -> None:
         """Hold out a share of the training images; a larger share includes a smaller one.
@@ -66,7 +71,8 @@ class ImageData:
         Raises:
             DataError: there is only one training image.
         """
-        train, val = self._train, self._val
+        train = self._train
+        assert train is not None, "without training images, nothing can be held out"
         if len(train.targets) < 2:
             raise DataError(
                 f"data {self.name!r} has a single training image; give at least two, one to "
@@ -80,11 +86,8 @@ class ImageData:
         held_out = _stratified(train.targets, pool, wanted)
         is_fit = np.ones(len(train.targets), dtype=bool)
         is_fit[held_out] = False
-        self._splits: dict[Split, tuple[Images, Indices]] = {
-            "fit": (train, np.flatnonzero(is_fit)),
-            "holdout": (train, held_out),
-            "val": (val, np.arange(len(val.targets))),
-        }
+        self._splits["fit"] = train, np.flatnonzero(is_fit)
+        self._splits["holdout"] = train, held_out
 
     def set_pseudo_labels(self, num_classes: int, predictions: Mapping[Split, Indices]) -> None:
         """Use a model's predictions as pseudo-labels.
@@ -96,6 +99,36 @@ class ImageData:
         self.class_names = [str(number) for number in range(num_classes)]
         for split, (images, indices) in self._splits.items():
             images.targets[indices] = predictions.get(split, -1)
+
+    def use_outputs(self, names: Sequence[str], source: str) -> None:
+        """Number the classes as the outputs of a network, which are found by their names.
+
+        Args:
+            names: of the outputs, in their order; there may be more than the classes of the data.
+            source: where the names come from, for the error.
+
+        Raises:
+            DataError: a class of the data is not among them.
+        """
+        number = {name: index for index, name in enumerate(names)}
+        if missing := [name for name in self.class_names if name not in number]:
+            raise DataError(
+                f"data {self.name!r} has the class {missing[0]!r}, which {source} does not have; "
+                "correct the name, or give data or a class map with the same names"
+            )
+        numbers = np.array([number[name] for name in self.class_names], dtype=np.int64)
+        for images in filter(None, (self._train, self._val)):
+            images.targets = numbers[images.targets]
+        self.class_names = list(names)
+
+    def check_training_images(self) -> None:
+        """Look for training images that cannot be read, as far as this needs no decoding.
+
+        Raises:
+            DataError: there is one.
+        """
+        if isinstance(self._train, ImageFiles):
+            self._train.check()
 
     def image(self, split: Split, index: int, mode: str) -> Image.Image:
         """Open an image.
@@ -119,12 +152,16 @@ class ImageData:
         """
         return len(self._splits[split][1])
 
+    def targets(self, split: Split) -> Indices:
+        """(N,) class of each image of a split; -1 if it is not known."""
+        images, indices = self._splits[split]
+        return images.targets[indices]
+
     def labels(self, split: Split) -> list[str | None]:
         """The class name of each image of a split; None if there are no labels."""
-        images, indices = self._splits[split]
         if not self.labelled:
-            return [None] * len(indices)
-        return [self.class_names[target] for target in images.targets[indices]]
+            return [None] * self.count(split)
+        return [self.class_names[target] for target in self.targets(split)]
 
     @property
     def num_classes(self) -> int:
@@ -205,6 +242,10 @@ class ImageData:
             persistent_workers=persistent_workers,
             world=world or World(),
         )
+
+
+def _all_of(images: Images) -> Indices:
+    return np.arange(len(images.targets))
 
 
 def _stratified(targets: Indices, indices: Indices, count: int) -> Indices:

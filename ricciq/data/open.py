@@ -7,11 +7,13 @@ another one, which changes accuracies silently; here such an image ends the run.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ricciq.data.dataset import HOLDOUT_SHARE, ImageData
 from ricciq.data.sources.base import Parts
-from ricciq.data.sources.catalog import SOURCES, find_source, forms
+from ricciq.data.sources.catalog import SOURCES, EvaluationSplit, Source, find_source, forms
 from ricciq.errors import DataError, UsageError
 
 
@@ -30,16 +32,49 @@ def open_data(name: str, root: Path | None = None, holdout: float = HOLDOUT_SHAR
         DataError: the data set is missing, unreadable or lacks a split.
         UsageError: the form of data needs a root, and none is given.
     """
+    with _reading(name):
+        data = _data_set(name, _source(name, root).open(name, root))
+    if holdout != HOLDOUT_SHARE:
+        data.hold_out(holdout)
+    return data
+
+
+def open_to_evaluate(
+    name: str, root: Path | None = None, split: EvaluationSplit = "val"
+) -> ImageData:
+    """Open the images of a data set to evaluate on. A folder needs no others.
+
+    Args:
+        name: the value of --data, as for `open_data`.
+        root: the value of --data-dir.
+        split: which images.
+
+    Returns:
+        The data set, perhaps without training images; the images are its split "val".
+
+    Raises:
+        DataError: as `open_data`.
+        UsageError: as `open_data`.
+    """
+    with _reading(name):
+        return _data_set(name, _source(name, root).open_split(name, root, split))
+
+
+def _data_set(name: str, parts: Parts) -> ImageData:
+    class_names, train, val, messages = parts
+    data = ImageData(name, class_names, (train or val).grey(), train, val)
+    data.messages += messages
+    return data
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
     try:
-        class_names, train, val = _open(name, root)
-        data = ImageData(name, class_names, train.grey(), train, val)
+        yield
     except OSError as error:
         raise DataError(
             f"data {name!r} cannot be read ({error}); check the path and its permissions"
         ) from error
-    if holdout != HOLDOUT_SHARE:
-        data.hold_out(holdout)
-    return data
 
 
 def find_again(name: str, root: Path | None, near: Path) -> tuple[str, Path | None]:
@@ -77,7 +112,7 @@ def find_again(name: str, root: Path | None, near: Path) -> tuple[str, Path | No
     )
 
 
-def _open(name: str, root: Path | None) -> Parts:
+def _source(name: str, root: Path | None) -> Source:
     source = find_source(name)
     if source is None:
         raise DataError(
@@ -85,4 +120,4 @@ def _open(name: str, root: Path | None) -> Parts:
         )
     if source.needs_root and root is None:
         raise UsageError(f"data {name!r} needs --data-dir; give the folder of its files")
-    return source.open(name, root)
+    return source

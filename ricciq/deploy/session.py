@@ -101,8 +101,9 @@ def session_metadata(session: ort.InferenceSession, path: Path) -> dict[str, Any
         stored = None
     if not isinstance(stored, dict) or "preprocessing" not in stored:
         raise ModelError(
-            f"{path} has no ricciq metadata, so its preprocessing is unknown; "
-            "export it with `ricciq export`"
+            f"{path} has no ricciq metadata, so its preprocessing is unknown; give --mean and "
+            "--std, and where needed --input-size, --crop-pct, --interpolation and --class-map, or "
+            "--like RUN, or a file of `ricciq export`"
         )
     return stored
 
@@ -129,29 +130,38 @@ class ImageInput(NamedTuple):
         return self.size if self.input_type == "float" else (height, width, channels)
 
 
-def image_input(session: ort.InferenceSession, path: Path) -> ImageInput:
+def image_input(
+    session: ort.InferenceSession, path: Path, sides: tuple[int, int] | None = None
+) -> ImageInput:
     """The input of a model that takes images.
 
     Args:
         session: of the file.
         path: of the file, for messages.
+        sides: height and width, for a model that takes images of any size.
 
     Raises:
         ModelError: its input is not a batch of float or uint8 images of a fixed size.
     """
     entries = [(entry.name, entry.type, entry.shape) for entry in session.get_inputs()]
-    if len(entries) == 1 and (found := _as_images(*entries[0])):
+    if len(entries) == 1 and (found := _as_images(*entries[0], sides)):
         return found
     taken = ", ".join(f"{kind} {shape}" for _, kind, shape in entries) or "nothing"
     raise ModelError(
         f"{path} takes {_shortened(taken)}; give a vision model with one input, float of shape "
-        "(batch, channels, height, width) or uint8 of (batch, height, width, 1 or 3), all but the "
-        "batch fixed"
+        "(batch, channels, height, width) or uint8 of (batch, height, width, 1 or 3), and with "
+        "--input-size where its size is not fixed"
     )
 
 
-def _as_images(name: str, kind: str, shape: Sequence[Any]) -> ImageInput | None:
+def _as_images(
+    name: str, kind: str, shape: Sequence[Any], sides: tuple[int, int] | None
+) -> ImageInput | None:
     """An input that takes images; None for any other."""
+    if sides is not None and len(shape) == 4:
+        at = (1, 2) if kind == "tensor(uint8)" else (2, 3)
+        given = dict(zip(at, sides, strict=True))
+        shape = [given.get(i, n) if isinstance(n, str | None) else n for i, n in enumerate(shape)]
     if len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape[1:]):
         return None
     batch = shape[0] if isinstance(shape[0], int) else None
@@ -165,7 +175,9 @@ def _as_images(name: str, kind: str, shape: Sequence[Any]) -> ImageInput | None:
     return None
 
 
-def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Tensor], Tensor]:
+def session_predictor(
+    session: ort.InferenceSession, path: Path, sides: tuple[int, int] | None = None
+) -> Callable[[Tensor], Tensor]:
     """A function from (B, C, H, W) images to (B, classes) logits, on the CPU.
 
     Images are float32 or uint8, as the file takes them. If it takes a fixed number, they are given
@@ -177,13 +189,14 @@ def session_predictor(session: ort.InferenceSession, path: Path) -> Callable[[Te
     Args:
         session: of the file.
         path: of the file, for messages.
+        sides: as for `image_input`.
 
     Raises:
         ModelError: the model does not take images, or has other outputs than float logits.
     """
     import torch  # here, so that `ricciq inspect` and `bench` start without it
 
-    entry = image_input(session, path)
+    entry = image_input(session, path, sides)
     kinds = [entry.type for entry in session.get_outputs()]
     if kinds != ["tensor(float)"]:
         raise ModelError(

@@ -9,7 +9,8 @@ import torch
 from timm.models import create_model
 from torch import nn
 
-from ricciq.models.factory import find_config, load_model
+from ricciq.models.build import find_config
+from ricciq.models.factory import load_model
 
 Kind = Literal["batchnorm", "depthwise", "transformer"]
 

@@ -1,37 +1,33 @@
-"""Where float weights lie, and the preprocessing that is written beside them.
-
-timm writes it to the config.json of a folder or a hub repository, and to the ``args`` of a training
-checkpoint; ricciq writes it to the metadata of a run's weights.
-"""
+"""Where float weights lie: a file, a folder as timm writes it, or a repository of the hub."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import zipfile
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from timm.models._hub import download_from_hf, load_model_config_from_path
+from timm import get_pretrained_cfg, is_model
+from timm.models._hub import download_from_hf
 from torch import Tensor
 
 from ricciq.errors import CheckpointError, on_one_line
-from ricciq.models.names import FOLDER, HUB, architecture
-from ricciq.models.weights import read_checkpoint
+from ricciq.models.fit import some_of
+from ricciq.models.names import FOLDER, HUB, architecture, with_prefix
+from ricciq.models.weights import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, files_of, read_checkpoint
+from ricciq.models.written import Written, read_config, read_written_in
 from ricciq.system.offline import is_network_forbidden, would_be_downloaded
-from ricciq.system.tensor_files import METADATA_KEY
 
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+    f"model.safetensors{INDEX_SUFFIX}",
+    f"pytorch_model.bin{INDEX_SUFFIX}",
+)
 """Names of weights in such a folder, in order of preference."""
-MOST_CONFIG_BYTES = 10_000_000
-"""Size of the largest config.json that is read; one for 21,841 classes has 2 MB."""
-_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 class FloatWeights(NamedTuple):
@@ -40,23 +36,20 @@ class FloatWeights(NamedTuple):
     Attributes:
         tensors: by the model's names.
         file: where they were read.
-        arguments: of timm's constructor, with which the model was built.
-        preprocessing: what is written about it, a part of the keys of `Preprocessing`.
-        written_in: file with the preprocessing.
+        written: what is written with them.
     """
 
     tensors: dict[str, Tensor]
     file: Path
-    arguments: dict[str, Any]
-    preprocessing: dict[str, Any]
-    written_in: Path
+    written: Written
 
 
 def read_weights(checkpoint: Path, name: str) -> FloatWeights:
-    """Read the weights of a model, and what is written about it.
+    """Read the weights of a model, and what is written with them.
 
     Args:
-        checkpoint: a file; a folder as timm writes it, with config.json; or hf-hub:OWNER/NAME.
+        checkpoint: a file; a folder as timm writes it, with config.json; or a repository of the
+            hub, as for `model_in`.
         name: timm's name of the model.
 
     Raises:
@@ -73,83 +66,99 @@ def read_weights(checkpoint: Path, name: str) -> FloatWeights:
             )
         config = None  # beside a file, it may belong to another one
     tensors = read_checkpoint(file)
-    if config is None:
-        return FloatWeights(tensors, file, {}, _written_in(file), file)
-    return FloatWeights(tensors, file, config.arguments, config.preprocessing, config.path)
+    written = config or read_written_in(file)
+    if written.is_quantized:
+        raise CheckpointError(
+            f"{file} has a model that is quantized already; start from a float run (--bits 32)"
+        )
+    return FloatWeights(tensors, file, written)
+
+
+def class_names_of(checkpoint: Path) -> list[str] | None:
+    """The class names that are written with weights, without reading the weights.
+
+    Args:
+        checkpoint: as for `read_weights`.
+
+    Returns:
+        A name for each logit, in their order: ``label_names`` of timm's config.json, or the classes
+        of the data of a run of ricciq. None if they are not written.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, or its config.json damaged.
+    """
+    file, config = _find(checkpoint)
+    if not os.path.isfile(file):
+        raise CheckpointError(f"there is no checkpoint {file}; give the path of a file")
+    return (config or read_written_in(file)).class_names
 
 
 def model_in(name: str) -> tuple[str, Path]:
-    """The architecture and the weights of a model in timm's form with a prefix.
+    """The architecture and the weights of a model that names itself.
 
     Args:
-        name: hf-hub:OWNER/NAME, as a repository of the Hugging Face hub, or local-dir:FOLDER.
+        name: a folder as timm writes it, or its weights; local-dir:FOLDER; hf-hub:OWNER/NAME, as a
+            repository of the Hugging Face hub, or timm/NAME; or the timm name of a model with
+            weights. The last three may end in @REVISION.
 
     Returns:
-        timm's name of the architecture, and what to give to `read_weights`.
+        timm's name of the architecture, and what to give to `read_weights`: of the hub, the exact
+        commit.
 
     Raises:
         CheckpointError: it is not there, or has no config.json of timm.
     """
-    checkpoint = Path(name.removeprefix(FOLDER))
-    if not name.startswith(HUB) and not os.path.isdir(checkpoint):
-        raise CheckpointError(f"there is no folder {checkpoint}; check the path in {name}")
-    file, config = _find(checkpoint)
+    place = _place(Path(name))
+    if not os.path.exists(place):
+        raise CheckpointError(
+            f"there is no folder {place}; check the path in {name}, or give "
+            f"{HUB}OWNER/NAME for a repository of the hub"
+        )
+    file, config = _find(place)
     if config is None:
         raise CheckpointError(
-            f"{checkpoint} has no config.json that names its model; give the timm name and "
+            f"{place} has no config.json that names its model; give the timm name and "
             f"--checkpoint {file}"
         )
-    return config.architecture, checkpoint
+    repository = _repository(name)
+    if repository is None:
+        return config.architecture, place
+    return config.architecture, Path(f"{HUB}{repository.partition('@')[0]}@{place.name}")
 
 
-class _Config(NamedTuple):
-    """What a config.json of timm says."""
-
-    path: Path
-    architecture: str
-    arguments: dict[str, Any]
-    preprocessing: dict[str, Any]
-
-
-def _find(checkpoint: Path) -> tuple[Path, _Config | None]:
+def _find(checkpoint: Path) -> tuple[Path, Written | None]:
     """The file of weights that the value of --checkpoint names, and the config.json beside it."""
-    given = str(checkpoint)
-    folder = _downloaded(given) if given.startswith(HUB) else checkpoint
-    is_folder = os.path.isdir(folder)
-    file = _weights_in(folder) if is_folder else folder
+    place = _place(checkpoint)
+    is_folder = os.path.isdir(place)
+    file = _weights_in(place) if is_folder else place
     config = file.parent / "config.json"
     there = os.path.isfile(config)
-    return file, _read_config(config, must_be_timm=is_folder) if there else None
+    return file, read_config(config, must_be_timm=is_folder) if there else None
 
 
-def _written_in(file: Path) -> dict[str, Any]:
-    """The preprocessing in weights of a run of ricciq, or in a training checkpoint of timm.
-
-    The file was read before. Other files have none.
-    """
-    try:
-        if file.suffix.lower() == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                stored = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
-            return _known(stored["preprocessing"]) if "preprocessing" in stored else {}
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-        arguments = stored.get("args")
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError):
-        return {}  # other tools have other metadata, and a state dict may have no get
-    if not isinstance(arguments, argparse.Namespace):
-        return {}
-    values = {key: value for key, value in vars(arguments).items() if value not in (None, "")}
-    side = values.get("img_size")
-    if side is not None:
-        values.setdefault("input_size", (3, side, side))
-    return _known(values)
+def _place(checkpoint: Path) -> Path:
+    """The file or folder that the value of --checkpoint names; one of the hub is downloaded."""
+    repository = _repository(str(checkpoint))
+    if repository is not None:
+        return _downloaded(repository)
+    return Path(str(checkpoint).removeprefix(FOLDER))
 
 
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: values[key] for key in _KEYS if values.get(key) is not None}
+def _repository(name: str) -> str | None:
+    """The repository of the hub that a name means, perhaps with @REVISION; None for paths."""
+    if os.path.exists(name):
+        return None
+    full = with_prefix(name)
+    if full.startswith(HUB):
+        return full.removeprefix(HUB)
+    known, at, revision = name.partition("@")
+    if not at or not is_model(architecture(known)):
+        return None
+    repository = f"timm/{known}"
+    with suppress(RuntimeError):  # an unknown tag, which is no repository either
+        config = get_pretrained_cfg(known)
+        repository = (config and config.hf_hub_id) or repository
+    return f"{repository}@{revision}"
 
 
 def _weights_in(folder: Path) -> Path:
@@ -161,49 +170,32 @@ def _weights_in(folder: Path) -> Path:
     for name in WEIGHTS_FILES:
         if os.path.isfile(folder / name):
             return folder / name
+    others = [name for name in sorted(os.listdir(folder)) if name.endswith(CHECKPOINT_SUFFIXES)]
+    if len(others) == 1:
+        return folder / others[0]
+    found = f"only {some_of(others)}" if others else "no file of weights"
     raise CheckpointError(
-        f"folder {folder} has no {', '.join(WEIGHTS_FILES)}; give one that timm wrote, or a file "
-        "of weights"
+        f"folder {folder} has no {WEIGHTS_FILES[0]}, but {found}; give the file of weights"
     )
 
 
-def _read_config(path: Path, must_be_timm: bool) -> _Config | None:
-    """Read a config.json; None if it is not one of timm.
-
-    Raises:
-        CheckpointError: the file is damaged, or not one of timm although it must be.
-    """
-    try:
-        if path.stat().st_size > MOST_CONFIG_BYTES:
-            raise ValueError("it is larger than 10 MB")
-        config, named, arguments = load_model_config_from_path(path.parent)
-        if not isinstance(named, str):
-            raise TypeError("its architecture is no name")
-        # The data decide the number of classes and channels.
-        arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
-        return _Config(path, named, arguments, _known(config))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if not must_be_timm:
-            return None
-        reason = on_one_line(f"{type(error).__name__}: {error}", 160)
-        raise CheckpointError(
-            f"{path} is not a config.json as timm writes it ({reason}); give the file of weights "
-            "instead of the folder"
-        ) from None
-
-
-def _downloaded(name: str) -> Path:
+def _downloaded(repository: str) -> Path:
     """The folder in the hub's cache with the config and the weights of a repository.
 
     Raises:
         CheckpointError: they cannot be downloaded.
     """
-    repository = name.removeprefix(HUB)
+    name = HUB + repository
     try:
         config = Path(download_from_hf(repository, "config.json"))
         for file in WEIGHTS_FILES:
             with suppress(EntryNotFoundError):
-                return Path(download_from_hf(repository, file)).parent
+                found = Path(download_from_hf(repository, file))
+                for part in files_of(found) if file.endswith(INDEX_SUFFIX) else ():
+                    download_from_hf(repository, part.name)
+                return found.parent
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub client raises errors of several libraries
         if is_network_forbidden():
             raise _would_be_downloaded(name) from None

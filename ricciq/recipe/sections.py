@@ -55,6 +55,7 @@ WeightBits = Annotated[
 ActBits = Annotated[Literal[1, 2, 3, 4, 5, 6, 7, 8, 32], BeforeValidator(_unquoted)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -82,6 +83,14 @@ class ModelSection(Section):
     """Load timm's pretrained weights if no checkpoint is given; false takes random weights."""
     kwargs: dict[str, JsonValue] = {}
     """More arguments of timm's constructor, such as global_pool."""
+    fuse: bool | None = None
+    """Merge the branches of blocks as in RepVGG; without a value, if weights are loaded."""
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the branches of blocks are merged."""
+        has_weights = self.pretrained or self.checkpoint is not None
+        return has_weights if self.fuse is None else self.fuse
 
 
 class DataSection(Section):
@@ -91,12 +100,14 @@ class DataSection(Section):
     """A folder, digits, torch/NAME, wds/NAME or hfds/NAME, as for --data."""
     dir: Path | None = None
     """Folder of the files of torch/NAME or wds/NAME, or cache of hfds/NAME, as for --data-dir."""
+    class_map: Path | None = None
+    """File that names the model's outputs in their order, as for --class-map."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     """Images in a batch of each process; auto takes the largest that fits in memory, up to 256."""
     workers: Count | None = None
     """Processes that decode images; without a value, as many as cores, or 0 if images are few."""
-    input_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
-    """Height and width of the input in pixels; without a value, the model's own."""
+    input_size: Side | tuple[Side, Side] | None = None
+    """Height and width of the input in pixels, or one number for both; by default the model's."""
     mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] | None = None
     """Mean of each channel, of pixels from 0 to 1; without a value, that of the weights."""
     std: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=3)] | None = None

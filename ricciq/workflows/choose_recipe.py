@@ -61,10 +61,11 @@ def choose_recipe(asked: Recipe, given: Collection[str] = ()) -> Choice:
             f"{written.images} images; {DEFAULTS_REMEDY}",
             data,
         )
+    size = asked.data.input_size or own_side(asked.model.name)
     task = Task(
         asked.data.train_samples or fit,
         network_kind(asked.model.name, asked.model.kwargs),
-        asked.data.input_size or own_side(asked.model.name),
+        size if isinstance(size, int) else max(size),
         _fewest_bits(asked.quantization),
     )
     values = {key: value for key, value in derived(task).items() if key not in given}

@@ -240,7 +240,9 @@ def _judged(trial: Trial, base: Recipe, study: StudyFolder, split: Split, sessio
         }  # final, if the run diverged
         if not row["diverged"]:
             trained = rebuild(folder.path)
-            batches = open_data(recipe.data.name, recipe.data.dir).loader(
+            data = open_data(recipe.data.name, recipe.data.dir)
+            data.use_outputs(trained.metadata.class_names, str(folder.best))
+            batches = data.loader(
                 "val",
                 trained.metadata.preprocessing,
                 batch_size=recipe.data.known_batch_size,

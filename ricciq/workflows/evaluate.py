@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ricciq.data.classes import imagenet_synsets
 from ricciq.data.dataset import ImageData
-from ricciq.data.open import find_again, open_data
+from ricciq.data.open import find_again, open_to_evaluate
+from ricciq.data.sources.catalog import EvaluationSplit
 from ricciq.deploy.latency import interleave
 from ricciq.errors import (
     DataError,
@@ -22,10 +24,11 @@ from ricciq.errors import (
     ModelError,
     UsageError,
 )
-from ricciq.evaluation import Metrics, Predict, evaluating
+from ricciq.evaluation import Metrics, Predict, evaluate_with_predictions, evaluating
 from ricciq.evaluation import evaluate as compare_predictors
 from ricciq.system.journal import Journal
-from ricciq.workflows.saved import Target, onnx_predictor, open_target
+from ricciq.workflows.doubt import doubt
+from ricciq.workflows.saved import NOTHING_GIVEN, Given, Target, onnx_predictor, open_target
 
 
 def evaluate(
@@ -70,8 +73,45 @@ def _on_its_device(model: nn.Module) -> Predict:
     return lambda images: model(images.to(device))
 
 
+def _number_classes(data: ImageData, target: Target, source: str, journal: Journal) -> None:
+    """Number the classes of the data as the outputs of a target, which are found by name.
+
+    Outputs without names are taken in their order, or as ImageNet's if the data have its synsets.
+
+    Args:
+        data: labelled or not.
+        target: has the outputs.
+        source: where their names come from.
+        journal: is told which outputs the classes are.
+
+    Raises:
+        DataError: a class is not among the outputs.
+    """
+    names, outputs = data.class_names, target.class_names
+    if not data.labelled:
+        data.class_names = list(outputs)
+        return
+    if not target.labelled:
+        synsets = imagenet_synsets(len(outputs)) or []
+        if set(names) <= set(synsets):
+            outputs, source = synsets, "timm's list of ImageNet"
+        elif len(names) == len(outputs):
+            return
+        elif not set(names) <= set(outputs):
+            raise DataError(
+                f"data {data.name} has {len(names)} classes but {source} has {len(outputs)}, which "
+                "have no names; name them with --class-map FILE"
+            )
+    data.use_outputs(outputs, source)
+    if names != outputs:
+        journal.say(
+            f"the {len(names)} classes of data {data.name} are found by their names among "
+            f"{len(outputs)} outputs, as in {source}"
+        )
+
+
 def _check_classes(target: Target, path: Path, data: ImageData) -> None:
-    """Check that the data have the classes of a target.
+    """Check that a reference has the classes of the data.
 
     Raises:
         DataError: the number or a name of the classes differs.
@@ -95,6 +135,8 @@ def evaluate_target(
     data_dir: Path | None = None,
     reference: Path | None = None,
     *,
+    given: Given = NOTHING_GIVEN,
+    split: EvaluationSplit = "val",
     batch_size: int = 64,
     workers: int | None = None,
     journal: Journal | None = None,
@@ -106,6 +148,8 @@ def evaluate_target(
         data_name: as for --data; by default the data that the target was made with.
         data_dir: as for --data-dir.
         reference: another target, to measure agreement with.
+        given: what is known about both, in place of what is stored with them.
+        split: which images of the data.
         batch_size: images in a call.
         workers: processes that load images; None chooses by the machine.
         journal: shows which data are taken if none are named, and progress.
@@ -117,30 +161,32 @@ def evaluate_target(
         InputError: a target or the data is missing or damaged, or they do not fit each other.
     """
     journal = journal or Journal()
-    target = open_target(path)
+    target = open_target(path, given)
     if data_name is None:
         if target.data is None:
             raise UsageError(f"{path} does not name the data it was made with; give --data")
         made_with, root = target.data
         data_name, data_dir = find_again(made_with, data_dir or root, path)
         journal.say(f"{data_name} is taken: the data that {path} was made with")
-    data = open_data(data_name, data_dir)
-    if not data.labelled:
-        if reference is None:
-            raise UsageError(
-                f"data {data_name} has no labels; give a --reference to measure agreement with"
-            )
-        data.class_names = list(target.class_names)
-    _check_classes(target, path, data)
+    data = open_to_evaluate(data_name, data_dir, split)
+    for message in data.messages:
+        journal.say(message)
+    if not data.labelled and reference is None:
+        raise UsageError(
+            f"data {data_name} has no labels; give a --reference to measure agreement with"
+        )
+    _number_classes(data, target, str(given.class_map or given.like or path), journal)
     targets = {"target": target}
     if reference is not None:
-        other = open_target(reference)
+        other = open_target(reference, given)
         _check_classes(other, reference, data)
         if other.preprocessing != target.preprocessing:
             raise ModelError(
                 f"{reference} prepares its images unlike {path}; compare targets of one model"
             )
         targets["reference"] = other
+    if given.preprocessing or given.like:
+        journal.say(f"images are given to {path} as {target.preprocessing.brief}")
     predictors = {name: opened.predict for name, opened in targets.items()}
     loading = partial(
         data.loader,
@@ -156,12 +202,16 @@ def evaluate_target(
         data.set_pseudo_labels(data.num_classes, {"val": torch.cat(answers).numpy()})
     try:
         with journal.over("evaluation", loading()) as batches:
-            metrics = compare_predictors(
+            metrics, predictions = evaluate_with_predictions(
                 predictors, batches, "target" if reference is None else "reference"
             )
     except DivergedError as error:
         both = path if reference is None else f"{path} with --reference {reference}"
         raise ModelError(f"{both} cannot be evaluated: {error}") from None
+    guessed = predictions["target"].classes.numpy()
+    said = doubt(guessed, data.targets("val"), data.num_classes, str(path))
+    if said is not None and data.labelled and not target.labelled:  # else classes have names
+        journal.say(said)
     calls = {name: partial(opened.predict, opened.blank()) for name, opened in targets.items()}
     with torch.inference_mode():
         latency = interleave(calls)

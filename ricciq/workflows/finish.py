@@ -66,6 +66,8 @@ def export_and_report(job: Job, trained: Trained, reference: Reference, session:
     inspection = inspect_onnx(folder.onnx, folder.path)
     report = _report(job, trained, folder, in_float, metrics, latency, inspection)
     report.onnx.float_from = linked.float_from
+    if reference.doubt:
+        report.messages.append(reference.doubt)
     if reference.training:
         report.float_training = FloatTrainingReport(**reference.training._asdict())
     if job.plan.layers:

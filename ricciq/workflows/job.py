@@ -17,9 +17,8 @@ from ricciq.data.dataset import ImageData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.errors import ModelError, UsageError
+from ricciq.errors import DataError, ModelError, UsageError
 from ricciq.estimators.apply import Correction
-from ricciq.models.factory import load_model
 from ricciq.quant.grid import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.recipe.schedule import epochs_for
@@ -29,6 +28,7 @@ from ricciq.system.journal import Journal
 from ricciq.training.loop import correction_of
 from ricciq.training.memory import recompute_activations
 from ricciq.training.optim import WithFeatures, check_training
+from ricciq.workflows.load_float import load_float
 from ricciq.workflows.session import Session
 
 
@@ -43,7 +43,7 @@ class Job(NamedTuple):
         preprocessing: of the model's input.
         plan: the layers to quantize.
         correction: what changes the gradients between backward pass and optimizer step.
-        messages: what was changed to load the weights.
+        messages: what was changed to load the weights, and which files are not used.
         has_new_head: whether the head of the model is random.
     """
 
@@ -56,6 +56,13 @@ class Job(NamedTuple):
     correction: Correction
     messages: list[str]
     has_new_head: bool
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether the weights that were loaded should know the classes of the data."""
+        source = self.recipe.model
+        has_weights = source.pretrained or source.checkpoint is not None
+        return has_weights and self.data.labelled and not self.has_new_head
 
     @property
     def float_epochs(self) -> int:
@@ -174,24 +181,22 @@ def prepare(
 
     Raises:
         UsageError: the data have no labels, and the recipe needs them; a new head is not trained.
+        DataError: the data have a single class.
         RicciqError: the recipe, the data or the model cannot be used.
     """
     correction = correction_of(recipe)
     check_training(recipe.training)
     if data is None:
         data = open_data(recipe.data.name, recipe.data.dir, recipe.data.holdout)
-    loaded = load_model(
-        recipe.model.name,
-        num_classes=data.num_classes if data.labelled else None,
-        channels=data.channels,
-        checkpoint=recipe.model.checkpoint,
-        pretrained=recipe.model.pretrained and weights,
-        input_size=recipe.data.input_size,
-        preprocessing=recipe.data.preprocessing,
-        kwargs=recipe.model.kwargs,
-        seed=recipe.seed,
-    )
-    recipe = recipe.override({"model.kwargs": loaded.kwargs})  # to rebuild it without its weights
+    if data.labelled and data.num_classes < 2:
+        raise DataError(
+            f"data {data.name} has a single class, {data.class_names[0]!r}, so there is nothing to "
+            "tell apart; give images of two classes or more"
+        )
+    loaded = load_float(recipe, data, weights=weights)
+    messages = [*data.messages, *loaded.messages]
+    # To rebuild it without its weights.
+    recipe = recipe.override({"model.kwargs": loaded.kwargs, "model.fuse": loaded.is_fused})
     if (
         recipe.training.grad_checkpointing
     ):  # refuses a model without support; the trainer switches it on
@@ -200,7 +205,7 @@ def prepare(
     recipe.data.augmentation.transform(loaded.preprocessing)  # refuses an unknown policy
     if recipe.training.distill_features:
         WithFeatures(loaded.model)  # refuses a model that has none
-    for message in loaded.messages:
+    for message in messages:
         session.journal.say(message)
     # Convolutions are faster in this format, on GPUs and CPUs.
     model = loaded.model.to(session.device).to(memory_format=torch.channels_last)
@@ -218,7 +223,7 @@ def prepare(
         loaded.preprocessing,
         plan,
         correction,
-        loaded.messages,
+        messages,
         loaded.has_new_head or (not weights and _would_have_new_head(recipe, loaded.model, data)),
     )
     job = _with_trained_teacher(job, session.journal)

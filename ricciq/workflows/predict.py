@@ -20,7 +20,8 @@ from ricciq.data.sources.files import ImageFiles, images_below
 from ricciq.errors import DataError, ModelError
 from ricciq.models.factory import load_model
 from ricciq.models.names import architecture
-from ricciq.workflows.saved import Target, open_target
+from ricciq.runs.metadata import ModelMetadata
+from ricciq.workflows.saved import NOTHING_GIVEN, Given, Target, open_target
 
 BATCH = 32
 """Images in a call."""
@@ -28,7 +29,9 @@ _GLOB = re.compile(r"[*?\[]")
 _WORDNET = re.compile(r"n\d{8}")
 
 
-def predict(target: str, images: Sequence[str], top: int = 5) -> dict[str, Any]:
+def predict(
+    target: str, images: Sequence[str], top: int = 5, given: Given = NOTHING_GIVEN
+) -> dict[str, Any]:
     """Find the most likely classes of images.
 
     Args:
@@ -36,6 +39,7 @@ def predict(target: str, images: Sequence[str], top: int = 5) -> dict[str, Any]:
             pretrained weights are used.
         images: files, folders with images at any depth, or patterns of files, as in ``*.jpg``.
         top: number of classes for each image; at most as many as there are.
+        given: what is known about the target, in place of what is stored with it.
 
     Returns:
         Plain values. ``images`` has for each image its path and its classes, the most likely one
@@ -47,7 +51,7 @@ def predict(target: str, images: Sequence[str], top: int = 5) -> dict[str, Any]:
         CheckpointError: the checkpoint of a run is damaged.
         DataError: there is no image.
     """
-    opened = _open(target)
+    opened = _open(target, given)
     paths = list(_found(images))
     files = ImageFiles((path, 0) for path in paths)
     names = _readable(opened.class_names, opened.labelled)
@@ -94,10 +98,10 @@ def as_rows(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _open(target: str) -> Target:
+def _open(target: str, given: Given) -> Target:
     """A file or run of this path, or else timm's model of this name."""
     if os.path.exists(target):
-        return open_target(Path(target))
+        return open_target(Path(target), given)
     if os.sep in target or not is_model(architecture(target)):
         raise ModelError(
             f"{target!r} does not exist; give an .onnx file, a run folder, a checkpoint, or a name "
@@ -107,7 +111,9 @@ def _open(target: str) -> Target:
     model, preprocessing = loaded.model, loaded.preprocessing
     with torch.inference_mode():
         classes = model(torch.zeros(1, *preprocessing.input_size)).shape[1]
-    return Target(model, preprocessing, [str(i) for i in range(classes)], False, None)
+    named = ModelMetadata(preprocessing, [str(i) for i in range(classes)], False)
+    known = given.describe(named, Path(target))
+    return Target(model, known.preprocessing, known.class_names, known.labelled, None)
 
 
 def _readable(names: list[str], labelled: bool) -> list[str]:

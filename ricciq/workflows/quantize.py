@@ -57,6 +57,7 @@ def run(
         recipe, output, resume=resume, overwrite=overwrite, journal=journal
     ) as session:
         job = prepare(recipe, session, data=data)
+        session.world.from_first(job.data.check_training_images)
         reference = evaluate_float(job, session)
         budget = find_budget(job, session)
         session.begin(recipe, "run folder:")

@@ -9,6 +9,7 @@ from torch import nn
 
 from ricciq.errors import CheckpointError, DivergedError
 from ricciq.evaluation import Metrics, Predictions, evaluate_with_predictions
+from ricciq.workflows.doubt import doubt
 from ricciq.workflows.job import Job
 from ricciq.workflows.session import Session, in_first_process
 from ricciq.workflows.train_float import FloatTraining
@@ -21,11 +22,13 @@ class Reference(NamedTuple):
         metrics: accuracy and loss.
         predictions: the most likely class of each image, and its probability.
         training: how the float model was trained in this run, if it was.
+        doubt: a sentence, where the accuracy shows that classes or images are taken wrongly.
     """
 
     metrics: Metrics
     predictions: Predictions
     training: FloatTraining | None = None
+    doubt: str | None = None
 
 
 @in_first_process
@@ -55,7 +58,14 @@ def evaluate_float(job: Job, session: Session) -> Reference:
     else:
         said = f"its predictions replace labels, also of {found.samples} validation samples"
     session.journal.say(f"float model: {said}")
-    return Reference(found, predictions["float"])
+    guessed = predictions["float"]
+    reason = None
+    if job.knows_classes:
+        targets, name = job.data.targets("val"), "the float model"
+        reason = doubt(guessed.classes.numpy(), targets, job.data.num_classes, name)
+    if reason:
+        session.journal.say(reason)
+    return Reference(found, guessed, doubt=reason)
 
 
 @in_first_process

@@ -7,17 +7,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ricciq.convert.rewrite import convert
+from ricciq.data.classes import read_class_map
 from ricciq.data.preprocessing import InputType, Preprocessing
 from ricciq.deploy.links import link
 from ricciq.deploy.modules import deploy
-from ricciq.deploy.session import image_input, open_session, session_metadata, session_predictor
-from ricciq.errors import CheckpointError, ModelError, on_one_line
+from ricciq.deploy.session import (
+    PIXEL_CHANNELS,
+    ImageInput,
+    image_input,
+    open_session,
+    session_metadata,
+    session_predictor,
+)
+from ricciq.errors import CheckpointError, ModelError, UsageError, on_one_line
 from ricciq.evaluation import Predict
 from ricciq.models.factory import load_model
 from ricciq.runs.folder import RunFolder
@@ -65,6 +74,7 @@ def rebuild(path: Path) -> Rebuilt:
             pretrained=False,
             input_size=metadata.preprocessing.input_size[1:],
             kwargs=recipe.model.kwargs,
+            fuse=recipe.model.fuse,
         )
         # The scales are in the file, too.
         config = replace(recipe.quantization.config, search=1)
@@ -150,39 +160,137 @@ class Target(NamedTuple):
         return torch.zeros(1, *self.preprocessing.input_size, dtype=dtype)
 
 
-def open_target(path: Path) -> Target:
+class Given(NamedTuple):
+    """What a user says about a target. It goes before what is stored with it.
+
+    Attributes:
+        preprocessing: keys of `Preprocessing`, but ``input_size`` is (height, width), and ``mean``
+            and ``std`` may have one value for all channels.
+        class_map: file that names the outputs.
+        like: a run or a file of ricciq with the same preprocessing and classes.
+    """
+
+    preprocessing: Mapping[str, Any] = MappingProxyType({})
+    class_map: Path | None = None
+    like: Path | None = None
+
+    def describe(self, stored: ModelMetadata, path: Path) -> ModelMetadata:
+        """Metadata with what is given in place of what is stored.
+
+        Args:
+            stored: of the target, which decides the number of channels and of classes.
+            path: of the target, for errors.
+
+        Raises:
+            UsageError: what is given does not fit the target.
+            InputError: the class map, or what the target is like, cannot be used.
+        """
+        preprocessing, names, labelled = _described(stored)
+        count, size = len(names), preprocessing.input_size
+        if self.like is not None:
+            like = open_target(self.like)
+            preprocessing, names, labelled = like.preprocessing, like.class_names, like.labelled
+            if len(names) != count:
+                raise UsageError(
+                    f"--like {self.like} has {len(names)} classes but {path} has {count}; give a "
+                    "run of the same model"
+                )
+        if self.class_map is not None:
+            names, labelled = read_class_map(self.class_map).outputs(count), True
+        values = {**preprocessing.to_dict(), **self.preprocessing}
+        values["input_size"] = (size[0], *values["input_size"][-2:])
+        for key in ("mean", "std"):
+            if len(values[key]) == 1:
+                values[key] = tuple(values[key]) * size[0]
+        try:
+            preprocessing = Preprocessing.from_dict(values)
+        except ValueError as error:
+            raise UsageError(
+                f"{path} takes images of {size}, but the {error}; correct it"
+            ) from None
+        if preprocessing.input_size != size:
+            raise UsageError(
+                f"{path} takes images of {size}, not of {preprocessing.input_size}; give this size"
+            )
+        return ModelMetadata(preprocessing, names, labelled)
+
+
+NOTHING_GIVEN = Given()
+
+
+def open_target(path: Path, given: Given = NOTHING_GIVEN) -> Target:
     """Open an ONNX file, a run folder or a checkpoint for evaluation.
+
+    Args:
+        path: the file or folder.
+        given: what is known about it; an ONNX file of another tool needs mean and deviation, unless
+            it takes pixels.
 
     Raises:
         ModelError: there is no such file, or the ONNX file cannot be used.
         CheckpointError: the file of a run is missing or damaged.
+        UsageError: what is given does not fit.
+        DataError: the class map cannot be used.
     """
     if not os.path.exists(path):  # Path.exists raises where a name is too long
         raise ModelError(f"{path} does not exist; give an .onnx file, a run folder or a checkpoint")
     if path.is_dir() or path.suffix.lower() != ".onnx":
         trained = rebuild(path)
-        data = _data_of(trained.metadata.to_dict())
-        deployed = link(deploy(trained.model), trained.metadata.preprocessing.input_size).model
-        return Target(deployed, *_described(trained.metadata), data)
-    session = open_session(path)
-    stored = session_metadata(session, path)
-    predict = session_predictor(session, path)
+        metadata = given.describe(trained.metadata, path)
+        deployed = link(deploy(trained.model), metadata.preprocessing.input_size).model
+        return Target(deployed, *_described(metadata), _data_of(trained.metadata.to_dict()))
+    session, sides = open_session(path), given.preprocessing.get("input_size")
+    predict = session_predictor(session, path, sides)
+    taken = image_input(session, path, sides)
+    try:
+        stored = session_metadata(session, path)
+    except ModelError:  # another tool wrote it
+        knows = given.like or {"mean", "std"} <= given.preprocessing.keys()
+        if not knows and taken.input_type == "float":
+            raise
+        stored = _of_another_tool(taken, predict, path)
     with _reading_metadata(path):
-        metadata = FileMetadata.from_dict(stored, path)
-    taken = image_input(session, path)
-    expected, classes = metadata.preprocessing.input_size, len(metadata.class_names)
-    if taken.input_type == "uint8":
-        predict = _of_pixels(predict, metadata.preprocessing)
-    target = Target(predict, *_described(metadata), _data_of(stored), taken.input_type)
+        in_file = FileMetadata.from_dict(stored, path)
+    expected, classes = in_file.preprocessing.input_size, len(in_file.class_names)
     logits = None
-    if (taken.size, taken.input_type) == (expected, metadata.input_type):
-        logits = predict(target.blank())
+    if (taken.size, taken.input_type) == (expected, in_file.input_type):
+        logits = predict(_blank(taken))
     if logits is None or logits.shape[1] != classes:
         raise ModelError(
-            f"{path} has the metadata of another model, with {metadata.input_type} images of "
+            f"{path} has the metadata of another model, with {in_file.input_type} images of "
             f"{expected} and {classes} classes; export it again with `ricciq export`"
         )
-    return target
+    metadata = given.describe(in_file, path)
+    if taken.input_type == "uint8":
+        predict = _of_pixels(predict, metadata.preprocessing)
+    return Target(predict, *_described(metadata), _data_of(stored), taken.input_type)
+
+
+def _blank(taken: ImageInput) -> Tensor:
+    """A batch of one blank image."""
+    dtype = torch.uint8 if taken.input_type == "uint8" else torch.float32
+    return torch.zeros(1, *taken.size, dtype=dtype)
+
+
+def _of_another_tool(taken: ImageInput, predict: Predict, path: Path) -> dict[str, Any]:
+    """Metadata of a file that has none, as far as it can be known: pixels are taken as they are.
+
+    Raises:
+        ModelError: its images have a number of channels that is neither grey nor colour.
+    """
+    channels = taken.size[0]
+    if channels not in PIXEL_CHANNELS:
+        raise ModelError(
+            f"{path} takes images of {channels} channels in the shape {taken.shape}; give a model "
+            "of (batch, 1 or 3 channels, height, width)"
+        )
+    classes = predict(_blank(taken)).shape[1]
+    return {
+        "preprocessing": {"input_size": taken.size, "mean": [0] * channels, "std": [1] * channels},
+        "class_names": [str(number) for number in range(classes)],
+        "labelled": False,
+        "input": taken.input_type,
+    }
 
 
 @contextmanager
@@ -220,10 +328,12 @@ def float_source(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged, or its model is quantized already.
     """
     file = _weights_of(path)
-    _, stored = load_tensors(file)
     try:
+        _, stored = load_tensors(file)
         metadata = RunMetadata.from_dict(stored, file)
-    except ValueError:
+    except (ValueError, CheckpointError) as error:
+        if isinstance(error, CheckpointError) and not os.path.isfile(path):
+            raise  # the folder of a run without weights, or with damaged ones
         raise CheckpointError(
             f"{file} does not name its model; give the timm name and --checkpoint {file}"
         ) from None

@@ -356,8 +356,8 @@ def test_a_reference_that_differs_is_what_counts(
 ) -> None:
     original = trained.open_target
 
-    def one_further(path: Path) -> trained.Target:
-        target = original(path)
+    def one_further(path: Path, given: trained.Given) -> trained.Target:
+        target = original(path, given)
         if path.name != "float.onnx":
             return target
         predict: Callable[[Tensor], Tensor] = target.predict
@@ -398,8 +398,8 @@ def test_what_has_names_and_what_has_none_agree_on_images(
 ) -> None:
     original = trained.open_target
 
-    def with_names(path: Path) -> trained.Target:
-        target = original(path)
+    def with_names(path: Path, given: trained.Given) -> trained.Target:
+        target = original(path, given)
         if (path.name == "float.onnx") == (named == "reference"):
             return target._replace(class_names=[f"digit {number}" for number in range(10)])
         return target

@@ -80,13 +80,15 @@ class Parts(NamedTuple):
 
     Attributes:
         class_names: one name for each class, in the order of the targets; empty without labels.
-        train: the training images.
+        train: the training images; None if they were not asked for.
         val: the validation images.
+        messages: sentences for the user, such as about files that are not used.
     """
 
     class_names: list[str]
-    train: Images
+    train: Images | None
     val: Images
+    messages: Sequence[str] = ()
 
 
 class EncodedImages(ABC):
@@ -146,9 +148,16 @@ class EncodedImages(ABC):
             reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
             if isinstance(error, UnidentifiedImageError):  # its message shows a BytesIO's address
                 reason = "unknown image format"
-            raise DataError(
-                f"image {self.name(index)} cannot be read ({reason}); repair or remove it"
-            ) from error
+            raise self.unreadable(index, reason) from error
+
+    def unreadable(self, index: int, reason: str) -> DataError:
+        """The error about an image that cannot be read.
+
+        Args:
+            index: of the image, from 0.
+            reason: why.
+        """
+        return DataError(f"image {self.name(index)} cannot be read ({reason}); repair or remove it")
 
 
 class ImageArrays:

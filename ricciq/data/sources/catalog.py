@@ -1,6 +1,7 @@
 """The sources of images that --data can name. Importing it imports none of their libraries.
 
-To add a source, write a module with `open_source` in this package, and add an entry here.
+To add a source, write a module with `open_source` in this package, and add an entry here. With
+`open_split`, it can also open the images to evaluate on alone.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
+
+from ricciq.errors import DataError
 
 if TYPE_CHECKING:
     from ricciq.data.sources.base import Parts
+
+EvaluationSplit = Literal["val", "test"]
+"""Images that a model was not trained on."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,34 @@ class Source:
         module = import_module(f"ricciq.data.sources.{self.module}")
         return cast("Parts", module.open_source(name, root))
 
+    def open_split(self, name: str, root: Path | None, split: EvaluationSplit) -> Parts:
+        """Import the module and open the images to evaluate on; those of training may be missing.
+
+        Args:
+            name: the value of --data.
+            root: the value of --data-dir.
+            split: which images.
+
+        Returns:
+            The class names, and the images as the validation images.
+
+        Raises:
+            DataError: the data set is missing, unreadable or lacks the split.
+        """
+        module = import_module(f"ricciq.data.sources.{self.module}")
+        if hasattr(module, "open_split"):
+            return cast("Parts", module.open_split(name, split))
+        if split != "val":
+            raise DataError(
+                f"data {name!r} has no split {split} that can be chosen; leave out --split"
+            )
+        return self.open(name, root)
+
 
 SOURCES = (
     Source(
         "folder",
-        "a folder with train/ and val/ (or validation/)",
+        "a folder with train/ and val/ (or valid/, validation/)",
         "images by class",
         is_path=True,
     ),

@@ -76,12 +76,35 @@ class ImageFiles(EncodedImages):
             raise OSError("it is not a regular file")
         return path
 
+    def check(self) -> None:
+        """Look at every file, which is far quicker than to decode it.
 
-def images_below(folder: str) -> list[str]:
+        Raises:
+            DataError: one is missing, empty, or no regular file.
+        """
+        for index in range(len(self.targets)):
+            try:
+                if not os.stat(self.source(index)).st_size:
+                    raise OSError("it is empty")
+            except OSError as error:
+                raise self.unreadable(index, error.strerror or str(error)) from None
+
+
+RUBBISH = {".ds_store", ".localized", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
+"""What systems and tools leave in folders, in lower case; it needs no message."""
+
+
+def is_rubbish(name: str) -> bool:
+    """Whether a file or folder is one that a system or a tool has left, such as ._cat.png."""
+    return name.startswith("._") or name.lower() in RUBBISH
+
+
+def images_below(folder: str, left_out: list[str] | None = None) -> list[str]:
     """The images in a folder at any depth, in natural order, without hidden ones.
 
     Args:
         folder: its path.
+        left_out: receives the paths of everything else, but for rubbish.
 
     Returns:
         Their paths.
@@ -90,6 +113,7 @@ def images_below(folder: str) -> list[str]:
         DataError: the folder, or one in it, cannot be read.
     """
     found: list[str] = []
+    others = [] if left_out is None else left_out
 
     def refuse(error: OSError) -> None:
         raise DataError(
@@ -97,9 +121,14 @@ def images_below(folder: str) -> list[str]:
         )
 
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
         start = os.path.join(place, "")
+        hidden = [name for name in folders if name.startswith(".") or is_rubbish(name)]
+        folders[:] = [name for name in folders if name not in hidden]
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 found.append(start + name)
+            elif not is_rubbish(name):
+                others.append(start + name)
+        others += [f"{start}{name}{os.sep}" for name in hidden if not is_rubbish(name)]
+    others.sort(key=natural_order)
     return sorted(found, key=lambda path: natural_order(path[len(folder) :]))

@@ -6,13 +6,15 @@ Or the folder has only images, which then have no labels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ricciq.data.classes import printable_name
 from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages, Parts, natural_order
-from ricciq.data.sources.files import ImageFiles, images_below
+from ricciq.data.sources.catalog import EvaluationSplit
+from ricciq.data.sources.files import ImageFiles, images_below, is_rubbish
 from ricciq.data.sources.tar import (
     COMPRESSED_SUFFIXES,
     ImagesInTars,
@@ -24,6 +26,14 @@ from ricciq.data.sources.tar import (
 from ricciq.errors import DataError
 
 Split = tuple[list[str], EncodedImages]
+NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid"),
+    "test": ("test", "testing"),
+}
+"""Names of the parts of a data folder, in any case."""
+SHOWN = 5
+"""How many files that are not used are named."""
 LEAST_UNLABELLED = 20
 """Smallest number of images without labels."""
 
@@ -42,28 +52,82 @@ def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
         DataError: a part is missing or cannot be read, or the parts have different classes.
     """
     folder = Path(name)
-    train_at, val_at = _find(folder, "train"), _find(folder, "val", "validation")
-    if train_at is None and val_at is None and (unlabelled := _images_in(folder)):
+    found = {split: place for split in NAMES if (place := _find(folder, split))}
+    if not found and (unlabelled := _images_in(folder)):
         return _without_labels(folder, unlabelled)
-    if train_at is None:
+    if "train" not in found:
         raise DataError(
             f"data folder {folder} has neither train/ nor train.tar; put the training images "
-            "there, one folder for each class"
+            "there, one folder for each class; without them, it can only be evaluated on"
         )
-    if val_at is None:
+    messages = []
+    if "val" not in found and "test" in found:
+        found["val"] = found.pop("test")
+        messages.append(f"{found['val']} is used for validation: there is no {folder / 'val'}")
+    if "val" not in found:
         raise DataError(
             f"data folder {folder} has neither val/ nor validation/, nor such a tar; put images "
             "that are not in train/ there, one folder for each class"
         )
-    class_names, train = _read_split(train_at)
-    val_names, val = _read_split(val_at)
+    left_out = _not_used(folder, [found["train"], found["val"]])
+    class_names, train = _read_split(found["train"], left_out)
+    val_names, val = _read_split(found["val"], left_out)
     if odd := sorted(set(class_names) ^ set(val_names), key=natural_order):
         shown = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
         raise DataError(
-            f"{train_at} and {val_at} do not have the same classes ({shown} in one only); give "
-            "both the same classes"
+            f"{found['train']} and {found['val']} do not have the same classes ({shown} in one "
+            "only); give both the same classes"
         )
-    return Parts(class_names, train, val)
+    return Parts(class_names, train, val, [*messages, *_told(left_out)])
+
+
+def open_split(name: str, split: EvaluationSplit) -> Parts:
+    """Open the images of a data folder to evaluate on.
+
+    Args:
+        name: the folder. It may have a part of this name, or for "val" a test/ alone, or class
+            folders and no parts.
+        split: which images.
+
+    Returns:
+        The class names, and the images as the validation images.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    folder = Path(name)
+    found = {known: place for known in NAMES if (place := _find(folder, known))}
+    place, messages = found.get(split), []
+    if place is None and split == "val" and "test" in found:
+        place = found["test"]
+        messages.append(f"{place} is evaluated: there is no {folder / 'val'}")
+    if not found and split == "val":
+        if unlabelled := _images_in(folder):
+            return _without_labels(folder, unlabelled)
+        place = folder
+    if place is None:
+        others = " and ".join(str(other) for other in found.values()) or "no split"
+        raise DataError(
+            f"data folder {folder} has {others}, but no {split}/; give images that are not in "
+            "train/, one folder for each class"
+        )
+    left_out = [] if place == folder else _not_used(folder, list(found.values()))
+    class_names, images = _read_split(place, left_out)
+    return Parts(class_names, None, images, [*messages, *_told(left_out)])
+
+
+def _not_used(folder: Path, used: Sequence[Path]) -> list[str]:
+    """What lies in a folder beside what is used, but for rubbish."""
+    others = sorted(entry for entry in {*folder.iterdir()} - {*used} if not is_rubbish(entry.name))
+    return [f"{entry}{os.sep if entry.is_dir() else ''}" for entry in others]
+
+
+def _told(left_out: list[str]) -> Iterator[str]:
+    """A sentence about files and folders that are not used, if there are any."""
+    if left_out:
+        shown = ", ".join(printable_name(name) for name in left_out[:SHOWN])
+        more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+        yield f"not used: {shown}{more}; images are read from {', '.join(IMAGE_SUFFIXES)} files"
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -88,56 +152,70 @@ def _without_labels(folder: Path, paths: list[str]) -> Parts:
     order = np.random.RandomState(0).permutation(len(paths))
     parts = np.sort(order[len(paths) // 10 :]), np.sort(order[: len(paths) // 10])
     train, val = (ImageFiles((paths[i], 0) for i in part) for part in parts)
-    return Parts([], train, val)
+    return Parts([], train, val, [*_told(_not_used(folder, [Path(path) for path in paths]))])
 
 
-def _find(folder: Path, *names: str) -> Path | None:
+def _find(folder: Path, split: str) -> Path | None:
     """The path of a split: a folder goes before a tar, which may be left from unpacking."""
-    for name in names:
-        if (inside := folder / name).is_dir():
-            return inside
-    for name in names:
-        if (tar := folder / f"{name}.tar").is_file():
+    # In ASCII, lower case comes last, so that train/ goes before Train/.
+    entries = {entry.name.lower(): entry for entry in sorted(folder.iterdir())}
+    for name in NAMES[split]:
+        if name in entries and entries[name].is_dir():
+            return entries[name]
+    for name in NAMES[split]:
+        if (tar := entries.get(f"{name}.tar")) and tar.is_file():
             return tar
         for suffix in COMPRESSED_SUFFIXES:
-            if (compressed := folder / f"{name}{suffix}").is_file():
+            if (compressed := entries.get(f"{name}{suffix}")) and compressed.is_file():
                 refuse_compressed(compressed)
     return None
 
 
-def _read_split(place: Path) -> Split:
-    """The class names of a folder or tar, in timm's order, and its images."""
+def _read_split(place: Path, left_out: list[str]) -> Split:
+    """The class names of a folder or tar, in timm's order, and its images.
+
+    Args:
+        place: the folder or tar.
+        left_out: receives what is in it and is not used.
+    """
     if place.is_file():
         return _read_tar(place)
-    visible = [entry for entry in place.iterdir() if not entry.name.startswith(".")]
+    entries = sorted(place.iterdir())
+    for entry in entries:
+        refuse_compressed(entry)
+    visible = [entry for entry in entries if not (entry.name[0] == "." or is_rubbish(entry.name))]
     class_names = sorted((entry.name for entry in visible if entry.is_dir()), key=natural_order)
     tars = [entry for entry in visible if entry.suffix.lower() == ".tar" and entry.is_file()]
-    for entry in visible:
-        refuse_compressed(entry)
     if not class_names and not tars:
         raise DataError(
             f"{place} has neither class folders nor tars; give each class a folder with its images"
         )
     for entry in visible:
-        if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+        if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.is_dir():
             raise DataError(f"image {entry} is beside the class folders; move it into one")
     if class_names and tars:
         raise DataError(f"{place} has class folders and tars, such as {tars[0]}; keep one kind")
+    left_out += _not_used(place, [*tars, *(place / name for name in class_names)])
     if tars:
         return _read_class_tars(sorted(tars, key=lambda tar: natural_order(tar.name)))
-    return class_names, ImageFiles(_labelled_files(place, class_names))
+    return class_names, ImageFiles(_labelled_files(place, class_names, left_out))
 
 
-def _labelled_files(place: Path, class_names: list[str]) -> Iterator[tuple[str, int]]:
+def _labelled_files(
+    place: Path, class_names: list[str], left_out: list[str]
+) -> Iterator[tuple[str, int]]:
     """The images of each class folder, with the number of the class."""
     for target, class_name in enumerate(class_names):
         folder = str(place / class_name)
-        found = images_below(folder)
+        others: list[str] = []
+        found = images_below(folder, others)
         if not found:
+            but = f" but {others[0]}" if others else ""
             raise DataError(
-                f"class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)}); fill or "
+                f"class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)}){but}; fill or "
                 "remove it"
             )
+        left_out += others
         for path in found:
             yield path, target
 

@@ -231,6 +231,44 @@ def test_flags_of_augmentation_have_the_names_of_timm(ricciq: Callable[..., Answ
     assert (found["reprob"], found["pad_crop"]) == (0.3, 0)
 
 
+def test_arguments_of_the_model_are_given_as_in_timm(
+    ricciq: Callable[..., Answer], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {kwargs: {global_pool: avg, drop_rate: 0.1}}")
+    flags = ["--model-kwargs", "drop_path_rate=0.1", "global_pool=max", "--recipe", "mine.yaml"]
+    flags += ["--model-kwargs", "channels=(32, 48, 48, 96)", "--input-size", "3,160,224"]
+    answer = ricciq(
+        "quantize", "test_resnet", "--data", "digits", *flags, "--dry-run", "--json", "--offline"
+    )
+    recipe = json.loads(answer.out)["recipe"]
+    assert recipe["model"]["kwargs"] == {
+        "global_pool": "max",
+        "drop_rate": 0.1,
+        "drop_path_rate": 0.1,
+        "channels": [32, 48, 48, 96],
+    }
+    assert recipe["data"]["input_size"] == [160, 224]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["global_pool"], 2, "--model-kwargs global_pool is no argument; give key=value"),
+        (["x={1,2}"], 2, "has a value that a recipe cannot hold"),
+        (["num_classes=3"], 3, "num_classes cannot be set, since ricciq decides it"),
+        (["checkpoint_path=x.pth"], 3, "checkpoint_path cannot be set"),
+        (["pretrained_cfg={'file': 'x'}"], 3, "pretrained_cfg cannot be set"),
+        (["in_chans=4"], 3, "in_chans 4"),
+        (["img_size=big"], 3, "img_size 'big' is no size"),
+        (["colour=red"], 3, "cannot build model"),
+    ],
+)
+def test_arguments_that_no_model_takes_are_refused(
+    ricciq: Callable[..., Answer], words: list[str], code: int, sentence: str
+) -> None:
+    check_refusal(ricciq(*QUANTIZE, "--model-kwargs", *words), code, sentence)
+
+
 def test_help_and_the_module_do_not_import_torch() -> None:
     code = (
         "import sys\n"

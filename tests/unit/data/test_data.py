@@ -1,7 +1,9 @@
 """Every form of --data: what is read, what is refused, and what is deterministic."""
 
 import multiprocessing
+import os
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from sklearn.datasets import load_digits
 from ricciq.data.augmentation import Augmentation
 from ricciq.data.dataset import ImageData
 from ricciq.data.loader import MOST_WORKERS, close, set_epoch
-from ricciq.data.open import open_data
+from ricciq.data.open import open_data, open_to_evaluate
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import DataError, UsageError
 from ricciq.system.distributed import World
@@ -85,8 +87,10 @@ def test_a_folder_becomes_normalized_batches(folder):
     torch.testing.assert_close(images[0], (pixels - 0.5) / 0.25)
 
 
-def test_validation_may_be_called_validation(folder):
-    (folder / "val").rename(folder / "validation")
+@pytest.mark.parametrize("name", ["validation", "valid", "VAL", "Validation"])
+def test_other_names_of_the_validation_images(folder, name):
+    (folder / "val").rename(folder / name)
+    (folder / "train").rename(folder / "Train")
     assert len(drain(batches(open_data(str(folder), None), "val"))[1]) == 4
 
 
@@ -116,7 +120,7 @@ def test_a_form_that_is_a_stream_is_refused(name):
 
 
 def test_a_folder_without_train_is_refused(folder):
-    (folder / "train").rename(folder / "training")
+    (folder / "train").rename(folder / "images")
     with pytest.raises(DataError) as error:
         open_data(str(folder), None)
     one_sentence(error, str(folder), "neither train/ nor train.tar")
@@ -124,10 +128,103 @@ def test_a_folder_without_train_is_refused(folder):
 
 def test_a_folder_without_validation_is_refused(folder):
     # timm would evaluate on the training images.
-    (folder / "val").rename(folder / "test")
+    (folder / "val").rename(folder / "others")
     with pytest.raises(DataError) as error:
         open_data(str(folder), None)
     one_sentence(error, str(folder), "neither val/ nor validation/")
+
+
+def test_test_images_alone_are_those_of_validation(folder):
+    (folder / "val").rename(folder / "test")
+    data = open_data(str(folder), None)
+    assert data.count("val") == 4
+    assert data.messages == [
+        f"{folder / 'test'} is used for validation: there is no {folder / 'val'}"
+    ]
+
+
+def test_evaluating_needs_no_training_images(folder):
+    shutil.rmtree(folder / "train")
+    for place in (folder, folder / "val"):  # the latter has class folders and no parts
+        data = open_to_evaluate(str(place))
+        assert data.class_names == ["cat", "dog"]
+        assert drain(batches(data, "val"))[1].tolist() == [0, 0, 1, 1]
+        assert not data.messages
+
+
+def test_the_test_images_are_evaluated_if_asked_for_or_alone(folder):
+    for number in range(3):
+        write_image(folder / "test" / "dog" / f"{number}.png", number)
+    assert open_to_evaluate(str(folder), split="test").count("val") == 3
+    assert open_to_evaluate(str(folder)).count("val") == 4
+    shutil.rmtree(folder / "val")
+    alone = open_to_evaluate(str(folder))
+    assert alone.count("val") == 3
+    assert alone.messages == [f"{folder / 'test'} is evaluated: there is no {folder / 'val'}"]
+
+
+def test_a_split_that_is_missing_is_named(folder):
+    with pytest.raises(DataError) as error:
+        open_to_evaluate(str(folder), split="test")
+    one_sentence(error, str(folder / "train"), str(folder / "val"), "no test/")
+    shutil.rmtree(folder / "val")
+    with pytest.raises(DataError) as error:
+        open_to_evaluate(str(folder))
+    one_sentence(error, str(folder / "train"), "no val/")
+    with pytest.raises(DataError, match="'digits' has no split test"):
+        open_to_evaluate("digits", split="test")
+
+
+RUBBISH = ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/cat/._0.png")
+OTHERS = ("cat/a.heic", "cat/b.avif", "cat/c.svg", "cat/image", "cat/.hidden.png", "notes.csv")
+
+
+def test_what_is_not_used_is_named_but_for_rubbish(folder):
+    for name in (*RUBBISH, *(f"cat/{name}" for name in RUBBISH), ".ipynb_checkpoints/0.png"):
+        path = folder / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"?")
+    assert not open_data(str(folder)).messages
+    for name in OTHERS:
+        (folder / "train" / name).write_bytes(b"?")
+        (message,) = open_data(str(folder)).messages
+        assert str(folder / "train" / name) in message
+        (folder / "train" / name).unlink()
+    (folder / "test").mkdir()
+    (folder / "README").touch()
+    (message,) = open_data(str(folder)).messages
+    assert f"not used: {folder / 'README'}, {folder / 'test'}/;" in message
+
+
+def test_of_many_files_that_are_not_used_the_first_are_named(folder):
+    for number in range(9):
+        (folder / "val" / "cat" / f"{number}.heic").touch()
+    (message,) = open_data(str(folder)).messages
+    assert "4.heic and 4 more" in message
+    assert "5.heic" not in message
+
+
+@pytest.mark.parametrize("damage", ["empty", "link", "pipe"])
+def test_bad_training_images_are_found_without_decoding_them(folder, damage):
+    open_data(str(folder)).check_training_images()
+    path = folder / "train" / "dog" / "1.png"
+    path.unlink()
+    make = {
+        "empty": path.touch,
+        "link": lambda: path.symlink_to(folder / "nowhere.png"),
+        "pipe": lambda: os.mkfifo(path),
+    }
+    make[damage]()
+    said = {"empty": "empty", "link": "No such file", "pipe": "not a regular file"}
+    with pytest.raises(DataError) as error:
+        open_data(str(folder)).check_training_images()
+    one_sentence(error, str(path), said[damage])
+
+
+def test_images_may_have_suffixes_in_capitals(folder):
+    path = folder / "val" / "cat" / "0.png"
+    path.rename(path.with_suffix(".PNG"))
+    assert open_data(str(folder)).count("val") == 4
 
 
 def test_a_split_without_class_folders_is_refused(tmp_path):

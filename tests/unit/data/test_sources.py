@@ -80,8 +80,8 @@ def test_a_source_that_needs_a_root_says_so(source: Source) -> None:
 
 def test_the_forms_are_a_list_in_words() -> None:
     assert forms() == (
-        "a folder with train/ and val/ (or validation/), `digits`, torch/NAME or wds/NAME with "
-        "--data-dir, or hfds/NAME"
+        "a folder with train/ and val/ (or valid/, validation/), `digits`, torch/NAME or wds/NAME "
+        "with --data-dir, or hfds/NAME"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ricciq.data.preprocessing import Preprocessing
 from ricciq.errors import CheckpointError, ModelError
-from ricciq.models import factory as models
+from ricciq.models import build as models
 from ricciq.models.factory import load_model
 
 NETS = ["digits_resnet8", "fashion_resnet8", "cifar_resnet20"]

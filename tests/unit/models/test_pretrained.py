@@ -13,7 +13,7 @@ from timm.models._hub import save_for_hf
 
 from ricciq.errors import CheckpointError, ModelError
 from ricciq.models.factory import load_model
-from ricciq.models.pretrained import model_in
+from ricciq.models.pretrained import class_names_of, model_in
 from ricciq.system.offline import SWITCH
 
 OWN = {
@@ -54,10 +54,42 @@ def test_a_folder_of_timm_brings_its_preprocessing_and_its_arguments(folder: Pat
         f"the preprocessing is that of {folder / 'config.json'}: {loaded.preprocessing.brief}"
     ]
     assert not loaded.has_new_head
+    assert loaded.class_names is None
     assert loaded.model(torch.zeros(1, 3, 32, 48)).shape == (1, 3)
     check_own(load_model("test_resnet", checkpoint=folder / "model.safetensors"))
-    name, checkpoint = model_in(f"local-dir:{folder}")
-    assert (name, checkpoint) == ("test_resnet", folder)
+    for name in (str(folder), f"local-dir:{folder}"):
+        assert model_in(name) == ("test_resnet", folder)
+        check_own(load_model("test_resnet", checkpoint=Path(name)))
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["cat", "dog", "owl"], ["cat", "dog", "owl"]),
+        ({"0": "cat", "2": "owl"}, ["cat", "1", "owl"]),  # timm's form with gaps
+    ],
+)
+def test_class_names_are_those_of_the_config(
+    folder: Path, tmp_path: Path, names: Any, read: list[str]
+) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_for_hf(model, tmp_path, model_config={"label_names": names}, safe_serialization=True)
+    for checkpoint in (tmp_path, tmp_path / "model.safetensors"):
+        assert class_names_of(checkpoint) == read
+        assert load_model("test_resnet", checkpoint=checkpoint).class_names == read
+    assert class_names_of(folder) is None
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        class_names_of(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("names", ["abc", [1, 2, 3], ["a"], {"3": "a"}, {"x": "a"}])
+def test_class_names_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, names: Any) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "label_names": names}))
+    with pytest.raises(CheckpointError, match="is not a config"):
+        class_names_of(copy)
 
 
 def test_what_is_asked_for_comes_first(folder: Path) -> None:
@@ -75,19 +107,60 @@ def test_what_is_asked_for_comes_first(folder: Path) -> None:
     assert asked.interpolation == "bilinear"
 
 
-def test_a_repository_of_the_hub_is_read_from_its_cache(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+COMMIT = "0123456789" * 4
+
+
+def in_cache(folder: Path, cache: Path, repository: str) -> Path:
+    """Put a folder into a cache of the hub, as huggingface_hub lays it out; return its place."""
+    snapshot = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT
     shutil.copytree(folder, snapshot)
     refs = snapshot.parent.parent / "refs"
     refs.mkdir()
-    (refs / "main").write_text("0" * 40)
+    for revision in ("main", "v1.0"):
+        (refs / revision).write_text(COMMIT)
+    return snapshot
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    name, checkpoint = model_in("hf-hub:owner/name")
-    assert name == "test_resnet"
-    check_own(load_model(name, checkpoint=checkpoint))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf-hub:timm/test_resnet.r160_in1k",
+        "hf_hub:timm/test_resnet.r160_in1k",
+        "timm/test_resnet.r160_in1k",
+        "timm/test_resnet.r160_in1k@v1.0",
+        f"timm/test_resnet.r160_in1k@{COMMIT}",
+        "test_resnet.r160_in1k@v1.0",
+        "test_resnet@main",
+    ],
+)
+def test_a_repository_of_the_hub_is_read_from_its_cache(
+    folder: Path, cache: Path, name: str
+) -> None:
+    in_cache(folder, cache, "timm/test_resnet.r160_in1k")
+    named, checkpoint = model_in(name)
+    # The commit makes a run repeatable, whatever is pushed later.
+    assert (named, str(checkpoint)) == (
+        "test_resnet",
+        f"hf-hub:timm/test_resnet.r160_in1k@{COMMIT}",
+    )
+    check_own(load_model(named, checkpoint=checkpoint))
+    check_own(load_model(named, checkpoint=Path(name)))
+
+
+def test_a_repository_that_cannot_be_downloaded_is_one_sentence(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_cache(folder, cache, "owner/name")
+    with pytest.raises(CheckpointError, match="'hf-hub:owner/name@v2' cannot be loaded") as caught:
+        model_in("hf-hub:owner/name@v2")
+    assert "\n" not in str(caught.value)
     monkeypatch.setenv(SWITCH, "1")
     with pytest.raises(CheckpointError, match="'hf-hub:owner/other' would be downloaded"):
         model_in("hf-hub:owner/other")
@@ -162,8 +235,9 @@ def test_arguments_that_would_load_files_are_refused(folder: Path, tmp_path: Pat
 
 
 def test_names_of_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no folder"):
-        model_in(f"local-dir:{tmp_path / 'nosuch'}")
+    for name in (f"local-dir:{tmp_path / 'nosuch'}", "owner/name", "no_such_model@main"):
+        with pytest.raises(CheckpointError, match="there is no folder"):
+            model_in(name)
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
         model_in(f"local-dir:{tmp_path}")
     (tmp_path / "model.pth").touch()
