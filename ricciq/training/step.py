@@ -19,6 +19,7 @@ from ricciq.data.loader import Batch
 from ricciq.errors import RecipeError, RicciqError, is_out_of_memory
 from ricciq.estimators.apply import Attachment, Correction, DiscreteWeight
 from ricciq.estimators.metric_flow import Geometry
+from ricciq.networks import check_logits, logits_of
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
@@ -26,7 +27,7 @@ from ricciq.training.losses import feature_distance, loss_function
 from ricciq.training.memory import halve_until
 from ricciq.training.metrics import Codes, Tally
 from ricciq.training.moving_average import MovingAverage
-from ricciq.training.optim import WithFeatures, optimizer_and_schedule
+from ricciq.training.optim import Featured, WithFeatures, optimizer_and_schedule
 from ricciq.training.oscillation import Damping, Freezing
 from ricciq.training.stages import Progression
 
@@ -229,11 +230,13 @@ class Trainer:
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-            logits, features = _split_output(forward(images))
+            logits, features = _split_output(forward(images), len(images))
             teacher_logits, teacher_features = None, None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_logits, teacher_features = _split_output(self.teacher(images))
+                    teacher_logits, teacher_features = _split_output(
+                        self.teacher(images), len(images)
+                    )
                 if targets.ndim == 1:  # without labels they are -1
                     targets = torch.where(targets < 0, teacher_logits.argmax(1), targets)
         loss = loss_function(logits, targets, teacher_logits, self.settings)
@@ -363,16 +366,14 @@ class Trainer:
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of `outcome` in evaluation mode, for images (B, C, H, W)."""
-        logits: Tensor = self.outcome.eval()(images.to(self.device))
-        return logits
+        return logits_of(self.outcome.eval()(images.to(self.device)))
 
 
-def _split_output(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _split_output(output: object, images: int) -> tuple[Tensor, Tensor | None]:
     """Logits in float32, and features if the model returns them."""
-    if isinstance(output, Tensor):
-        return output.float(), None
-    logits, features = output
-    return logits.float(), features
+    logits = logits_of(output).float()
+    check_logits(logits, images)
+    return logits, output.features if isinstance(output, Featured) else None
 
 
 def recompute_activations(model: nn.Module, wanted: bool) -> None:
