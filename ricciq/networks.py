@@ -25,19 +25,35 @@ def network_of(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: it is no such module.
     """
-    while True:
-        if isinstance(model, nn.DataParallel | DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in getattr(model, "_modules", {}):  # compiled; the class loads slowly
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            break
+    model = _unwrapped(model)
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"the model is a {kind}, not a torch.nn.Module; build the network, load its weights "
             "and give that"
         )
+    _check_layers(model)
+    _check_weights(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                # Hooks compute it anew in each pass, as pruning does; it could not be copied.
+                vars(module)[name] = value.detach()
+    return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in getattr(model, "_modules", {}):  # compiled; its class loads slowly
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Refuse layers that cannot be replaced, or that compute with integers already."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(
@@ -53,9 +69,14 @@ def network_of(model: nn.Module) -> nn.Module:
         model.train(model.training)
     except NotImplementedError:
         raise ModelError(
-            f"the model {kind} is a program of torch.export, which has functions in place of "
-            "layers; give the module that was exported"
+            f"the model {type(model).__name__} is a program of torch.export, which has functions "
+            "in place of layers; give the module that was exported"
         ) from None
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights without values, and those of another precision."""
+    kind = type(model).__name__
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(f"{name} of the model {kind} is on the meta device; load its weights")
@@ -64,7 +85,6 @@ def network_of(model: nn.Module) -> nn.Module:
                 f"{name} of the model {kind} is {str(parameter.dtype).removeprefix('torch.')}, "
                 "but networks are computed in float32; give model.float()"
             )
-    return model
 
 
 def _is_quantized(module: nn.Module) -> bool:

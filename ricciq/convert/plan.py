@@ -117,7 +117,7 @@ def plan_conversion(
     names = list(dict.fromkeys(layer_of.values()))
     if not names:
         first = next(_kept_modules([], recording, modules), None)
-        reason = f" ({first.name or 'it'}: {first.why})" if first else ""
+        reason = "" if first is None else f" ({': '.join(filter(None, (first.name, first.why)))})"
         raise ModelError(
             f"the model {type(model).__name__} has no convolution or linear layer that can be "
             f"converted{reason}; choose another model"
@@ -175,6 +175,8 @@ def _why_not(name: str, recording: Recording, modules: dict[str, nn.Module]) -> 
         return "it is the whole model; put it into nn.Sequential to quantize it"
     if name in recording.with_options:
         return "it is called with more than its input, or with that by name"
+    if name.endswith("._orig_mod"):
+        return "torch.compile holds on to it; give the model as it was before"
     if kind.copies_weight:
         others = (m for m in modules.values() if m is not module)
         if any(p is module.weight for m in others for p in m.parameters(recurse=False)):

@@ -230,13 +230,12 @@ class Trainer:
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-            logits, features = _split_output(forward(images), len(images))
+            logits, features = _split_output(forward(images))
+            check_logits(logits, len(images))
             teacher_logits, teacher_features = None, None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_logits, teacher_features = _split_output(
-                        self.teacher(images), len(images)
-                    )
+                    teacher_logits, teacher_features = _split_output(self.teacher(images))
                 if targets.ndim == 1:  # without labels they are -1
                     targets = torch.where(targets < 0, teacher_logits.argmax(1), targets)
         loss = loss_function(logits, targets, teacher_logits, self.settings)
@@ -369,11 +368,10 @@ class Trainer:
         return logits_of(self.outcome.eval()(images.to(self.device)))
 
 
-def _split_output(output: object, images: int) -> tuple[Tensor, Tensor | None]:
+def _split_output(output: object) -> tuple[Tensor, Tensor | None]:
     """Logits in float32, and features if the model returns them."""
-    logits = logits_of(output).float()
-    check_logits(logits, images)
-    return logits, output.features if isinstance(output, Featured) else None
+    features = output.features if isinstance(output, Featured) else None
+    return logits_of(output).float(), features
 
 
 def recompute_activations(model: nn.Module, wanted: bool) -> None:
