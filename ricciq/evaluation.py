@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ricciq.errors import DataError, DivergedError, ModelError
+from ricciq.errors import DataError, DivergedError
+from ricciq.networks import check_logits, logits_of
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -130,14 +131,12 @@ def evaluate_with_predictions(
     guesses: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in predictors}
     samples = 0
     for images, targets in batches:
-        logits = {name: predict(images).float().cpu() for name, predict in predictors.items()}
+        logits = {
+            name: logits_of(predict(images)).float().cpu() for name, predict in predictors.items()
+        }
         answers = targets.cpu()
         for name, rows in logits.items():
-            if rows.ndim != 2 or len(rows) != len(images):
-                raise ModelError(
-                    f"the {name} model returns an output of shape {list(rows.shape)} for "
-                    f"{len(images)} images, so it is no classifier; choose another model"
-                )
+            check_logits(rows, len(images), f"the {name} model")
         classes = logits[reference].shape[1]
         low, high = (int(end) for end in answers.aminmax())
         if low < 0 or high >= classes:
@@ -194,11 +193,18 @@ def in_float32() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for a block, and restore the mode of every module after it."""
+    """Put a model in evaluation mode for a block, and restore the mode of every module after it.
+
+    What `torch.compile` has compiled runs as it was before: hooks see all of its modules then.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with suppress(
+        NotImplementedError
+    ):  # a program of torch.export has only the mode it was made in
+        model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

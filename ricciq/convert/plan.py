@@ -8,10 +8,12 @@ from typing import Annotated, Literal, cast
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ricciq.convert.trace import Call, Recording, Value, record, value_of
 from ricciq.errors import ModelError
-from ricciq.layers.registry import kind_of, norm_classes, why_not
+from ricciq.layers.base import QuantLayer
+from ricciq.layers.registry import has_hooks, kind_of, norm_classes, why_not
 from ricciq.quant.grid import FLOAT_BITS, Bits
 
 ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
@@ -102,6 +104,10 @@ def plan_conversion(
         )
     recording = record(model, example)
     modules = dict(model.named_modules())
+    if any(isinstance(module, QuantLayer) for module in modules.values()):
+        raise ModelError(
+            f"the model {type(model).__name__} is quantized already; give the float model"
+        )
     lent = _lent_weights(recording, modules)
     layer_of = {
         call: name
@@ -110,9 +116,11 @@ def plan_conversion(
     }
     names = list(dict.fromkeys(layer_of.values()))
     if not names:
+        first = next(_kept_modules([], recording, modules), None)
+        reason = "" if first is None else f" ({': '.join(filter(None, (first.name, first.why)))})"
         raise ModelError(
             f"the model {type(model).__name__} has no convolution or linear layer that can be "
-            "converted; choose another model"
+            f"converted{reason}; choose another model"
         )
     norms = _norms_behind(list(layer_of), recording, modules)
     layers = []
@@ -137,7 +145,11 @@ def plan_conversion(
         kind = kind_of(modules[name])
         if kind is not None and kind.float_kernel is not None:
             floats.append(Kept(name, "kernel", kind.float_kernel))
-    kept = [*_kept_modules(layers, recording, modules), *_kept_products(recording, lent), *floats]
+    kept = [
+        *_kept_modules(layers, recording, modules),
+        *_kept_products(recording, modules, lent),
+        *floats,
+    ]
     return Plan(layers, points, kept)
 
 
@@ -148,15 +160,24 @@ def _widest(bits: Bits) -> int:
 def _called_layer(call: Call, recording: Recording, modules: dict[str, nn.Module]) -> str | None:
     """The layer that a call runs, if it can be converted and its input depends on the image."""
     constant = recording.constants.issuperset(call.inputs)
-    if not call.is_module or constant or _why_not(modules[call.name], modules):
+    if not call.is_module or constant or _why_not(call.name, recording, modules):
         return None
     return call.name
 
 
-def _why_not(module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+def _why_not(name: str, recording: Recording, modules: dict[str, nn.Module]) -> str | None:
     """Why a module has no discrete counterpart in this model, or None if it has one."""
+    module = modules[name]
     kind = kind_of(module)
-    if kind is not None and kind.copies_weight:
+    if kind is None:
+        return why_not(module)
+    if not name:
+        return "it is the whole model; put it into nn.Sequential to quantize it"
+    if name in recording.with_options:
+        return "it is called with more than its input, or with that by name"
+    if name.endswith("._orig_mod"):
+        return "torch.compile holds on to it; give the model as it was before"
+    if kind.copies_weight:
         others = (m for m in modules.values() if m is not module)
         if any(p is module.weight for m in others for p in m.parameters(recurse=False)):
             return "another module has its weight, too"
@@ -217,7 +238,8 @@ def _norms_behind(
             continue
         once = recording.times[call.name] == recording.times[readers[0].name] == 1
         kind = kind_of(modules[call.name])
-        if once and kind and type(norm) in kind.norms and _has_statistics(norm):
+        foldable = kind and type(norm) in kind.norms and _has_statistics(norm)
+        if once and foldable and not has_hooks(norm):
             norms[call.name] = readers[0].name
     return norms
 
@@ -320,23 +342,29 @@ def _kept_modules(
     taken = {layer.name for layer in layers} | {layer.norm for layer in layers}
     for name, module in modules.items():
         has_own = next(module.parameters(recurse=False), None) is not None
-        if name in taken or not has_own:
+        if name in taken or not (has_own or is_parametrized(module)):
+            continue
+        if ".parametrizations." in name:  # a part of a layer that is kept for it
             continue
         if not recording.times[name]:
             why = "its forward did not run in the recorded pass"
+        elif isinstance(module, norm_classes()) and has_hooks(module):
+            why = "it has hooks, which see or change what it computes"
         elif isinstance(module, norm_classes()):
             why = "it does not directly follow one convolution that it could be folded into"
         else:
             why = (
-                _why_not(module, modules)
+                _why_not(name, recording, modules)
                 or "it works on constants, so the runtime computes it once"
             )
         yield Kept(name, type(module).__name__, why)
 
 
-def _kept_products(recording: Recording, lent: dict[Call, str]) -> Iterator[Kept]:
+def _kept_products(
+    recording: Recording, modules: dict[str, nn.Module], lent: dict[Call, str]
+) -> Iterator[Kept]:
     for call in recording.calls:
-        if call.is_module or call in lent:
+        if call.is_module or call in lent or is_parametrized(modules[call.name]):
             continue
         if call.kind in _PRODUCTS:
             yield Kept(call.name, call.kind, "products of two activations stay float")

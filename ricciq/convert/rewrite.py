@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ricciq.convert.plan import OUTPUT_BITS, Plan, plan_conversion
 from ricciq.layers.base import QuantLayer, names_of
+from ricciq.layers.fast_path import leave_fast_path
 from ricciq.layers.hooks import quantize_input, quantize_output
 from ricciq.layers.norm import BatchNorm, plain, rest_of
 from ricciq.layers.registry import kind_of
+from ricciq.networks import network_of
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.config import LSQ, QuantizerConfig
 from ricciq.quant.grid import Bits
@@ -81,6 +83,7 @@ def convert(model: nn.Module, plan: Plan, config: QuantizerConfig = LSQ) -> nn.M
             model.set_submodule(name, quantized)
         if layer.norm and norm is not None:
             model.set_submodule(layer.norm, rest_of(norm))
+    leave_fast_path(model)
     device = next(model.parameters()).device
     quantizers: dict[str, ActivationQuantizer] = {}
     for name, source in plan.points.items():
@@ -103,7 +106,8 @@ def quantize(
     The model must then be calibrated.
 
     Args:
-        model: the float model.
+        model: the float model, any module that takes images; what `torch.compile` or
+            `nn.DataParallel` returned for one is changed within.
         example: (B, C, H, W) input on the model's device.
         weight_bits: 1 to 8 or ``"ternary"``, or 32 to convert nothing.
         act_bits: 1 to 8, or 32 to leave activations float.
@@ -114,9 +118,11 @@ def quantize(
         The plan, which also lists what was kept float and why.
 
     Raises:
-        ModelError: nothing in the model can be converted.
+        ModelError: nothing in the model can be converted, its weights are not float32, or it does
+            not take the example.
         ValueError: a quantizer has no such width.
     """
+    model = network_of(model)
     plan = plan_conversion(model, example, weight_bits, act_bits, edge_bits)
     convert(model, plan, config)
     return plan

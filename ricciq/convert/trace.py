@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ricciq.errors import ModelError, RicciqError, is_out_of_memory, on_one_line
 from ricciq.evaluation import evaluating
 
 Value = tuple[int, int]
@@ -54,6 +55,7 @@ class Recording:
         readers: the calls that read each value.
         returned_by: names of the modules that returned exactly this value, innermost first.
         times: how often each module ran.
+        with_options: names of modules that were called with more than one positional argument.
         first_argument: the first argument of each module's last call, if it was a tensor.
         given: the values the model was called with.
         result: the values the model returned.
@@ -65,6 +67,7 @@ class Recording:
     readers: dict[Value, list[Call]] = field(default_factory=lambda: defaultdict(list))
     returned_by: dict[Value, list[str]] = field(default_factory=lambda: defaultdict(list))
     times: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    with_options: set[str] = field(default_factory=set)
     first_argument: dict[str, Value] = field(default_factory=dict)
     given: tuple[Value, ...] = ()
     result: tuple[Value, ...] = ()
@@ -116,6 +119,36 @@ class _FunctionRecorder(TorchFunctionMode):
         return result
 
 
+@contextmanager
+def _explaining(model: nn.Module, example: Tensor) -> Iterator[None]:
+    """Say in a sentence that a model does not take its example."""
+    try:
+        yield
+    except Exception as error:  # a model may raise anything
+        if isinstance(error, RicciqError) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"the model {type(model).__name__} fails on one tensor of shape {list(example.shape)} "
+            f"({type(error).__name__}: {on_one_line(error, 200)}); give images that it takes, or "
+            "wrap it in a module that takes nothing else"
+        ) from error
+
+
+def _check_padding(model: nn.Module, unrecorded: Any, recorded: Any) -> None:
+    """Refuse a `nn.TransformerEncoder` whose fast path sets padding to zero, which no other does.
+
+    Recording switches it off, as hooks do, and discrete layers.
+    """
+    if not any(getattr(module, "use_nested_tensor", False) for module in model.modules()):
+        return
+    for fast, slow in zip(_tensors(unrecorded), _tensors(recorded), strict=True):
+        if fast.shape != slow.shape or not torch.allclose(fast, slow, rtol=1e-3, atol=1e-4):
+            raise ModelError(
+                "a TransformerEncoder of the model drops its padding in evaluation, but not in "
+                "training or in a file; build it with enable_nested_tensor=False"
+            )
+
+
 @torch.no_grad()
 def record(model: nn.Module, example: Tensor) -> Recording:
     """Run ``model(example)`` in evaluation mode and record its calls.
@@ -126,9 +159,12 @@ def record(model: nn.Module, example: Tensor) -> Recording:
 
     Returns:
         The recording, without functions that return no tensor.
+
+    Raises:
+        ModelError: the model fails on the example, or computes otherwise while it is recorded.
     """
-    with evaluating(model):
-        model(example)  # some models cache constants in their first call
+    with evaluating(model), _explaining(model, example):
+        unrecorded = model(example)  # some models cache constants in their first call
     recording = Recording(constants={value_of(t) for t in [*model.parameters(), *model.buffers()]})
     recording.given = (value_of(example),)
     alive: list[Any] = []  # an id is unique only while its tensor is alive
@@ -137,6 +173,8 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     def enter(name: str, whole: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001
             alive.append((args, kwargs))
+            if len(args) != 1 or kwargs:
+                recording.with_options.add(name)
             if args and isinstance(args[0], Tensor):
                 recording.first_argument[name] = value_of(args[0])
             running.append((name, whole, tuple(value_of(t) for t in _tensors(args, kwargs))))
@@ -181,5 +219,6 @@ def record(model: nn.Module, example: Tensor) -> Recording:
             hooks.callback(after.remove)
         with _FunctionRecorder(keep, note):
             result = model(example)
+    _check_padding(model, unrecorded, result)
     recording.result = tuple(value_of(t) for t in _tensors(result))
     return recording

@@ -7,12 +7,14 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from ricciq.data.preprocessing import InputType, Preprocessing
 from ricciq.deploy.expressions import replace_placeholders
@@ -22,8 +24,10 @@ from ricciq.deploy.onnx_file import read_model_file
 from ricciq.deploy.passes import tidy
 from ricciq.deploy.session import METADATA_KEY
 from ricciq.errors import ModelError, RicciqError
+from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.layers.operators import OPSET
+from ricciq.networks import logits_of, network_of
 from ricciq.system.files import replacing
 
 LARGEST_FILE = 2**31 - 2**24
@@ -104,9 +108,46 @@ def _output(model: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
     """The model's output; None if it is no tensor, or it fails, which the exporter reports."""
     try:
         output = model(images.clone())
+    except RicciqError:
+        raise
     except Exception:  # a model may raise anything
         return None
     return output if isinstance(output, torch.Tensor) else None
+
+
+def _exportable(model: nn.Module) -> nn.Module:
+    """The model as it is exported: deployed, on the CPU, without computed weights; or a copy so."""
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
+        model = deploy(model)
+    elsewhere = any(t.device.type != "cpu" for t in chain(model.parameters(), model.buffers()))
+    if elsewhere or any(map(is_parametrized, model.modules())):
+        model = copy.deepcopy(model).cpu().eval()  # the exporter makes operators for the CPU
+    for module in filter(is_parametrized, list(model.modules())):
+        kind = type(module)  # which the copy shares, and which the removal changes
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+        for name in list(cast(nn.ModuleDict, module.parametrizations)):
+            remove_parametrizations(module, name)
+    return model
+
+
+@contextmanager
+def _returning_logits(model: nn.Module) -> Iterator[None]:
+    """The model returns its logits alone, for the duration of a block."""
+    handle = model.register_forward_hook(lambda _, __, output: logits_of(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_batch(graph: ir.Graph, name: str, batch: int | None) -> None:
+    """Check that the exporter has not taken the number of images in its example for a constant."""
+    shape = graph.inputs[0].shape
+    if batch is None and shape is not None and isinstance(shape[0], int):
+        raise ModelError(
+            f"torch's ONNX exporter takes the number of images for a constant in {name}, as where "
+            "its forward has len(images) in place of images.shape[0]; change that, or give batch"
+        )
 
 
 def export_onnx(
@@ -121,8 +162,8 @@ def export_onnx(
     """Write a float, converted or deployed model as an ONNX file.
 
     Args:
-        model: maps (B, C, H, W) float32 to (B, classes) logits. Of a converted model, a deployed
-            copy is exported.
+        model: maps (B, C, H, W) float32 to (B, classes) logits, perhaps beside other tensors. Of a
+            converted model, a deployed copy is exported.
         path: the file to write; it appears once it is complete. The tensors of a model over 2 GB
             go to a second file beside it, named like it with ``.data`` appended.
         preprocessing: of the input; stored in the file.
@@ -135,22 +176,23 @@ def export_onnx(
         The path.
 
     Raises:
+        ModelError: the model's weights are not float32, its output has no logits, or the file
+            would not take batches of any size.
         UsageError: the file cannot take uint8 pixels or batches of this size.
         RicciqError: torch's exporter does not support the model, the disk is full, or the folder
             cannot be written.
     """
     check_input(preprocessing, input_type, batch)
-    if any(isinstance(module, QuantLayer) for module in model.modules()):
-        model = deploy(model)
-    if next(iter([*model.parameters(), *model.buffers()])).device.type != "cpu":
-        model = copy.deepcopy(model).cpu()  # torch's exporter makes ONNX operators for the CPU
+    model = _exportable(network_of(model))
     example = torch.zeros(batch or 2, *preprocessing.input_size)
     any_batch = {0: torch.export.Dim("batch")}
     try:
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
-            _plain_operators(model.eval(), preprocessing.input_size),
+            evaluating(model),
+            _returning_logits(model),
+            _plain_operators(model, preprocessing.input_size),
         ):
             warnings.simplefilter("ignore")  # they are about the exporter's internals
             program = torch.onnx.export(
@@ -174,6 +216,7 @@ def export_onnx(
             "export another model, or report this"
         ) from error
     assert program is not None
+    _check_batch(program.model.graph, type(model).__name__, batch)
     replace_placeholders(program.model.graph, model)
     first_names = {module: name for name, module in model.named_modules()}
     every_name = model.named_modules(remove_duplicate=False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ricciq.deploy.expressions import Expression, Operators
 from ricciq.deploy.kernels import Codes, Sums, products, quantize
 from ricciq.deploy.packing import Plane, pack, unpack
-from ricciq.layers.base import Function, IntegerWeights, QuantLayer, names_of
+from ricciq.layers.base import Function, IntegerWeights, QuantLayer, copy_attributes, names_of
 from ricciq.layers.hooks import quantize_output
 from ricciq.layers.operators import onnx_operator
 from ricciq.quant.activation import ActivationQuantizer
@@ -312,8 +312,7 @@ class DeployedLayer(nn.Module):
         super().__init__()
         self.axis = layer.weight_axis
         self.function = None if layer.lent_to else layer.function()
-        for name in layer.seen:
-            setattr(self, name, getattr(layer, name))
+        copy_attributes(layer, self)
         weights, given = layer.integer_weights(), layer.input_quantizer
         self.weight_quantizer: nn.Module = DeployedWeight(
             weights,

@@ -101,7 +101,6 @@ class QuantLayer(nn.Module):
         zero_points: whether the file must list the weight's zero points although they are 0.
         copies_weight: whether its weight is a copy of the float layer's, which no other module may
             share then.
-        seen: attributes of the float layer that models read when they run.
         lent_to: see `quantizes`.
     """
 
@@ -114,7 +113,6 @@ class QuantLayer(nn.Module):
     float_kernel: ClassVar[str | None] = None
     zero_points: ClassVar[bool] = False
     copies_weight: ClassVar[bool] = False
-    seen: ClassVar[tuple[str, ...]] = ()
     lent_to: ClassVar[str | None] = None
 
     bias: Tensor | None
@@ -164,6 +162,7 @@ class QuantLayer(nn.Module):
         layer = cls.take_over(module)
         if norm is not None and turn:
             turn_negative_rows(layer.latent, layer.bias, norm)
+        copy_attributes(module, layer)
         layer._discretize(weight_bits, act_bits, norm, cls.standardization(module), config)
         return layer.train(module.training)
 
@@ -260,6 +259,18 @@ class QuantLayer(nn.Module):
         bias_scale = weight_scale * self.input_quantizer.scale
         bias_codes = (bias / bias_scale.double()).round().to(torch.int32)
         return IntegerWeights(codes, stretch, flip, weight_scale, bias_codes, bias_scale)
+
+
+def copy_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Give a layer the public attributes of the one it replaces, as models may read them.
+
+    Args:
+        source: the layer that is replaced.
+        target: keeps what it has itself.
+    """
+    for name, value in vars(source).items():
+        if not name.startswith("_"):
+            vars(target).setdefault(name, value)
 
 
 def names_of(module: nn.Module, model: nn.Module) -> list[str]:

@@ -134,7 +134,7 @@ class QuantConv(QuantLayer):
     operators = ("Conv",)
     kernels = ("QLinearConv", "ConvInteger")
     quantized_output = True
-    seen = (
+    settings = (
         "in_channels",
         "out_channels",
         "kernel_size",
@@ -157,7 +157,7 @@ class QuantConv(QuantLayer):
     def take_over(cls, module: nn.Module) -> Self:
         """A convolution with the parameters of a float one."""
         layer = cls(
-            **{name: getattr(module, name) for name in cls.seen},
+            **{name: getattr(module, name) for name in cls.settings},
             bias=module.bias is not None,
             device="meta",
         )
@@ -218,4 +218,6 @@ class QuantConv2d(QuantConv, nn.Conv2d):
     @classmethod
     def standardization(cls, module: nn.Module) -> nn.Module | None:
         """The standardization of timm's StdConv2d and ScaledStdConv2d, or None."""
-        return Standardization(cast(nn.Conv2d, module)) if type(module) in STANDARDIZED else None
+        return (
+            Standardization(cast(nn.Conv2d, module)) if isinstance(module, STANDARDIZED) else None
+        )

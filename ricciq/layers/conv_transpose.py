@@ -91,7 +91,7 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     operators = ("ConvTranspose",)
     float_kernel = "onnxruntime has no integer ConvTranspose on CPUs; its weights are discrete"
     copies_weight = True
-    seen = (
+    settings = (
         "in_channels",
         "out_channels",
         "kernel_size",
@@ -111,7 +111,7 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     def take_over(cls, module: nn.Module) -> Self:
         """A transposed convolution with the bias of a float one and a copy of its weight."""
         conv = cast(nn.ConvTranspose2d, module)
-        settings = {name: getattr(conv, name) for name in cls.seen}
+        settings = {name: getattr(conv, name) for name in cls.settings}
         layer = cls(**settings, bias=conv.bias is not None, device="meta")
         rows = swap_channels(conv.weight.detach(), conv.groups)
         rows = rows.clone(memory_format=torch.contiguous_format)

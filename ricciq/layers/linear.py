@@ -41,7 +41,6 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     operators = ("Gemm", "MatMul")
     kernels = ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
     zero_points = True
-    seen = ("in_features", "out_features")
 
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
@@ -76,17 +75,13 @@ class QuantLinearWeight(QuantLayer):
     operators = ("Gemm", "MatMul")
     kernels = QuantLinear.kernels
     zero_points = True
-    seen = QuantLinear.seen
 
     latent_weight: Tensor
-    in_features: int
-    out_features: int
 
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
         """A layer with the parameters of a float one."""
         linear, layer = cast(nn.Linear, module), cls()
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.latent_weight, layer.bias = linear.weight, linear.bias
         return layer
 

@@ -149,7 +149,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], candidates: int = 100
         candidates: how many scales to try; see `choose_range`.
 
     Raises:
-        InputError: there is no batch, or activations are not finite.
+        InputError: there is no batch, activations are not finite, or no image reaches a quantizer.
     """
     named = [(n, m) for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)]
     quantizers = [quantizer for _, quantizer in named]
@@ -169,5 +169,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], candidates: int = 100
     if not seen:
         raise InputError("there is no image to calibrate on; give at least one batch")
     for quantizer, histogram in zip(quantizers, histograms, strict=True):
-        if histogram.counts.sum() > 0:
-            quantizer.set_range(*choose_range(histogram, quantizer.bits, candidates))
+        if not histogram.counts.any():
+            raise InputError(
+                f"no calibration image reaches {histogram.name}; give images that take the path "
+                "which the model was converted along"
+            )
+        quantizer.set_range(*choose_range(histogram, quantizer.bits, candidates))

@@ -20,6 +20,7 @@ from ricciq.errors import DivergedError, UsageError
 from ricciq.estimators.apply import Correction
 from ricciq.estimators.registry import named_correction
 from ricciq.evaluation import Metrics, evaluate, pooled
+from ricciq.networks import network_of
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder
 from ricciq.runs.metadata import RunMetadata
@@ -104,6 +105,7 @@ def finetune(
     Raises:
         CheckpointError: the state to resume from is damaged or of another version.
         DivergedError: gradients were not finite for `MAX_BAD_STEPS` steps in a row.
+        ModelError: its weights are not float32, or its output has no logits.
         RecipeError: timm has no such optimizer or schedule, or the model does not support what the
             recipe asks for.
         RicciqError: there is not enough memory for a step.
@@ -112,6 +114,7 @@ def finetune(
             resume from.
         Stopped: the user asked to stop; the state is saved.
     """
+    model, teacher = network_of(model), None if teacher is None else network_of(teacher)
     if folder is None:
         if resume:
             raise ValueError("resume is True and folder is None; give the folder of the run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -14,6 +14,18 @@ from ricciq.errors import RecipeError
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.weight import WeightQuantizer
 from ricciq.recipe import TrainingSection
+
+
+class Featured(NamedTuple):
+    """What a model with features returns.
+
+    Attributes:
+        logits: (B, classes).
+        features: (B, ...).
+    """
+
+    logits: Tensor
+    features: Tensor
 
 
 class WithFeatures(nn.Module):
@@ -35,10 +47,10 @@ class WithFeatures(nn.Module):
             )
         self.model = model
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Featured:
         """Logits (B, classes) and features (B, ...) of images (B, C, H, W)."""
         features = self.model.forward_features(x)  # type: ignore[operator]
-        return self.model.forward_head(features), features  # type: ignore[operator]
+        return Featured(self.model.forward_head(features), features)  # type: ignore[operator]
 
 
 def optimizer_and_schedule(

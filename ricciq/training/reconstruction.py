@@ -22,6 +22,7 @@ from ricciq.errors import InputError, RicciqError, is_out_of_memory, listed
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
 from ricciq.layers.rows import Place, random_places, values_at
+from ricciq.networks import logits_of
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.quant.calibration import LogHistogram, check_finite, choose_range
 from ricciq.quant.grid import count_codes
@@ -216,7 +217,7 @@ def _run_float(
         for chunk in chunks:
             due.update(layers)
             count = len(chunk)
-            logits.append(model(chunk))
+            logits.append(logits_of(model(chunk)))
             advance(lambda: "")
     return goals, logits
 

@@ -19,6 +19,7 @@ from ricciq.data.loader import Batch
 from ricciq.errors import RicciqError, is_out_of_memory, on_one_line
 from ricciq.estimators.apply import Attachment, Correction, DiscreteWeight
 from ricciq.estimators.metric_flow import Geometry
+from ricciq.networks import check_logits, logits_of
 from ricciq.quant.calibration import calibrate
 from ricciq.recipe import Recipe
 from ricciq.system.distributed import World
@@ -26,7 +27,7 @@ from ricciq.training.losses import feature_distance, loss_function
 from ricciq.training.memory import halve_until, recompute_activations
 from ricciq.training.metrics import Codes, Tally
 from ricciq.training.moving_average import MovingAverage
-from ricciq.training.optim import WithFeatures, optimizer_and_schedule
+from ricciq.training.optim import Featured, WithFeatures, optimizer_and_schedule
 from ricciq.training.oscillation import Damping, Freezing
 from ricciq.training.stages import Progression
 
@@ -233,6 +234,7 @@ class Trainer:
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
             logits, features = _split_output(forward(images))
+            check_logits(logits, len(images))
             teacher_logits, teacher_features = None, None
             if self.teacher is not None:
                 with torch.no_grad():
@@ -368,16 +370,13 @@ class Trainer:
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of `outcome` in evaluation mode, for images (B, C, H, W)."""
-        logits: Tensor = self.outcome.eval()(images.to(self.device))
-        return logits
+        return logits_of(self.outcome.eval()(images.to(self.device)))
 
 
-def _split_output(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _split_output(output: object) -> tuple[Tensor, Tensor | None]:
     """Logits in float32, and features if the model returns them."""
-    if isinstance(output, Tensor):
-        return output.float(), None
-    logits, features = output
-    return logits.float(), features
+    features = output.features if isinstance(output, Featured) else None
+    return logits_of(output).float(), features
 
 
 def _check_compiled(error: Exception) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ricciq.evaluation import evaluating
 from ricciq.layers.base import QuantLayer
+from ricciq.networks import logits_of
 from ricciq.quant.activation import ActivationQuantizer
 from ricciq.system.journal import Journal
 
@@ -104,8 +105,9 @@ def _minimize(
             optimizer.zero_grad()
             chosen = torch.randperm(len(images), generator=chance)[:BATCH].to(images.device)
             for part in torch.split(chosen, CHUNK):
-                distance = (model(images[part]) - wanted[part]).square().sum()
-                (distance / unit / wanted[chosen].numel()).backward()
+                distance = (logits_of(model(images[part])) - wanted[part]).square().sum()
+                loss = distance / unit / wanted[chosen].numel()
+                loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             advance(lambda: "")
@@ -117,7 +119,7 @@ def _minimize(
 @torch.no_grad()
 def _distance(model: nn.Module, images: Tensor, wanted: Tensor) -> float:
     parts = zip(torch.split(images, CHUNK), torch.split(wanted, CHUNK), strict=True)
-    return float(sum((model(some) - goal).square().sum() for some, goal in parts))
+    return float(sum((logits_of(model(some)) - goal).square().sum() for some, goal in parts))
 
 
 @torch.no_grad()

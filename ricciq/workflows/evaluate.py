@@ -69,8 +69,8 @@ def evaluate(
 
 def _on_its_device(model: nn.Module) -> Predict:
     tensors = chain(model.parameters(), model.buffers())
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    return lambda images: model(images.to(device))
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
+    return lambda images: model(images.to(like))
 
 
 def _number_classes(data: ImageData, target: Target, source: str, journal: Journal) -> None:

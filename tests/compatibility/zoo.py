@@ -151,13 +151,16 @@ def enliven(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 @torch.no_grad()
-def fit_head(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def fit_head(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], head: nn.Module | None = None
+) -> None:
     """Let the last layer tell the pictures apart, by ridge regression on what it reads.
 
     A random one answers every picture nearly alike: agreement would be a matter of nothing or of
     the last float bit. Heads that are not one layer behind a pooling stay as they are.
     """
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if hasattr(model, "get_classifier"):
+        head = model.get_classifier()
     if not isinstance(head, nn.Linear | nn.Conv2d) or head.bias is None:
         return
     seen: list[Tensor] = []

@@ -14,6 +14,7 @@ import ricciq
 PACKAGE = Path(ricciq.__file__).parent
 ORDER = [
     "errors _version",
+    "networks",
     "evaluation system",
     "quant data",
     "layers estimators models preprocessing",

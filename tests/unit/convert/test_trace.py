@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ricciq.convert.trace import Call, Recording, record
+from ricciq.errors import ModelError
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -188,8 +189,17 @@ def test_hooks_are_removed():
 
 
 def test_hooks_are_removed_after_a_failure():
-    model = nn.Sequential(conv(), nn.Linear(5, 2))
-    with pytest.raises(RuntimeError):
+    class Once(nn.Identity):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("a second time")
+            return x
+
+    model = nn.Sequential(conv(), Once())
+    with pytest.raises(RuntimeError, match="a second time"):
         record(model, IMAGE)
     assert hooks(model) == 0
     assert torch.relu(torch.tensor(-1.0)) == 0  # and no function mode is left behind
@@ -197,7 +207,7 @@ def test_hooks_are_removed_after_a_failure():
 
 def test_the_training_mode_is_restored_after_a_failure():
     model = nn.Sequential(conv(), nn.Linear(5, 2)).train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ModelError, match=r"Sequential fails on one tensor of shape \[1, 3, 8, 8\]"):
         record(model, IMAGE)
     assert model.training
 

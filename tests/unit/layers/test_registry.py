@@ -12,23 +12,35 @@ from ricciq.layers.linear import QuantLinear, QuantLinearWeight
 from ricciq.layers.registry import float_classes, kind_of, layer_kinds, quantizes, why_not
 
 
-class Changed(nn.Conv2d):
-    """A subclass may compute anything."""
+class Named(nn.Conv2d):
+    """A subclass that only differs in how it is built."""
+
+    def __init__(self, width):
+        super().__init__(width, width, 1)
+        self.width = width
 
 
-def test_a_float_layer_is_found_by_its_exact_class():
+class Changed(Named):
+    """A subclass that may compute anything."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_a_float_layer_is_found_by_its_class():
     for conv in (nn.Conv2d(1, 1, 1), Conv2dSame(1, 1, 1), ScaledStdConv2d(1, 1, 1)):
         assert kind_of(conv) is QuantConv2d
     assert kind_of(nn.Linear(1, 1)) is QuantLinear
     assert kind_of(nn.Linear(1, 1), lent=True) is QuantLinearWeight
-    assert kind_of(Changed(1, 1, 1)) is None
+    assert kind_of(Named(1)) is QuantConv2d
+    assert kind_of(Changed(1)) is None
     assert kind_of(nn.Conv2d(1, 1, 1), lent=True) is None
 
 
 def test_reasons_for_staying_float():
     assert why_not(nn.Conv2d(1, 1, 3, padding=1)) is None
     assert why_not(nn.LayerNorm(3)) == "LayerNorm has no discrete counterpart"
-    assert why_not(Changed(1, 1, 1)) == "Changed has no discrete counterpart"
+    assert why_not(Changed(1)) == "Changed has no discrete counterpart"
     reflecting = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
     assert why_not(reflecting) == "reflect padding has no integer kernel"
 
