@@ -249,6 +249,9 @@ def test_grey_images_are_rgb_for_a_network_of_colour(recipe: Path, tmp_path: Pat
     images, _ = next(iter(job.loader("val")))
     pixels = job.preprocessing.to_pixels(images)
     assert torch.equal(pixels[:, 0], pixels[:, 2])
+    asked = {"data__name": str(data), "model__checkpoint": weights}
+    job, _ = prepared(recipe, [], **asked, model__kwargs={"in_chans": 1})
+    assert job.preprocessing.input_size[0] == 1
     one = timm.create_model("test_resnet", num_classes=2, in_chans=1)
     torch.save(one.state_dict(), tmp_path / "one.pth")
     job, _ = prepared(recipe, [], data__name=str(data), model__checkpoint=tmp_path / "one.pth")
