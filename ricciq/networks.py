@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -65,13 +66,11 @@ def _check_layers(model: nn.Module) -> None:
                 f"{name or 'the model'} is quantized or prepared for it by torch.ao "
                 f"({type(module).__module__}); give the float model"
             )
-    try:
-        model.train(model.training)
-    except NotImplementedError:
+    if isinstance(model, GraphModule) and "train" in vars(model):  # where it cannot change its mode
         raise ModelError(
             f"the model {type(model).__name__} is a program of torch.export, which has functions "
             "in place of layers; give the module that was exported"
-        ) from None
+        )
 
 
 def _check_weights(model: nn.Module) -> None:

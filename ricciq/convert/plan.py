@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ricciq.convert.trace import Call, Recording, Value, record, value_of
 from ricciq.errors import ModelError
 from ricciq.layers.base import QuantLayer
-from ricciq.layers.registry import has_hooks, kind_of, norm_classes, why_not
+from ricciq.layers.registry import HOOKED, has_hooks, kind_of, norm_classes, why_not
 from ricciq.quant.grid import FLOAT_BITS, Bits
 
 ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
@@ -349,7 +349,7 @@ def _kept_modules(
         if not recording.times[name]:
             why = "its forward did not run in the recorded pass"
         elif isinstance(module, norm_classes()) and has_hooks(module):
-            why = "it has hooks, which see or change what it computes"
+            why = HOOKED
         elif isinstance(module, norm_classes()):
             why = "it does not directly follow one convolution that it could be folded into"
         else:

@@ -18,6 +18,8 @@ from ricciq.layers.base import QuantLayer
 Class = TypeVar("Class", bound=type[QuantLayer])
 _KINDS: dict[tuple[type[nn.Module], bool], type[QuantLayer]] = {}
 """By the float class and whether a parent uses the layer's weight directly."""
+HOOKED = "it has hooks, which see or change what it computes"
+"""Why a module with hooks stays as it is."""
 _BUILDING = {
     *vars(type("_", (nn.Module,), {})),
     *("__init__", "__repr__", "extra_repr", "reset_parameters", "__constants__"),
@@ -95,7 +97,7 @@ def why_not(module: nn.Module) -> str | None:
         described = type(weight).__name__ if weight.dtype == torch.float32 else weight.dtype
         return f"its weight is {described}, not float32"
     if has_hooks(module):
-        return "it has hooks, which see or change what it computes"
+        return HOOKED
     if "forward" in vars(module):
         return "its forward was replaced"
     return kind.why_not(module)

@@ -254,6 +254,11 @@ def _without_labels(recipe: Recipe, plan: Plan, journal: Journal) -> Recipe:
         raise UsageError(
             f"data {name} has no labels, but --mixup and --cutmix need them; leave these out"
         )
+    if recipe.data.class_map:
+        raise UsageError(
+            f"data {name} has no labels, so class map {recipe.data.class_map} has nothing to "
+            "number; leave out --class-map"
+        )
     if training.distill < 1:
         journal.say(
             f"data {name} has no labels: the model learns from the float model alone, and "

@@ -116,12 +116,14 @@ def circle(path: Path) -> None:
 @pytest.mark.parametrize("make", [pipe, endless, circle, Path.mkdir])
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_images_that_are_no_files(
-    evaluate: Callable[[], Answer], data: Path, make: Callable[[Path], None], part: str
+    call: Call, data: Path, make: Callable[[Path], None], part: str
 ) -> None:
     path = data / part / "3" / "0.png"
     path.unlink()
     make(path)
-    refused(evaluate(), str(path.parent))
+    line = f"quantize digits_resnet8 --data {data} --bits 8 --epochs 0 --output {{output}}"
+    refused(call(line), str(path.parent))
+    assert not (data.parent / "out").exists()
 
 
 @pytest.fixture

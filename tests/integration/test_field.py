@@ -24,6 +24,8 @@ MODEL = "digits_resnet8"
 SUFFIXES = (".webp", ".bmp", ".TIF", ".gif", ".ppm", ".jp2", ".jfif")
 LATIN_1 = os.fsdecode(b"stra\xdfe")
 """A folder out of an old zip file."""
+STRANGE = ["--cat\n\N{CAT FACE}", 'dog\'s "<b>"' + 200 * "!", "street"]
+"""Names that need care on a command line, in a table, in JSON and in HTML."""
 
 
 def write(path: Path, tone: int, seed: int) -> None:
@@ -39,10 +41,10 @@ def write(path: Path, tone: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, one of a name that is no UTF-8, of images in every format."""
+    """Three classes with strange names, one of which is no UTF-8, of images in every format."""
     folder = tmp_path_factory.mktemp("data")
     for split in ("train", "val"):
-        for label, name in enumerate(("cat", "dog", "street")):
+        for label, name in enumerate(STRANGE):
             for n, suffix in enumerate((".png", *SUFFIXES)):
                 write(folder / split / name / f"{n}{suffix}", 60 + 60 * label, n)
         try:
@@ -88,7 +90,7 @@ def test_images_of_every_format_are_used(run: Run, data: Path) -> None:
 
 @pytest.mark.slow
 def test_a_class_name_that_is_no_utf_8_is_written_with_escapes(run: Run, data: Path) -> None:
-    assert open_data(str(data), None).class_names == ["cat", "dog", "stra\\udcdfe"]
+    assert open_data(str(data), None).class_names == [*STRANGE[:2], "stra\\udcdfe"]
     assert (run.folder / "report.html").is_file()
 
 

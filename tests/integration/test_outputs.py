@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from coloured import SIDE, folder_of, network, saved
+from coloured import SIDE, folder_of, image, network, saved
 from command import Answer, json_of, ricciq
 from PIL import Image
 from timm.models._hub import save_for_hf
 
 from ricciq.data.classes import imagenet_synsets
 from ricciq.deploy.session import open_session, session_metadata
+from ricciq.errors import UsageError
 from ricciq.recipe import Recipe
 from ricciq.runs.metadata import FileMetadata
 from ricciq.system.journal import Journal
@@ -235,6 +236,47 @@ def test_the_class_names_of_a_checkpoint_are_honoured(
     assert any("name them otherwise, such as 'one' for '1'" in text for text in said)
 
 
+# What is refused before it costs time
+
+
+@pytest.mark.parametrize("epochs", ["0", "1"])
+def test_data_of_one_class(recipe: Path, tmp_path: Path, epochs: str) -> None:
+    data = folder_of(tmp_path / "data", {"cat": "cat"})
+    answer = ricciq(
+        *("quantize", "test_resnet", "--data", data, "--recipe", recipe, "--epochs", epochs),
+        *("--output", tmp_path / "run"),
+    )
+    assert answer.code == 3
+    assert "a single class, 'cat'" in answer.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_image_that_is_empty(imagenet: Path, recipe: Path, tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data", SYNSETS)
+    bad = data / "train" / "n01440764" / "3.png"
+    bad.write_bytes(b"")
+    answer = ricciq(
+        *("quantize", "test_resnet", "--checkpoint", imagenet, "--data", data),
+        *("--recipe", recipe, "--epochs", "1", "--output", tmp_path / "run"),
+    )
+    assert answer.code == 3
+    assert f"image {bad} cannot be read (it is empty)" in answer.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_map_for_images_without_labels(recipe: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        image("cat", number).save(tmp_path / f"{number}.png")
+    (tmp_path / "map.txt").write_text("cat\n")
+    with pytest.raises(UsageError, match="has no labels, so class map"):
+        prepared(
+            *(recipe, []),
+            data__name=str(tmp_path),
+            data__class_map=tmp_path / "map.txt",
+            model__pretrained=False,
+        )
+
+
 # Grey images
 
 
@@ -249,6 +291,9 @@ def test_grey_images_are_rgb_for_a_network_of_colour(recipe: Path, tmp_path: Pat
     images, _ = next(iter(job.loader("val")))
     pixels = job.preprocessing.to_pixels(images)
     assert torch.equal(pixels[:, 0], pixels[:, 2])
+    asked = {"data__name": str(data), "model__checkpoint": weights}
+    job, _ = prepared(recipe, [], **asked, model__kwargs={"in_chans": 1})
+    assert job.preprocessing.input_size[0] == 1
     one = timm.create_model("test_resnet", num_classes=2, in_chans=1)
     torch.save(one.state_dict(), tmp_path / "one.pth")
     job, _ = prepared(recipe, [], data__name=str(data), model__checkpoint=tmp_path / "one.pth")

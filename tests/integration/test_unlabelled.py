@@ -171,7 +171,7 @@ def test_images_beside_train_and_val_are_no_data_without_labels(tmp_path: Path) 
         for name in ("cat", "dog"):
             write(tmp_path / split / name, range(2))
     assert open_data(str(tmp_path), None).class_names == ["cat", "dog"]
-    (tmp_path / "val").rename(tmp_path / "test")
+    (tmp_path / "val").rename(tmp_path / "others")
     with pytest.raises(DataError, match="neither val/ nor validation/"):
         open_data(str(tmp_path), None)
 

@@ -179,7 +179,7 @@ def _read_split(place: Path, left_out: list[str]) -> Split:
         left_out: receives what is in it and is not used.
     """
     if place.is_file():
-        return _read_tar(place)
+        return _read_tar(place, left_out)
     entries = sorted(place.iterdir())
     for entry in entries:
         refuse_compressed(entry)
@@ -197,7 +197,7 @@ def _read_split(place: Path, left_out: list[str]) -> Split:
         raise DataError(f"{place} has class folders and tars, such as {tars[0]}; keep one kind")
     left_out += _not_used(place, [*tars, *(place / name for name in class_names)])
     if tars:
-        return _read_class_tars(sorted(tars, key=lambda tar: natural_order(tar.name)))
+        return _read_class_tars(sorted(tars, key=lambda tar: natural_order(tar.name)), left_out)
     return class_names, ImageFiles(_labelled_files(place, class_names, left_out))
 
 
@@ -220,19 +220,21 @@ def _labelled_files(
             yield path, target
 
 
-def _read_class_tars(tars: list[Path]) -> Split:
+def _read_class_tars(tars: list[Path], left_out: list[str]) -> Split:
     """The images of a folder of tars; a tar without folders or tars in it is a class."""
-    labelled = [pair for tar in tars for pair in _labelled(tar, files_in_tar(tar), tar.stem)]
+    labelled = [
+        pair for tar in tars for pair in _labelled(tar, files_in_tar(tar), tar.stem, left_out)
+    ]
     return _sorted_by_class(labelled)
 
 
-def _read_tar(tar: Path) -> Split:
+def _read_tar(tar: Path, left_out: list[str]) -> Split:
     """The images of one tar, whose folders or inner tars are the classes."""
-    return _sorted_by_class(_labelled(tar, files_in_tar(tar), None))
+    return _sorted_by_class(_labelled(tar, files_in_tar(tar), None, left_out))
 
 
 def _labelled(
-    tar: Path | Member, files: list[Member], class_name: str | None
+    tar: Path | Member, files: list[Member], class_name: str | None, left_out: list[str]
 ) -> list[tuple[str, Member]]:
     """The images of a tar and of the tars in it, each with its class.
 
@@ -244,7 +246,7 @@ def _labelled(
         if path.suffix.lower() == ".tar":
             if isinstance(tar, Member):
                 raise DataError(f"tar {file} is in a tar within a tar; unpack {tar.archive}")
-            labelled += _labelled(file, files_in_inner_tar(file), path.stem)
+            labelled += _labelled(file, files_in_inner_tar(file), path.stem, left_out)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             folder = path.parent.name or class_name
             if folder is None:
@@ -252,6 +254,8 @@ def _labelled(
             labelled.append((folder, file))
         else:
             refuse_compressed(file)
+            if not is_rubbish(path.name):
+                left_out.append(str(file))
     if not labelled:
         raise DataError(f"tar {tar} has no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it")
     return labelled

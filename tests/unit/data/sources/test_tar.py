@@ -290,3 +290,9 @@ def test_random_damage_never_ends_in_a_traceback(tmp_path):
             files = files_in_tar(path)
             assert len(files) == 3
             assert all(len(file.read()) == file.size for file in files)
+
+
+def test_what_is_no_image_in_a_tar_is_named(tmp_path):
+    files = [(f"{name}/0.png", png(1)) for name in CLASSES] + [("cat/a.heic", b"?")]
+    (message,) = open_data(str(both_splits(tmp_path, files))).messages
+    assert f"cat/a.heic in {tmp_path / 'train.tar'}" in message
