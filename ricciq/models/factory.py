@@ -70,6 +70,7 @@ def load_model(
     channels: int | None = 3,
     checkpoint: Path | None = None,
     pretrained: bool = True,
+    as_pretrained: bool = False,
     input_size: int | tuple[int, int] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -85,6 +86,8 @@ def load_model(
         checkpoint: weights to load, as for `ricciq.models.pretrained.read_weights`; takes
             precedence over `pretrained`.
         pretrained: load the weights that timm has for this name.
+        as_pretrained: without weights, build the model as for those of timm: some differ, as in the
+            epsilon of their BatchNorms.
         input_size: (height, width), or one number for both, in pixels; None takes the size that is
             written beside the weights, or else the model's own.
         preprocessing: keys of `Preprocessing` that differ from what is written beside the weights,
@@ -127,7 +130,8 @@ def load_model(
     elif pretrained:
         filled = _load_pretrained(name, config, arguments, seed)
     else:
-        filled = _Filled(build(name, arguments, seed), arguments.get("in_chans"))
+        make = _built_as_pretrained if as_pretrained else build
+        filled = _Filled(make(name, arguments, seed), arguments.get("in_chans"))
     model, own_channels, changes, new_head, is_fused = filled
     messages = [*changes]
     model.eval()
@@ -241,6 +245,10 @@ def _load_pretrained(
     if channels != config.input_size[0]:
         messages.append(stem_message(config.input_size[0], channels))
     return _Filled(model, channels, messages, has_new_head)
+
+
+def _built_as_pretrained(name: str, arguments: Mapping[str, Any], seed: int | None) -> nn.Module:
+    return build_for_weights(name, arguments, seed)[0]
 
 
 def _load_file(

@@ -87,10 +87,14 @@ class ModelSection(Section):
     """Merge the branches of blocks as in RepVGG; without a value, if weights are loaded."""
 
     @property
+    def has_weights(self) -> bool:
+        """Whether weights are loaded."""
+        return self.pretrained or self.checkpoint is not None
+
+    @property
     def is_fused(self) -> bool:
         """Whether the branches of blocks are merged."""
-        has_weights = self.pretrained or self.checkpoint is not None
-        return has_weights if self.fuse is None else self.fuse
+        return self.has_weights if self.fuse is None else self.fuse
 
 
 class DataSection(Section):

@@ -60,9 +60,8 @@ class Job(NamedTuple):
     @property
     def knows_classes(self) -> bool:
         """Whether the weights that were loaded should know the classes of the data."""
-        source = self.recipe.model
-        has_weights = source.pretrained or source.checkpoint is not None
-        return has_weights and self.data.labelled and not self.has_new_head
+        known = self.recipe.model.has_weights
+        return known and self.data.labelled and not self.has_new_head
 
     @property
     def float_epochs(self) -> int:

@@ -72,6 +72,7 @@ def rebuild(path: Path) -> Rebuilt:
             channels=metadata.preprocessing.input_size[0],
             checkpoint=None,
             pretrained=False,
+            as_pretrained=recipe.model.has_weights,
             input_size=metadata.preprocessing.input_size[1:],
             kwargs=recipe.model.kwargs,
             fuse=recipe.model.fuse,

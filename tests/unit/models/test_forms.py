@@ -347,3 +347,13 @@ def test_what_is_no_float_model_is_refused(tmp_path: Path, made: Any, sentence: 
         load_model(NAME, checkpoint=path)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_is_rebuilt_as_for_its_weights() -> None:
+    """timm's fbnetc_100 has another epsilon with weights than without."""
+    found = {
+        wanted: load_model("fbnetc_100", pretrained=False, as_pretrained=wanted).model
+        for wanted in (True, False)
+    }
+    epsilons = {k: {m.eps for m in net.modules() if hasattr(m, "eps")} for k, net in found.items()}
+    assert epsilons == {True: {1e-3}, False: {1e-5}}
