@@ -7,8 +7,8 @@ import json
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from ricciq.cli.options import NumbersCommand
 from ricciq.errors import UsageError
 
 FLAG = "--model-kwargs"
@@ -22,8 +22,8 @@ ModelKwargs = Annotated[
 ]
 
 
-class ModelCommand(TyperCommand):
-    """A command whose --model-kwargs takes several words, as in timm."""
+class ModelCommand(NumbersCommand):
+    """A command whose --model-kwargs takes several words, too, as in timm."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each further word of its own, and parse the arguments.
