@@ -99,6 +99,7 @@ def evaluate(
         raise UsageError(
             f"--min-agreement {min_agreement} needs a file or run to compare with; give --reference"
         )
+    evaluated = options.evaluated_split(split)
     preprocessing = options.preprocessing(input_size, mean, std, crop_pct, interpolation)
     target = target or _onnx_file(None)
     with importing():
@@ -112,7 +113,7 @@ def evaluate(
         data_dir,
         reference,
         given=Given(preprocessing, class_map, like),
-        split=options.evaluated_split(split),
+        split=evaluated,
         batch_size=batch_size or 64,
         workers=workers,
         journal=Journal(Console(stderr=True)),

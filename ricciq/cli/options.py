@@ -32,7 +32,7 @@ class NumbersCommand(TyperCommand):
         """
         joined: list[str] = []
         for word in args:
-            if joined and _NUMBERS.fullmatch(word) and joined[-2:-1] and joined[-2] in _OF_NUMBERS:
+            if len(joined) > 1 and joined[-2] in _OF_NUMBERS and _NUMBERS.fullmatch(word):
                 joined[-1] += f",{word}"
             else:
                 joined.append(word)
