@@ -61,13 +61,18 @@ class Stopping:
 
 
 def interrupt_on_signals() -> None:
-    """Let every signal of `SIGNALS` raise a KeyboardInterrupt from now on, as Ctrl-C does.
+    """Let the signals of `SIGNALS` raise a KeyboardInterrupt from now on, as Ctrl-C does."""
+    for number in _heeded():
+        signal.signal(number, _interrupt)
 
-    One that is ignored stays so: under nohup, a run goes on when the terminal is closed.
+
+def _heeded() -> list[signal.Signals]:
+    """All of `SIGNALS`, but under nohup not SIGHUP: then a run goes on without its terminal.
+
+    Scripts start jobs in the background with SIGINT ignored; who sends it to one means it.
     """
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+    ignored = {n for n in SIGNALS if signal.getsignal(n) == signal.SIG_IGN}
+    return [number for number in SIGNALS if number == signal.SIGINT or number not in ignored]
 
 
 def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001
@@ -81,8 +86,7 @@ def stopping_between_steps(world: World) -> Iterator[Stopping]:
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
+    before = {number: signal.getsignal(number) for number in _heeded()}
     for number in before:
         signal.signal(number, stopping._ask)
     try:

@@ -65,7 +65,10 @@ def handlers_restored():
 @pytest.mark.usefixtures("handlers_restored")
 def test_signals_interrupt_but_for_those_that_are_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does with a job in its background
     interrupt_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
     with stopping_between_steps(World()) as stopping:
