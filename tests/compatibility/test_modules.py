@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import update_bn
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 from zoo import enliven, fit_head, make_pictures
 
@@ -23,6 +24,7 @@ from ricciq import (
     quantize,
 )
 from ricciq.errors import InputError, ModelError
+from ricciq.networks import logits_of
 from ricciq.system.journal import Journal
 from ricciq.training.reconstruction import reconstruct
 
@@ -293,12 +295,22 @@ def batches_of(data, part, size=SIZE):
     return list(data.loader(part, preprocessing_of(size), batch_size=8, workers=0))
 
 
-def take_the_path(model, head, data, folder, size=SIZE):
+def learn(model, batches, steps=20):
+    """Learn some pictures by heart: in a deep network of chance, each last bit grows to a class."""
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    for _ in range(steps):
+        F.cross_entropy(logits_of(model(images)), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    update_bn([images], model)
+    model.eval()
+
+
+def take_the_path(model, data, folder, size=SIZE):
     """Quantize, calibrate, export and compare; returns the plan."""
     fit, val = (batches_of(data, part, size) for part in ("fit", "val"))
-    with torch.compiler.set_stance("force_eager"):  # so that hooks are called
-        enliven(model, fit)
-        fit_head(model, fit, head)
     network = copy.deepcopy(model).eval()
     plan = quantize(model, fit[0][0][:2], 8, 8)
     calibrate(model, [images for images, _ in fit])
@@ -309,7 +321,7 @@ def take_the_path(model, head, data, folder, size=SIZE):
     )
     assert in_file["file"].agreement >= AGREEMENT
     assert in_torch["torch"].agreement >= AGREEMENT
-    return plan, in_file["file"].max_abs_diff, in_torch["torch"].max_abs_diff
+    return plan
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -317,8 +329,11 @@ def test_a_module_agrees_with_its_file(name, pictures, tmp_path):
     make, kept = NETS[name]
     torch.manual_seed(0)
     model = make()
-    plan, *difference = take_the_path(model, getattr(model, "head", None), pictures, tmp_path)
-    print(name, *difference)
+    fit = batches_of(pictures, "fit")
+    with torch.compiler.set_stance("force_eager"):  # so that hooks are called
+        enliven(model, fit)
+        fit_head(model, fit, getattr(model, "head", None))
+    plan = take_the_path(model, pictures, tmp_path)
     reasons = {part.name: part.why for part in plan.kept}
     assert {n for n, why in kept.items() if why in reasons[n]} == set(kept)
     assert plan.layers
@@ -346,9 +361,9 @@ def test_a_family_of_torchvision_agrees_with_its_file(family, pictures, tmp_path
     torch.manual_seed(0)
     options = OPTIONS.get(family, {})
     model = get_model(FAMILIES[family], num_classes=CLASSES, **options)
-    head = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
-    plan, *difference = take_the_path(model, head, pictures, tmp_path, SIZES.get(family, 64))
-    print(family, *difference)
+    size = SIZES.get(family, 64)
+    learn(model, batches_of(pictures, "fit", size))
+    plan = take_the_path(model, pictures, tmp_path, size)
     weighted = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     listed = {layer.name for layer in plan.layers} | {part.name for part in plan.kept}
     assert plan.layers
