@@ -167,6 +167,8 @@ def predict(
         write_csv(csv, as_rows(found["images"]))
     if as_json or found["images"]:
         show(found, as_json, prediction_table)
+    for message in found["messages"]:
+        print(printable(message), file=sys.stderr)
     failed = found["failed"]
     for entry in failed[:-1]:
         print(f"ricciq: {printable(entry['why'])}", file=sys.stderr)

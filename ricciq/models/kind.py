@@ -1,4 +1,4 @@
-"""What kind of network a timm model is, and how large its images are; without its weights."""
+"""What kind of network a timm model is, how large its images are, and how many classes it has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from timm.models import create_model
 from torch import nn
 
+from ricciq.errors import ModelError
 from ricciq.models.build import find_config
 from ricciq.models.factory import load_model
 
@@ -54,3 +55,22 @@ def own_side(name: str) -> int:
     """
     config = find_config(name)
     return max(config.input_size[1:]) if config else 224
+
+
+def number_of_classes(name: str, model: nn.Module) -> int:
+    """The number of classes of a timm model's own head.
+
+    Args:
+        name: of the model, for the message.
+        model: of timm.
+
+    Raises:
+        ModelError: it has none.
+    """
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    if classes < 1:
+        raise ModelError(
+            f"{name} is an encoder without classes, so its outputs are features; give data with "
+            "labels to train a head, or a model that has one"
+        )
+    return classes

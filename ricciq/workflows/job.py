@@ -17,8 +17,9 @@ from ricciq.data.dataset import ImageData, Split
 from ricciq.data.loader import Batch
 from ricciq.data.open import open_data
 from ricciq.data.preprocessing import Preprocessing
-from ricciq.errors import DataError, ModelError, UsageError
+from ricciq.errors import DataError, UsageError
 from ricciq.estimators.apply import Correction
+from ricciq.models.kind import number_of_classes
 from ricciq.quant.grid import FLOAT_BITS
 from ricciq.recipe import Recipe
 from ricciq.recipe.schedule import epochs_for
@@ -213,7 +214,7 @@ def prepare(
     plan = plan_conversion(model, example, bits.planned_bits, bits.act_bits, bits.edge_bits)
     if not data.labelled:
         recipe = _without_labels(recipe, plan, session.journal)
-        data.set_pseudo_labels(_number_of_classes(recipe.model.name, model), {})
+        data.set_pseudo_labels(number_of_classes(recipe.model.name, model), {})
     job = Job(
         recipe,
         session.device,
@@ -264,21 +265,6 @@ def _without_labels(recipe: Recipe, plan: Plan, journal: Journal) -> Recipe:
             f"training.distill {training.distill:g} counts as 1"
         )
     return recipe.override({"training.distill": 1.0})
-
-
-def _number_of_classes(name: str, model: nn.Module) -> int:
-    """The number of classes of a model's own head.
-
-    Raises:
-        ModelError: it has none.
-    """
-    classes = int(model.num_classes)  # type: ignore[arg-type]
-    if classes < 1:
-        raise ModelError(
-            f"{name} is an encoder without classes, so its outputs are features; give data with "
-            "labels to train a head, or a model that has one"
-        )
-    return classes
 
 
 def _would_have_new_head(recipe: Recipe, model: nn.Module, data: ImageData) -> bool:

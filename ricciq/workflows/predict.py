@@ -16,9 +16,10 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from ricciq.data.sources.base import IMAGE_SUFFIXES, natural_order
-from ricciq.data.sources.files import ImageFiles, images_below
+from ricciq.data.sources.files import ImageFiles, images_below, told_unused
 from ricciq.errors import DataError, ModelError
 from ricciq.models.factory import load_model
+from ricciq.models.kind import number_of_classes
 from ricciq.models.names import architecture
 from ricciq.runs.metadata import ModelMetadata
 from ricciq.workflows.saved import NOTHING_GIVEN, Given, Target, open_target
@@ -44,7 +45,7 @@ def predict(
     Returns:
         Plain values. ``images`` has for each image its path and its classes, the most likely one
         first, each with its name, its index and its probability from 0 to 1; ``failed`` has the
-        path of each image that cannot be read, and why.
+        path of each image that cannot be read, and why; ``messages`` says what else is in folders.
 
     Raises:
         ModelError: the target does not exist, cannot be used, or gives NaN or infinite logits.
@@ -52,7 +53,8 @@ def predict(
         DataError: there is no image.
     """
     opened = _open(target, given)
-    paths = list(_found(images))
+    left_out: list[str] = []
+    paths = list(_found(images, left_out))
     files = ImageFiles((path, 0) for path in paths)
     names = _readable(opened.class_names, opened.labelled)
     transform = opened.transform()
@@ -79,7 +81,8 @@ def predict(
             pairs = zip(classes, probabilities, strict=True)
             found = [{"class": names[i], "index": i, "probability": p} for i, p in pairs]
             rows.append({"image": path, "classes": found})
-    return {"target": target, "images": rows, "failed": failed}
+    messages = told_unused(left_out)
+    return {"target": target, "images": rows, "failed": failed, "messages": messages}
 
 
 def as_rows(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,8 +112,7 @@ def _open(target: str, given: Given) -> Target:
         )
     loaded = load_model(target)
     model, preprocessing = loaded.model, loaded.preprocessing
-    with torch.inference_mode():
-        classes = model(torch.zeros(1, *preprocessing.input_size)).shape[1]
+    classes = number_of_classes(target, model)
     named = ModelMetadata(preprocessing, [str(i) for i in range(classes)], False)
     known = given.describe(named, Path(target))
     return Target(model, known.preprocessing, known.class_names, known.labelled, None)
@@ -131,11 +133,16 @@ def _readable(names: list[str], labelled: bool) -> list[str]:
     return names
 
 
-def _found(images: Sequence[str]) -> Iterator[str]:
-    """The files that were named, in natural order within a folder or a pattern."""
+def _found(images: Sequence[str], left_out: list[str]) -> Iterator[str]:
+    """The files that were named, in natural order within a folder or a pattern.
+
+    Args:
+        images: as typed.
+        left_out: receives what else is in folders.
+    """
     for name in images:
         if os.path.isdir(name):
-            inside = images_below(name)
+            inside = images_below(name, left_out)
             if not inside:
                 raise DataError(f"folder {name} has no images ({', '.join(IMAGE_SUFFIXES)})")
             yield from inside

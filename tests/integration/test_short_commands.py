@@ -229,12 +229,15 @@ def test_a_broken_image_is_named_and_the_others_are_answered(
     folder = Path(shutil.copytree(digits, tmp_path / "images"))
     (folder / "3" / "broken.png").write_bytes(b"\x89PNG and no more")
     (folder / "4" / "text.jpg").write_text("a letter")
+    (folder / "4" / "notes.txt").write_text("a letter")
     answer = ricciq("predict", finished_run, folder, "--json")
     assert answer.code == 3
     values = json.loads(answer.out)
     assert len(values["images"]) == 20
     assert [Path(row["image"]).name for row in values["failed"]] == ["broken.png", "text.jpg"]
-    lines = answer.err.splitlines()
+    unused, *lines = answer.err.splitlines()
+    assert unused.startswith(f"not used: {folder / '4' / 'notes.txt'}; images are read from .png")
+    assert [unused] == values["messages"]
     assert len(lines) == 2
     for line, name in zip(lines, ("broken.png", "text.jpg"), strict=True):
         assert line.startswith("ricciq: image ")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from ricciq.data.classes import printable_name
 from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages, natural_order
 from ricciq.errors import DataError
 
@@ -92,6 +93,23 @@ class ImageFiles(EncodedImages):
 
 RUBBISH = {".ds_store", ".localized", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
 """What systems and tools leave in folders, in lower case; it needs no message."""
+
+
+SHOWN = 5
+"""How many files that are not used are named."""
+
+
+def told_unused(left_out: Sequence[str]) -> list[str]:
+    """A sentence about files and folders that are not used, if there are any.
+
+    Args:
+        left_out: their paths.
+    """
+    if not left_out:
+        return []
+    shown = ", ".join(printable_name(name) for name in left_out[:SHOWN])
+    more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+    return [f"not used: {shown}{more}; images are read from {', '.join(IMAGE_SUFFIXES)} files"]
 
 
 def is_rubbish(name: str) -> bool:

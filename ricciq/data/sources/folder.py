@@ -11,10 +11,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ricciq.data.classes import printable_name
 from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages, Parts, natural_order
 from ricciq.data.sources.catalog import EvaluationSplit
-from ricciq.data.sources.files import ImageFiles, images_below, is_rubbish
+from ricciq.data.sources.files import ImageFiles, images_below, is_rubbish, told_unused
 from ricciq.data.sources.tar import (
     COMPRESSED_SUFFIXES,
     ImagesInTars,
@@ -32,8 +31,6 @@ NAMES = {
     "test": ("test", "testing"),
 }
 """Names of the parts of a data folder, in any case."""
-SHOWN = 5
-"""How many files that are not used are named."""
 LEAST_UNLABELLED = 20
 """Smallest number of images without labels."""
 
@@ -78,7 +75,7 @@ def open_source(name: str, root: Path | None) -> Parts:  # noqa: ARG001
             f"{found['train']} and {found['val']} do not have the same classes ({shown} in one "
             "only); give both the same classes"
         )
-    return Parts(class_names, train, val, [*messages, *_told(left_out)])
+    return Parts(class_names, train, val, [*messages, *told_unused(left_out)])
 
 
 def open_split(name: str, split: EvaluationSplit) -> Parts:
@@ -113,21 +110,13 @@ def open_split(name: str, split: EvaluationSplit) -> Parts:
         )
     left_out = [] if place == folder else _not_used(folder, list(found.values()))
     class_names, images = _read_split(place, left_out)
-    return Parts(class_names, None, images, [*messages, *_told(left_out)])
+    return Parts(class_names, None, images, [*messages, *told_unused(left_out)])
 
 
 def _not_used(folder: Path, used: Sequence[Path]) -> list[str]:
     """What lies in a folder beside what is used, but for rubbish."""
     others = sorted(entry for entry in {*folder.iterdir()} - {*used} if not is_rubbish(entry.name))
     return [f"{entry}{os.sep if entry.is_dir() else ''}" for entry in others]
-
-
-def _told(left_out: list[str]) -> Iterator[str]:
-    """A sentence about files and folders that are not used, if there are any."""
-    if left_out:
-        shown = ", ".join(printable_name(name) for name in left_out[:SHOWN])
-        more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
-        yield f"not used: {shown}{more}; images are read from {', '.join(IMAGE_SUFFIXES)} files"
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -152,7 +141,7 @@ def _without_labels(folder: Path, paths: list[str]) -> Parts:
     order = np.random.RandomState(0).permutation(len(paths))
     parts = np.sort(order[len(paths) // 10 :]), np.sort(order[: len(paths) // 10])
     train, val = (ImageFiles((paths[i], 0) for i in part) for part in parts)
-    return Parts([], train, val, [*_told(_not_used(folder, [Path(path) for path in paths]))])
+    return Parts([], train, val, [*told_unused(_not_used(folder, [Path(path) for path in paths]))])
 
 
 def _find(folder: Path, split: str) -> Path | None:
