@@ -2,7 +2,8 @@
 
     RicciqError                1   failed while running
     ├── UsageError             2   wrong flags or flag values
-    │   └── RecipeError        2   an invalid recipe
+    │   ├── RecipeError        2   an invalid recipe
+    │   └── FolderTakenError   2   the folder of a run has another run
     ├── InputError             3   an input is missing, unreadable, unsafe or does not fit
     │   ├── DataError          3   the images
     │   ├── CheckpointError    3   the weights
@@ -40,6 +41,10 @@ class UsageError(RicciqError):
 
 class RecipeError(UsageError):
     """A recipe file is missing, is not valid YAML, or has invalid values."""
+
+
+class FolderTakenError(UsageError):
+    """The folder of a run has another run, or another process uses it."""
 
 
 class InputError(RicciqError):

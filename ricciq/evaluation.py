@@ -198,9 +198,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     What `torch.compile` has compiled runs as it was before: hooks see all of its modules then.
     """
     modes = [(module, module.training) for module in model.modules()]
-    with suppress(
-        NotImplementedError
-    ):  # a program of torch.export has only the mode it was made in
+    with suppress(NotImplementedError):  # a program of torch.export has only one mode
         model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):

@@ -32,7 +32,8 @@ class NumbersCommand(TyperCommand):
         """
         joined: list[str] = []
         for word in args:
-            if len(joined) > 1 and joined[-2] in _OF_NUMBERS and _NUMBERS.fullmatch(word):
+            of_option = len(joined) > 1 and joined[-2] in _OF_NUMBERS
+            if of_option and _NUMBERS.fullmatch(word) and joined[-1].count(",") < 2:
                 joined[-1] += f",{word}"
             else:
                 joined.append(word)
@@ -102,7 +103,7 @@ _of_weights = completion.one_of(lambda: [*"12345678", "32", "ternary"])
 Model = Annotated[
     str,
     typer.Argument(
-        help="timm model name, or a float run's folder or file.",
+        help="timm model name, float run, folder as timm writes it, or hf-hub:OWNER/NAME.",
         autocompletion=completion.one_of(completion.model_names),
     ),
 ]
@@ -123,7 +124,10 @@ MaxBytes = Annotated[
 RECIPE = "Name of a shipped recipe, or a file."
 of_recipes = completion.one_of(completion.recipe_names)
 RecipeName = Annotated[str | None, typer.Option(help=RECIPE, autocompletion=of_recipes)]
-Checkpoint = Annotated[Path | None, typer.Option(help="Float weights to start from.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Float weights: a file, a folder as timm writes it, or hf-hub:OWNER/NAME."),
+]
 AutoAugment = Annotated[
     str | None, typer.Option("--aa", help="timm's augmentation policy, such as rand-m7-mstd0.5.")
 ]
@@ -333,6 +337,11 @@ def input_size_of(text: str | None) -> tuple[int, int] | None:
     sides = _numbers("--input-size", text, "a size in pixels, such as 224 or 160,224")
     if not all(side.is_integer() and 1 <= side <= LARGEST_SIDE for side in sides):
         raise UsageError(f"--input-size {text} is not whole pixels; give 1 to {LARGEST_SIDE}")
+    if len(sides) == 3 and sides[0] != 3:
+        raise UsageError(
+            f"--input-size {text} has other than 3 channels, which the weights decide; give height "
+            "and width, and --model-kwargs in_chans=1 where weights are to be adapted"
+        )
     return int(sides[-2:][0]), int(sides[-1])
 
 

@@ -55,7 +55,7 @@ class Recording:
         readers: the calls that read each value.
         returned_by: names of the modules that returned exactly this value, innermost first.
         times: how often each module ran.
-        with_options: names of modules that were called with more than one positional argument.
+        with_options: names of modules that were called otherwise than with one positional argument.
         first_argument: the first argument of each module's last call, if it was a tensor.
         given: the values the model was called with.
         result: the values the model returned.

@@ -17,6 +17,15 @@ def printable_name(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def unnamed(number: int) -> str:
+    """What an output without a name is called, as hardly any folder is.
+
+    Args:
+        number: of the output, from 0.
+    """
+    return f"#{number}"
+
+
 def imagenet_synsets(count: int) -> list[str] | None:
     """The WordNet synsets, such as n01440764, of a network with so many outputs.
 
@@ -51,7 +60,7 @@ class ClassMap(NamedTuple):
         return max(self.names) == len(self.names) - 1
 
     def outputs(self, count: int) -> list[str]:
-        """The names of a network's outputs; those without a name are called by their number.
+        """The names of a network's outputs; see `unnamed` for those without a name.
 
         Args:
             count: number of outputs.
@@ -64,7 +73,7 @@ class ClassMap(NamedTuple):
                 f"class map {self.path} has {self.names[last]!r} as class {last}, but the model "
                 f"has {count} classes, from 0; give the class map of this model"
             )
-        return [self.names.get(number, str(number)) for number in range(count)]
+        return [self.names.get(number, unnamed(number)) for number in range(count)]
 
 
 def read_class_map(path: Path) -> ClassMap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -108,9 +109,17 @@ class ImageData:
             source: where the names come from, for the error.
 
         Raises:
-            DataError: a class of the data is not among them.
+            DataError: a class of the data is not among them, or there twice.
         """
+        if names == self.class_names:
+            return
         number = {name: index for index, name in enumerate(names)}
+        times = Counter(names)
+        if twice := [name for name in self.class_names if times[name] > 1]:
+            raise DataError(
+                f"{source} has the class {twice[0]!r} of data {self.name!r} twice; give a class "
+                "map in which each name is there once"
+            )
         if missing := [name for name in self.class_names if name not in number]:
             raise DataError(
                 f"data {self.name!r} has the class {missing[0]!r}, which {source} does not have; "

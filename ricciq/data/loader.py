@@ -40,7 +40,6 @@ AT_ONCE = 2**16
 """Numbers of an order that become a list at a time."""
 NICER = 5
 """What is added to the niceness of workers: the training process gets three times their share."""
-ENDING = tuple(number for number in SIGNALS if number != signal.SIGINT)
 SECONDS_TO_CLOSE = 30
 """Time between SIGTERM and SIGKILL, as in torchrun."""
 
@@ -348,8 +347,9 @@ def _prepare_worker(worker: int) -> None:  # noqa: ARG001
     with suppress(AttributeError, OSError):  # not on every system, nor in every sandbox
         os.nice(NICER)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in ENDING:
-        signal.signal(number, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
+    for number in SIGNALS:
+        if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
 
 
 def _as_is(batch: Any) -> Any:

@@ -182,7 +182,7 @@ def _sides(input_size: int | tuple[int, int] | None, written: Written) -> tuple[
         return None
     try:
         _, height, width = (int(side) for side in size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise CheckpointError(
             f"{written.path} has an invalid input_size, {size!r}; correct it"
         ) from None
@@ -265,11 +265,13 @@ def _load_file(
 
     def fitted() -> Fitted:
         model, by = build_for_weights(name, arguments, seed)
-        if size := found.written.preprocessing.get("input_size"):
+        if size := _sides(None, found.written):
             # To resample position embeddings of images that are not square.
-            model.pretrained_model_args = {"img_size": size[1:]}  # type: ignore[assignment]
+            model.pretrained_model_args = {"img_size": size}  # type: ignore[assignment]
         return fit_names(model.eval(), found.tensors, by)
 
+    if found.written.num_classes == 0:
+        arguments = {"num_classes": 0, **arguments}
     fit = fitted()
     if config:
         built = {"num_classes": config.num_classes, "in_chans": config.input_size[0], **arguments}
@@ -279,7 +281,9 @@ def _load_file(
     own = fit.model.state_dict()
     check_codes(fit.weights, own, found.file)
     check_finite(fit.weights, own, found.file)
-    messages, new_head = adapt_weights(fit.model, fit.weights)
+    is_encoder = found.written.num_classes == 0
+    needs_head = is_encoder and arguments["num_classes"] > 0
+    messages, new_head = adapt_weights(fit.model, fit.weights, has_head=not needs_head)
     load_weights(fit.model, fit.weights, name, found.file)
     channels = arguments.get("in_chans")
     return _Filled(fit.model, channels, [*fit.messages, *messages], new_head, fit.is_fused)

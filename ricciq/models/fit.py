@@ -15,6 +15,8 @@ from ricciq.models.build import Rename, fused
 
 _WRAPPERS = ("module", "_orig_mod", "model", "net")
 """Attributes in which trainers keep the model, as Lightning's modules do."""
+MOST_WRAPPERS = 8
+"""Trainers within trainers that are looked through."""
 _COUNTERS = ("n_averaged", "total_ops", "total_params")
 """Numbers that torch's averaged models and thop add to a state dict."""
 
@@ -73,7 +75,9 @@ def unwrap(weights: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str,
         if name in own or name.rpartition(".")[2] not in _COUNTERS
     }
     left_out = [name for name in weights if name not in kept]
-    while not own <= kept.keys():
+    for _ in range(MOST_WRAPPERS):
+        if own <= kept.keys():
+            break
         inner: dict[str, dict[str, Tensor]] = {}
         for name, value in kept.items():
             root, dot, rest = name.partition(".")
@@ -146,12 +150,15 @@ def check_codes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: 
             )
 
 
-def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[list[str], bool]:
+def adapt_weights(
+    model: nn.Module, weights: dict[str, Tensor], has_head: bool = True
+) -> tuple[list[str], bool]:
     """Adapt weights in place to the head and the input channels of a model.
 
     Args:
         model: a timm model.
         weights: by the model's names.
+        has_head: False if they are of an encoder, and the model has a head.
 
     Returns:
         What was changed, a sentence for each change, and whether the head is a random one.
@@ -171,7 +178,11 @@ def adapt_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[list[st
         else:
             continue
         messages.append(stem_message(before, after))
-    for name in classifiers(model):
+    heads = classifiers(model)
+    if not has_head:
+        weights.update({key: own[key] for key in own if key.rpartition(".")[0] in heads})
+        return [*messages, "the weights are of an encoder: the head is a random one"], True
+    for name in heads:
         key = f"{name}.weight"
         if key not in weights or key not in own or weights[key].shape[1:] != own[key].shape[1:]:
             continue

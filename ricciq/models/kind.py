@@ -10,7 +10,7 @@ from timm.models import create_model
 from torch import nn
 
 from ricciq.errors import ModelError
-from ricciq.models.build import find_config
+from ricciq.models.build import check_arguments, find_config
 from ricciq.models.factory import load_model
 
 Kind = Literal["batchnorm", "depthwise", "transformer"]
@@ -31,6 +31,7 @@ def network_kind(name: str, kwargs: Mapping[str, Any]) -> Kind:
         ModelError: timm knows no such model, or cannot build it.
     """
     find_config(name)
+    check_arguments(kwargs)
     try:
         with torch.device("meta"):  # neither memory nor time for weights
             model: nn.Module = create_model(name, **kwargs)

@@ -74,25 +74,6 @@ def read_weights(checkpoint: Path, name: str) -> FloatWeights:
     return FloatWeights(tensors, file, written)
 
 
-def class_names_of(checkpoint: Path) -> list[str] | None:
-    """The class names that are written with weights, without reading the weights.
-
-    Args:
-        checkpoint: as for `read_weights`.
-
-    Returns:
-        A name for each logit, in their order: ``label_names`` of timm's config.json, or the classes
-        of the data of a run of ricciq. None if they are not written.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, or its config.json damaged.
-    """
-    file, config = _find(checkpoint)
-    if not os.path.isfile(file):
-        raise CheckpointError(f"there is no checkpoint {file}; give the path of a file")
-    return (config or read_written_in(file)).class_names
-
-
 def model_in(name: str) -> tuple[str, Path]:
     """The architecture and the weights of a model that names itself.
 

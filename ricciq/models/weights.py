@@ -14,7 +14,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from ricciq.errors import CheckpointError
-from ricciq.models.pickled import load_pickled
+from ricciq.models.pickled import Note, load_pickled
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 INDEX_SUFFIX = ".index.json"
@@ -121,7 +121,7 @@ def _is_quantized(key: Any, value: Any) -> bool:
 
 def _described(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return type(value).__name__
+        return "another object" if isinstance(value, Note) else type(value).__name__
     kind = "" if value.layout == torch.strided else f", {value.layout}"
     return f"a tensor ({value.dtype} {list(value.shape)} on {value.device.type}{kind})"
 

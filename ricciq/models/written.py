@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from timm.models._hub import load_model_config_from_path
 
+from ricciq.data.classes import unnamed
 from ricciq.errors import CheckpointError, on_one_line
 from ricciq.models.pickled import load_pickled
 from ricciq.system.tensor_files import METADATA_KEY
 
 MOST_CONFIG_BYTES = 10_000_000
 """Size of the largest config.json that is read; one for 21,841 classes has 2 MB."""
+MOST_CLASSES = 1_000_000
+"""Largest number of classes that a config.json may name."""
 _KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 _FLAGS = {"gp": "global_pool", "bn_eps": "bn_eps"}
@@ -37,6 +40,7 @@ class Written(NamedTuple):
         arguments: of timm's constructor, without the number of classes and channels.
         preprocessing: a part of the keys of `Preprocessing`.
         class_names: in the order of the logits; None if they are not written.
+        num_classes: their number as config.json has it, 0 for an encoder; None if it is not there.
         is_quantized: whether a run of ricciq quantized the model.
     """
 
@@ -45,6 +49,7 @@ class Written(NamedTuple):
     arguments: Mapping[str, Any] = {}
     preprocessing: Mapping[str, Any] = {}
     class_names: list[str] | None = None
+    num_classes: int | None = None
     is_quantized: bool = False
 
 
@@ -68,8 +73,9 @@ def read_config(path: Path, must_be_timm: bool) -> Written | None:
         known = _known(config)
         if (size := arguments.pop("img_size", None)) is not None:  # of which the model was built
             known["input_size"] = (3, size, size) if isinstance(size, int) else (3, *size)
-        names = _label_names(config.get("label_names"), config.get("num_classes"))
-        return Written(path, named, arguments, known, names)
+        classes = config.get("num_classes")
+        names = _label_names(config.get("label_names"), classes)
+        return Written(path, named, arguments, known, names, classes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if not must_be_timm:
             return None
@@ -89,16 +95,12 @@ def read_written_in(file: Path) -> Written:
     try:
         if file.suffix.lower() == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                stored = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
-            names = stored.get("class_names") if stored.get("labelled", True) else None
-            known = _known(stored.get("preprocessing", {}))
-            names = _label_names(names, None)
-            is_quantized = bool(stored.get("plan", {}).get("layers"))
-            return Written(file, preprocessing=known, class_names=names, is_quantized=is_quantized)
-        arguments = load_pickled(file, mapped=True).get("args")
+                return _of_run(json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}")), file)
+        return _of_training(load_pickled(file, mapped=True).get("args"), file)
     except (
         SafetensorError,
         OSError,
+        EOFError,
         ValueError,
         TypeError,
         AttributeError,
@@ -106,6 +108,22 @@ def read_written_in(file: Path) -> Written:
         UnpicklingError,
     ):
         return Written(file)  # other tools have other metadata, and a state dict may have no get
+
+
+def _of_run(stored: Mapping[str, Any], file: Path) -> Written:
+    """What the metadata of a run of ricciq says."""
+    names = stored.get("class_names") if stored.get("labelled", True) else None
+    return Written(
+        file,
+        arguments=_built_with(stored.get("recipe", {}).get("model", {}).get("kwargs", {})),
+        preprocessing=_known(stored.get("preprocessing", {})),
+        class_names=_label_names(names, None),
+        is_quantized=bool(stored.get("plan", {}).get("layers")),
+    )
+
+
+def _of_training(arguments: Any, file: Path) -> Written:
+    """What the arguments of timm's training script say."""
     if not isinstance(arguments, argparse.Namespace):
         return Written(file)
     values = {key: value for key, value in vars(arguments).items() if value not in (None, "")}
@@ -131,7 +149,7 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 def _label_names(names: Any, num_classes: int | None) -> list[str] | None:
     """timm's label_names as a list: they may be a mapping from index to name, with gaps.
 
-    A class without a name is named by its number.
+    See `unnamed` for a class without a name.
 
     Raises:
         ValueError: they are no names, or not as many as classes.
@@ -141,9 +159,9 @@ def _label_names(names: Any, num_classes: int | None) -> list[str] | None:
     if isinstance(names, Mapping):
         by_index = {int(index): name for index, name in names.items()}
         size = len(by_index) if num_classes is None else num_classes
-        if size > MOST_CONFIG_BYTES:
+        if size > MOST_CLASSES:
             raise ValueError(f"num_classes is {size}")
-        names = [by_index.pop(index, str(index)) for index in range(size)]
+        names = [by_index.pop(index, unnamed(index)) for index in range(size)]
         if by_index:
             raise ValueError(f"label_names has index {min(by_index)}, for {size} classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

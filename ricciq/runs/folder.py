@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from ricciq.errors import InputError, RecipeError, UsageError
+from ricciq.data.sources.base import natural_order
+from ricciq.errors import FolderTakenError, InputError, RecipeError, UsageError
 from ricciq.recipe import Recipe
 from ricciq.system.files import write_atomically
 
@@ -82,14 +83,15 @@ class RunFolder:
         """Create the folder if it is missing, and lock it for the duration of a block.
 
         Raises:
-            UsageError: it cannot be created, or another process uses it.
+            FolderTakenError: another process uses it.
+            UsageError: it cannot be created.
         """
         lock = FileLock(self.path / _LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            raise UsageError(
+            raise FolderTakenError(
                 f"{self.path} is in use by another run; wait for it or choose another folder"
             ) from None
         except OSError as error:
@@ -193,8 +195,8 @@ def choose_run_folder(
         The folder.
 
     Raises:
-        UsageError: the folder has other files, a run, or the float weights of this run, or it has
-            nothing to resume.
+        FolderTakenError: the folder has a run.
+        UsageError: it has other files, or the float weights of this run, or nothing to resume.
     """
     if output is None:
         output = _newest_unfinished(recipe, kind) if resume else _new_folder(recipe, kind)
@@ -222,7 +224,7 @@ def choose_run_folder(
         _check_resumable(folder, recipe)
     elif occupied and not overwrite:
         remedy = "--overwrite" if folder.is_finished else "--resume or --overwrite"
-        raise UsageError(f"--output {output} already has a run; give {remedy}")
+        raise FolderTakenError(f"--output {output} already has a run; give {remedy}")
     return folder
 
 
@@ -240,7 +242,8 @@ def _new_folder(recipe: Recipe, kind: type[RunFolder]) -> Path:
 
 
 def _newest_unfinished(recipe: Recipe, kind: type[RunFolder]) -> Path:
-    folders = [kind(path) for path in sorted(RUNS.glob("*"), reverse=True)]
+    newest_first = sorted(RUNS.glob("*"), key=lambda path: natural_order(path.name), reverse=True)
+    folders = [kind(path) for path in newest_first]
     for folder in folders:
         with suppress(RecipeError):  # a damaged recipe differs from this one
             if (

@@ -48,14 +48,20 @@ def doubt(predicted: Classes, targets: Classes, num_classes: int, what: str) -> 
 
 def _better_order(predicted: Classes, targets: Classes) -> float | None:
     """The share of images that are right in another order, if that mends most errors."""
-    labels, where = np.unique(np.stack([predicted, targets]), return_inverse=True)
+    labels = np.unique(targets)
     if len(labels) > MOST_CLASSES:
         return None
-    guesses, truths = where.reshape(2, -1)
-    tables = np.zeros((2, len(labels), len(labels)))
-    np.add.at(tables, (np.arange(len(truths)) % 2, truths, guesses), 1)
-    found_on, tried_on = tables
-    order = linear_sum_assignment(found_on, maximize=True)
-    right, as_given = tried_on[order].sum(), tried_on.trace()
-    errors = tried_on.sum() - as_given
-    return float(right / tried_on.sum()) if right - as_given > errors / 2 else None
+    known = np.isin(predicted, labels)  # another order of these is looked for
+    half = np.arange(len(targets)) % 2
+    found_on = np.zeros((len(labels), len(labels)))
+    at = known & (half == 0)
+    np.add.at(found_on, tuple(np.searchsorted(labels, x[at]) for x in (targets, predicted)), 1)
+    truths, guesses = linear_sum_assignment(found_on, maximize=True)
+    meant = dict(zip(labels[guesses], labels[truths], strict=True))
+    tried, hits = targets[half == 1], predicted[half == 1]
+    in_order = np.array([meant.get(guess, -1) for guess in hits]) == tried
+    as_given = hits == tried
+    better, worse = (in_order & ~as_given).sum(), (as_given & ~in_order).sum()
+    mended = better - worse > (~as_given).sum() / 2
+    significant = binom.sf(better - 1, better + worse, 0.5) <= SIGNIFICANCE
+    return float(in_order.mean()) if mended and significant else None

@@ -60,7 +60,7 @@ def evaluate(
                 modes.enter_context(evaluating(model))
                 predictors[name] = _on_its_device(model)
             elif isinstance(model, Path):
-                is_onnx = model.suffix == ".onnx" and not model.is_dir()
+                is_onnx = model.suffix.lower() == ".onnx" and not model.is_dir()
                 predictors[name] = onnx_predictor(model) if is_onnx else open_target(model).predict
             else:
                 predictors[name] = model

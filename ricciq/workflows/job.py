@@ -197,9 +197,7 @@ def prepare(
     messages = [*data.messages, *loaded.messages]
     # To rebuild it without its weights.
     recipe = recipe.override({"model.kwargs": loaded.kwargs, "model.fuse": loaded.is_fused})
-    if (
-        recipe.training.grad_checkpointing
-    ):  # refuses a model without support; the trainer switches it on
+    if recipe.training.grad_checkpointing:  # refuses a model without support
         recompute_activations(loaded.model, True)
         recompute_activations(loaded.model, False)
     recipe.data.augmentation.transform(loaded.preprocessing)  # refuses an unknown policy
@@ -227,7 +225,7 @@ def prepare(
         loaded.has_new_head or (not weights and _would_have_new_head(recipe, loaded.model, data)),
     )
     job = _with_trained_teacher(job, session.journal)
-    _check_batch(job, session.world)
+    _check_single_values(job, session.world)
     if pseudo_labels and not data.labelled:
         _use_predictions_as_labels(job, session.journal)
     return job
@@ -294,7 +292,7 @@ def _with_trained_teacher(job: Job, journal: Journal) -> Job:
 
 
 @torch.no_grad()
-def _check_batch(job: Job, world: World) -> None:
+def _check_single_values(job: Job, world: World) -> None:
     """Refuse batches of one image where a BatchNorm would get a single value per channel.
 
     Raises:

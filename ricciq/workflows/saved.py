@@ -29,6 +29,7 @@ from ricciq.deploy.session import (
 from ricciq.errors import CheckpointError, ModelError, UsageError, on_one_line
 from ricciq.evaluation import Predict
 from ricciq.models.factory import load_model
+from ricciq.recipe.sections import ModelSection
 from ricciq.runs.folder import RunFolder
 from ricciq.runs.metadata import FileMetadata, ModelMetadata, RunMetadata
 from ricciq.system.tensor_files import load_model_state, load_tensors
@@ -72,7 +73,7 @@ def rebuild(path: Path) -> Rebuilt:
             channels=metadata.preprocessing.input_size[0],
             checkpoint=None,
             pretrained=False,
-            as_pretrained=recipe.model.has_weights,
+            as_pretrained=_built_as_pretrained(recipe.model),
             input_size=metadata.preprocessing.input_size[1:],
             kwargs=recipe.model.kwargs,
             fuse=recipe.model.fuse,
@@ -88,6 +89,14 @@ def rebuild(path: Path) -> Rebuilt:
         ) from None
     load_model_state(model, tensors, file)
     return Rebuilt(model.eval(), metadata)
+
+
+def _built_as_pretrained(source: ModelSection) -> bool:
+    """Whether a run built its model as for pretrained weights.
+
+    Runs before 0.3 did so only without a checkpoint; since then, they say whether it is fused.
+    """
+    return source.pretrained if source.checkpoint is None else source.fuse is not None
 
 
 def _weights_of(path: Path) -> Path:

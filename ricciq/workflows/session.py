@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from ricciq.errors import InterruptedRunError, UsageError
+from ricciq.errors import FolderTakenError, InterruptedRunError, UsageError
 from ricciq.recipe import Recipe
 from ricciq.runs.folder import RunFolder, choose_run_folder
 from ricciq.system.distributed import World, joined, local_device
@@ -112,8 +112,8 @@ class Session:
                     if not session.begun:
                         raise
                     stopped = InterruptedRunError(
-                        f"stopped; `--output {folder.path} --resume` continues from the last saved "
-                        "state"
+                        f"stopped; `--output {session.folder.path} --resume` continues from the "
+                        "last saved state"
                     )
                     stopped.said = not world.is_first
                     raise stopped from None
@@ -176,7 +176,8 @@ class Session:
         """Lock the folder; if another process has taken it, choose the next one if we may.
 
         Raises:
-            UsageError: we may not.
+            FolderTakenError: we may not.
+            UsageError: the folder cannot be used.
         """
         try:
             with ExitStack() as held:
@@ -184,7 +185,7 @@ class Session:
                 if self._check is not None:  # minutes may have passed since the folder was chosen
                     self._check(self.folder.path)
                 self._held.push(held.pop_all())
-        except UsageError:
+        except FolderTakenError:
             if self._instead is None:
                 raise
             self._folder = self._instead()

@@ -153,6 +153,16 @@ def test_a_broken_library(tmp_path: Path) -> None:
     assert "onnx 1." in problems_of(environment)
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    (tmp_path / "quick.yaml").write_text(QUICK)
+    words = [*MAIN_JOB, "--recipe", "quick.yaml", "--epochs", "0", "--quiet"]
+    started = processes.start(words, cwd=tmp_path)
+    _, err = started.communicate()
+    assert started.returncode == 2
+    assert "cannot be written" in err
+
+
 def test_two_runs_in_one_second(tmp_path: Path) -> None:
     (tmp_path / "quick.yaml").write_text(QUICK)
     words = [*MAIN_JOB, "--recipe", "quick.yaml", "--epochs", "0", "--quiet"]

@@ -109,7 +109,9 @@ def told_unused(left_out: Sequence[str]) -> list[str]:
         return []
     shown = ", ".join(printable_name(name) for name in left_out[:SHOWN])
     more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
-    return [f"not used: {shown}{more}; images are read from {', '.join(IMAGE_SUFFIXES)} files"]
+    reason = f"; images are read from {', '.join(IMAGE_SUFFIXES)} files"
+    only_folders = all(path.endswith(os.sep) for path in left_out)
+    return [f"not used: {shown}{more}{'' if only_folders else reason}"]
 
 
 def is_rubbish(name: str) -> bool:

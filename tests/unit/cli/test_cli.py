@@ -248,6 +248,9 @@ def test_arguments_of_the_model_are_given_as_in_timm(
         "channels": [32, 48, 48, 96],
     }
     assert recipe["data"]["input_size"] == [160, 224]
+    answer = ricciq("quantize", "test_resnet", "--data", "digits", "--input-size", "1,32,32")
+    assert answer.code == 2
+    assert "--input-size 1,32,32 has other than 3 channels" in answer.err
 
 
 @pytest.mark.parametrize(

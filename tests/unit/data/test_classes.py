@@ -50,7 +50,7 @@ def test_lines_are_read_as_timm_reads_them(tmp_path: Path) -> None:
 def test_outputs_without_a_name_have_their_number(tmp_path: Path) -> None:
     found = read_class_map(written(tmp_path, "map.json", '{"dog": 3, "cat": 1}'))
     assert not found.is_complete
-    assert found.outputs(5) == ["0", "cat", "2", "dog", "4"]
+    assert found.outputs(5) == ["#0", "cat", "#2", "dog", "#4"]  # "2" may be a folder
     with pytest.raises(DataError, match=r"'dog' as class 3, but the model has 3 classes"):
         found.outputs(3)
 
@@ -124,6 +124,16 @@ def test_a_class_that_the_outputs_lack_is_named() -> None:
     data = ImageData("pets", ["cat", "dog"], True, part, part)
     with pytest.raises(DataError, match=r"'pets' has the class 'dog', which map.txt does not have"):
         data.use_outputs(["cat", "emu"], "map.txt")
+
+
+def test_a_name_that_two_outputs_have_is_refused_unless_all_are_the_same() -> None:
+    """As crane and maillot, which are two classes of ImageNet each."""
+    part = ImageArrays(np.zeros((6, 8, 8, 1), np.uint8), [0, 0, 1, 1, 2, 2])
+    data = ImageData("birds", ["crane", "cat", "crane"], True, part, part)
+    data.use_outputs(["crane", "cat", "crane"], "weights")
+    assert data.targets("val").tolist() == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(DataError, match=r"map.txt has the class 'crane' of data 'birds' twice"):
+        data.use_outputs(["cat", "crane", "crane"], "map.txt")
 
 
 def test_imagenets_synsets_are_timms() -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -550,6 +551,23 @@ def test_workers_live_across_epochs_until_the_loader_is_closed(folder):
     assert len(alive[0]) == 1
     close(loader)
     assert not alive[0] & set(multiprocessing.active_children())
+
+
+def test_workers_of_a_run_under_nohup_ignore_that_the_terminal_is_closed(folder, monkeypatch):
+    monkeypatch.setattr("ricciq.data.loader.SECONDS_TO_CLOSE", 1)
+    others = set(multiprocessing.active_children())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        loader = batches(open_data(str(folder)), batch_size=1, workers=1, persistent_workers=True)
+        drain(loader)
+        (worker,) = set(multiprocessing.active_children()) - others
+        os.kill(worker.pid, signal.SIGHUP)
+        worker.join(2)
+        assert worker.is_alive()
+        drain(loader)
+        close(loader)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

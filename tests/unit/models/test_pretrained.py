@@ -13,8 +13,10 @@ from timm.models._hub import save_for_hf
 
 from ricciq.errors import CheckpointError, ModelError
 from ricciq.models.factory import load_model
-from ricciq.models.pretrained import class_names_of, model_in
+from ricciq.models.kind import number_of_classes
+from ricciq.models.pretrained import model_in
 from ricciq.system.offline import SWITCH
+from ricciq.system.tensor_files import save_tensors
 
 OWN = {
     "input_size": [3, 32, 48],
@@ -66,20 +68,14 @@ def test_a_folder_of_timm_brings_its_preprocessing_and_its_arguments(folder: Pat
     ("names", "read"),
     [
         (["cat", "dog", "owl"], ["cat", "dog", "owl"]),
-        ({"0": "cat", "2": "owl"}, ["cat", "1", "owl"]),  # timm's form with gaps
+        ({"0": "cat", "2": "owl"}, ["cat", "#1", "owl"]),  # timm's form with gaps
     ],
 )
-def test_class_names_are_those_of_the_config(
-    folder: Path, tmp_path: Path, names: Any, read: list[str]
-) -> None:
+def test_class_names_are_those_of_the_config(tmp_path: Path, names: Any, read: list[str]) -> None:
     model = timm.create_model("test_resnet", num_classes=3)
     save_for_hf(model, tmp_path, model_config={"label_names": names}, safe_serialization=True)
     for checkpoint in (tmp_path, tmp_path / "model.safetensors"):
-        assert class_names_of(checkpoint) == read
         assert load_model("test_resnet", checkpoint=checkpoint).class_names == read
-    assert class_names_of(folder) is None
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        class_names_of(tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize("names", ["abc", [1, 2, 3], ["a"], {"3": "a"}, {"x": "a"}])
@@ -89,7 +85,7 @@ def test_class_names_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, n
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "label_names": names}))
     with pytest.raises(CheckpointError, match="is not a config"):
-        class_names_of(copy)
+        load_model("test_resnet", checkpoint=copy)
 
 
 def test_what_is_asked_for_comes_first(folder: Path) -> None:
@@ -201,6 +197,7 @@ def test_a_config_of_another_model_is_refused_with_its_folder_and_ignored_beside
         ('{"model_type": "bert"}', "is not a config.json as timm writes it"),
         ({"input_size": 5}, "is not a config.json as timm writes it"),
         ({"input_size": [3, "a", 5]}, "has an invalid input_size, "),
+        ({"input_size": [3, float("inf"), 5]}, "has an invalid input_size, "),
         ({"mean": ["a", "b", "c"]}, "has a value of the wrong type"),
         ({"mean": 3}, "config.json"),
         ({"std": [0, 1, 1]}, "has an invalid std"),
@@ -243,3 +240,36 @@ def test_names_of_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None
     (tmp_path / "model.pth").touch()
     with pytest.raises(CheckpointError, match=r"has no config\.json that names its model"):
         model_in(f"local-dir:{tmp_path}")
+
+
+def test_an_encoder_gets_a_head_if_classes_are_known(tmp_path: Path) -> None:
+    encoder = timm.create_model("test_resnet", num_classes=0)
+    save_for_hf(encoder, tmp_path, safe_serialization=True)
+    loaded = load_model("test_resnet", checkpoint=tmp_path)
+    assert not loaded.has_new_head
+    with pytest.raises(ModelError, match="test_resnet is an encoder without classes"):
+        number_of_classes("test_resnet", loaded.model)
+    loaded = load_model("test_resnet", checkpoint=tmp_path, num_classes=4)
+    assert loaded.has_new_head
+    assert "the weights are of an encoder: the head is a random one" in loaded.messages
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded.model.forward_features(x), encoder.eval().forward_features(x))
+    assert loaded.model(x).shape == (1, 4)
+
+
+def test_a_runs_weights_have_the_arguments_of_its_model(tmp_path: Path) -> None:
+    """Without them, a float run with another pooling would be quantized as another network."""
+    model = timm.create_model("test_resnet", global_pool="max")
+    stored = {"recipe": {"model": {"kwargs": {"global_pool": "max"}}}}
+    save_tensors(tmp_path / "best.safetensors", model.state_dict(), stored)
+    loaded = load_model("test_resnet", checkpoint=tmp_path / "best.safetensors")
+    assert loaded.kwargs == {"global_pool": "max"}
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded.model(x), model.eval()(x))
+
+
+def test_odd_arguments_of_a_training_checkpoint_say_nothing(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    arguments = argparse.Namespace(model_kwargs={(1, 2): 3}, mean=[0.5] * 3)
+    torch.save({"state_dict": model.state_dict(), "args": arguments}, tmp_path / "odd.pth")
+    assert load_model("test_resnet", checkpoint=tmp_path / "odd.pth").kwargs == {}

@@ -63,6 +63,12 @@ def test_two_classes_that_are_confused_are_no_other_order() -> None:
     assert doubt(predicted, targets, 100, "the float model") is None
 
 
+def test_classes_that_the_data_lack_are_no_other_order() -> None:
+    targets = labels(20, 6)
+    predicted = np.where(targets < 3, targets + 20, targets)  # their siblings
+    assert doubt(predicted, targets, 100, "the float model") is None
+
+
 def test_too_few_images_tell_nothing() -> None:
     assert doubt(np.array([1, 0]), np.array([0, 1]), 2, "the float model") is None
 
