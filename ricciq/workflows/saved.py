@@ -94,7 +94,7 @@ def rebuild(path: Path) -> Rebuilt:
 def _built_as_pretrained(source: ModelSection) -> bool:
     """Whether a run built its model as for pretrained weights.
 
-    Runs before 0.3 did so only without a checkpoint; since then, they say whether it is fused.
+    Old runs did so only without a checkpoint; newer ones say whether it is fused, and always did.
     """
     return source.pretrained if source.checkpoint is None else source.fuse is not None
 
