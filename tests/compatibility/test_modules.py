@@ -358,7 +358,7 @@ FAMILIES = {
 }
 """The smallest model of each of torchvision's families, which comes last."""
 OPTIONS = {
-    "inception": {"init_weights": False},
+    "inception": {"init_weights": False, "aux_logits": False},
     "googlenet": {"init_weights": False},
     "vision_transformer": {"image_size": 64},
     "maxvit": {
@@ -371,7 +371,9 @@ OPTIONS = {
         "stochastic_depth_prob": 0.0,
     },
 }
-SIZES = {"inception": 128}
+SIZES = {"inception": 96}
+LARGE = {"alexnet", "convnext", "swin_transformer", "vgg", "vision_transformer"}
+"""Families of which only the last layer learns; they have no BatchNorm and are less fragile."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -383,7 +385,10 @@ def test_a_family_of_torchvision_agrees_with_its_file(family, pictures, tmp_path
     else:
         model = get_model(FAMILIES[family], num_classes=CLASSES, **options)
     fit = batches_of(pictures, "fit", SIZES.get(family, 64))
-    learn(model, fit)
+    if family in LARGE:
+        fit_head(model.eval(), fit, [m for m in model.modules() if isinstance(m, nn.Linear)][-1])
+    else:
+        learn(model, fit)
     plan = take_the_path(model, fit, fit, tmp_path)
     weighted = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     listed = {layer.name for layer in plan.layers} | {part.name for part in plan.kept}
