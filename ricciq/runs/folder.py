@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from ricciq.data.sources.base import natural_order
 from ricciq.errors import FolderTakenError, InputError, RecipeError, UsageError
 from ricciq.recipe import Recipe
 from ricciq.system.files import write_atomically
+from ricciq.system.natural_order import natural_order
 
 RUNS = Path("runs")
 

@@ -15,13 +15,14 @@ from timm import is_model
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
-from ricciq.data.sources.base import IMAGE_SUFFIXES, natural_order
+from ricciq.data.sources.base import IMAGE_SUFFIXES
 from ricciq.data.sources.files import ImageFiles, images_below, told_unused
 from ricciq.errors import DataError, ModelError
 from ricciq.models.factory import load_model
 from ricciq.models.kind import number_of_classes
 from ricciq.models.names import architecture
 from ricciq.runs.metadata import ModelMetadata
+from ricciq.system.natural_order import natural_order
 from ricciq.workflows.saved import NOTHING_GIVEN, Given, Target, open_target
 
 BATCH = 32

@@ -174,8 +174,6 @@ def test_the_switch_is_that_of_hugging_face(
 
 
 def test_onnxruntime_never_reports() -> None:
-    ricciq("recipes", "ls")
-    assert os.environ[TELEMETRY] == "1"
     code = "import os, ricciq; ricciq.evaluate; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     given = {**os.environ, TELEMETRY: "0"}
     done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, check=True)

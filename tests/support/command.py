@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -27,7 +29,12 @@ class Answer(NamedTuple):
 def ricciq(*arguments: str | Path) -> Answer:
     """Run a command line."""
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+    with (
+        patch.dict(os.environ),  # --offline sets variables, which other tests must not see
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
         main([str(a) for a in arguments])
     return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 

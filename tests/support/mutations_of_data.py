@@ -88,7 +88,6 @@ RECIPES: Mutations = {
     "an unknown directive": recipe("%TAG ! tag:x\n%FOO\nseed: 1"),
     "a section that is a list": recipe("training: [1, 2]"),
     "a section that is a number": recipe("model: 7"),
-    "a section that is nothing": recipe("training:"),
     "an unknown key": recipe("training: {learning_rate: 1}"),
     "a key of 900 kB": recipe("x" * 900_000 + ": 1"),
     "a data set of 900 kB": recipe("data: {name: " + "x" * 900_000 + "}"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -33,22 +32,7 @@ EXTENSIONS = {
 
 Formats that PIL runs as a program, such as PostScript, or that no data set uses, are left out.
 """
-_NUMBER = re.compile(r"\d+")
 IMAGE_SUFFIXES = tuple(suffix for suffixes in EXTENSIONS.values() for suffix in suffixes)
-
-
-def natural_order(name: str) -> tuple[str, str]:
-    """A key to sort names as timm does, 9 before 10; equal ones are sorted by the name itself.
-
-    timm's own key is a list of strings and numbers, which takes twice as long to make and compare.
-    """
-    return _NUMBER.sub(_by_value, name.lower()), name
-
-
-def _by_value(number: re.Match[str]) -> str:
-    """A number such that strings with it are in the order of its value, before any other text."""
-    digits = str(int(number[0]))
-    return f"\0{chr(len(digits))}{digits}"
 
 
 class Images(Protocol):

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from ricciq.data.classes import printable_name
-from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages, natural_order
+from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages
 from ricciq.errors import DataError
+from ricciq.system.natural_order import natural_order
 
 
 class Names:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages, Parts, natural_order
+from ricciq.data.sources.base import IMAGE_SUFFIXES, EncodedImages, Parts
 from ricciq.data.sources.catalog import EvaluationSplit
 from ricciq.data.sources.files import ImageFiles, images_below, is_rubbish, told_unused
 from ricciq.data.sources.tar import (
@@ -23,6 +23,7 @@ from ricciq.data.sources.tar import (
     refuse_compressed,
 )
 from ricciq.errors import DataError
+from ricciq.system.natural_order import natural_order
 
 Split = tuple[list[str], EncodedImages]
 NAMES = {

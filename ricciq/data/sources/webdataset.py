@@ -15,9 +15,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from ricciq.data.sources.base import Parts, natural_order
+from ricciq.data.sources.base import Parts
 from ricciq.data.sources.tar import ImagesInTars, Member, files_in_tar
 from ricciq.errors import DataError
+from ricciq.system.natural_order import natural_order
 
 INFO_FILES = ("_info.json", "info.json")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

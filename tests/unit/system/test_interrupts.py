@@ -17,6 +17,16 @@ from ricciq.system.interrupts import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal():
+    """Handlers as at first, and restored: the tests may run under nohup."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_the_current_item_is_finished(number):
     finished = []
@@ -54,15 +64,6 @@ def test_handlers_are_restored():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-@pytest.fixture
-def handlers_restored():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("handlers_restored")
 def test_signals_interrupt_but_for_those_that_are_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does with a job in its background

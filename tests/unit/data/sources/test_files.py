@@ -13,9 +13,9 @@ from linked import make_folder
 from timm.utils.misc import natural_key
 
 from ricciq.data.open import open_data
-from ricciq.data.sources.base import natural_order
 from ricciq.data.sources.files import ImageFiles, Names, images_below
 from ricciq.errors import DataError
+from ricciq.system.natural_order import natural_order
 
 CLASSES, TRAINING, VALIDATION = 1000, 19_000, 1000
 STRANGE = ["", "a", "ä/\udcff.png", "\ud800", "日本", "b" * 300]
