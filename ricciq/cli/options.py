@@ -266,8 +266,7 @@ def input_type(text: str) -> InputType:
     Raises:
         UsageError: it is no type of input.
     """
-    if text not in _INPUTS:
-        raise UsageError(f"--input {text} is unknown; give {listed(_INPUTS)}")
+    _check_known("--input", text, _INPUTS)
     return cast("InputType", text)
 
 
@@ -277,9 +276,18 @@ def evaluated_split(text: str) -> EvaluationSplit:
     Raises:
         UsageError: it is no split.
     """
-    if text not in _SPLITS:
-        raise UsageError(f"--split {text} is unknown; give {listed(_SPLITS)}")
+    _check_known("--split", text, _SPLITS)
     return cast("EvaluationSplit", text)
+
+
+def _check_known(flag: str, text: str, known: tuple[str, ...]) -> None:
+    """Refuse a value of an option that is none of those known.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if text not in known:
+        raise UsageError(f"{flag} {text} is unknown; give {listed(known)}")
 
 
 def preprocessing(
@@ -316,10 +324,8 @@ def preprocessing(
             found[name] = channels
     if crop_pct is not None and not 0.1 <= crop_pct <= 2:
         raise UsageError(f"--crop-pct {crop_pct} is not a share of the image; give 0.1 to 2")
-    if interpolation not in (None, *get_args(Interpolation)):
-        raise UsageError(
-            f"--interpolation {interpolation} is unknown; give {listed(get_args(Interpolation))}"
-        )
+    if interpolation is not None:
+        _check_known("--interpolation", interpolation, get_args(Interpolation))
     return {key: value for key, value in found.items() if value is not None}
 
 

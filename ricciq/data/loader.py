@@ -23,7 +23,7 @@ from ricciq.data.preprocessing import Preprocessing
 from ricciq.data.sources.base import ImageArrays, Images, Indices
 from ricciq.errors import DataError, RicciqError, UsageError, on_one_line
 from ricciq.system.distributed import World
-from ricciq.system.interrupts import SIGNALS
+from ricciq.system.interrupts import heeded
 
 if TYPE_CHECKING:
     from ricciq.data.preprocessing import Transform
@@ -347,9 +347,8 @@ def _prepare_worker(worker: int) -> None:  # noqa: ARG001
     with suppress(AttributeError, OSError):  # not on every system, nor in every sandbox
         os.nice(NICER)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in SIGNALS:
-        if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
+    for number in set(heeded()) - {signal.SIGINT}:
+        signal.signal(number, lambda *_: signal.alarm(SECONDS_TO_CLOSE))
 
 
 def _as_is(batch: Any) -> Any:

@@ -62,11 +62,11 @@ class Stopping:
 
 def interrupt_on_signals() -> None:
     """Let the signals of `SIGNALS` raise a KeyboardInterrupt from now on, as Ctrl-C does."""
-    for number in _heeded():
+    for number in heeded():
         signal.signal(number, _interrupt)
 
 
-def _heeded() -> list[signal.Signals]:
+def heeded() -> list[signal.Signals]:
     """All of `SIGNALS`, but under nohup not SIGHUP: then a run goes on without its terminal.
 
     Scripts start jobs in the background with SIGINT ignored; who sends it to one means it.
@@ -86,7 +86,7 @@ def stopping_between_steps(world: World) -> Iterator[Stopping]:
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    before = {number: signal.getsignal(number) for number in _heeded()}
+    before = {number: signal.getsignal(number) for number in heeded()}
     for number in before:
         signal.signal(number, stopping._ask)
     try:
